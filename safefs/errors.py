@@ -1,0 +1,24 @@
+"""Errors that carry a POSIX errno and one line for people.
+
+The message says what is wrong and, where it can, what to do; it ends up on a terminal or in a log as it is.
+"""
+
+from __future__ import annotations
+
+import errno as _errno
+
+
+class SafefsError(Exception):
+    """A failure that safefs understood: shown as one line, never as a traceback."""
+
+    def __init__(self, message: str, errno: int = _errno.EIO) -> None:
+        super().__init__(message)
+        self.message = message
+        self.errno = errno
+
+
+class ConfigError(SafefsError):
+    """A setting, option or rule that cannot be honoured."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, _errno.EINVAL)
