@@ -1,0 +1,172 @@
+"""The commands and their options; what they do is in the modules beside this one."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import click
+
+import safefs
+from safefs.cli.mounting import MountRequest, mount_background, mount_foreground
+from safefs.cli.rules import show_rules
+from safefs.cli.status import show_status
+from safefs.cli.unmounting import unmount
+from safefs.config import known_options
+from safefs.errors import SafefsError
+
+_PATH = click.Path(path_type=Path)
+
+
+class _Group(click.Group):
+    """Turns a SafefsError of any command into one line on stderr and exit code 1."""
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except SafefsError as error:
+            fail(error)
+
+
+def fail(error: SafefsError) -> None:
+    """End the program the way every command of safefs fails."""
+    click.echo(f"safefs: {error.message}", err=True)
+    sys.exit(1)
+
+
+def versions() -> str:
+    """The versions that decide what works, one a line."""
+    return "\n".join(
+        (
+            f"safefs {safefs.__version__}",
+            f"pyfuse3 {_pyfuse3_version()}",
+            f"libfuse {_libfuse_version()}",
+            f"kernel {os.uname().release}",
+        )
+    )
+
+
+def _pyfuse3_version() -> str:
+    try:
+        return metadata.version("pyfuse3")
+    except metadata.PackageNotFoundError:
+        return "is not installed"
+
+
+def _libfuse_version() -> str:
+    for name in ("libfuse3.so.4", "libfuse3.so.3"):
+        try:
+            version = ctypes.CDLL(name).fuse_pkgversion
+        except (OSError, AttributeError):
+            continue
+        version.restype = ctypes.c_char_p
+        return str(version().decode())
+    return "is not installed"
+
+
+def _print_versions(context: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        click.echo(versions())
+        context.exit()
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_versions)
+def cli() -> None:
+    """Make writes to a shared directory safe: a file shows up whole when its writer closes it, or not at all."""
+
+
+def _mount_epilog() -> str:
+    return "Options of -o: " + ", ".join(known_options())
+
+
+@cli.command(epilog=_mount_epilog())
+@click.argument("backing", type=_PATH)
+@click.argument("mountpoint", type=_PATH)
+@click.option("-o", "options", multiple=True, metavar="OPT[,OPT…]", help="Mount options, separated by commas.")
+@click.option("--config", type=_PATH, help="Configuration file (default: /etc/safefs/safefs.toml if present).")
+@click.option("--foreground", "-f", is_flag=True, help="Serve in this process and log to stderr.")
+@click.option("--log-file", type=_PATH, help="Log to this file.")
+@click.option("--ready-fd", type=int, hidden=True, help="Report 'ready' or 'error: …' to this descriptor.")
+def mount(
+    backing: Path,
+    mountpoint: Path,
+    options: tuple[str, ...],
+    config: Path | None,
+    foreground: bool,
+    log_file: Path | None,
+    ready_fd: int | None,
+) -> None:
+    """Show the directory BACKING at MOUNTPOINT, with safe writes.
+
+    Returns once the mount is live.  Write the -o options as for mount(8).
+    """
+    request = MountRequest(backing, mountpoint, options, config, log_file)
+    if foreground:
+        mount_foreground(request, ready_fd)
+    else:
+        mount_background(request)
+
+
+@cli.command()
+@click.argument("mountpoint", type=_PATH)
+def umount(mountpoint: Path) -> None:
+    """Unmount MOUNTPOINT and wait until its daemon has ended."""
+    unmount(mountpoint)
+
+
+@cli.command()
+@click.argument("mountpoint", type=_PATH, required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def status(mountpoint: Path | None, as_json: bool) -> None:
+    """Show the live mounts, or the one at MOUNTPOINT."""
+    show_status(mountpoint, as_json=as_json)
+
+
+@cli.command()
+@click.argument("path", type=_PATH)
+@click.option("--config", type=_PATH, help="Ask this configuration file, not the mount.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def rules(path: Path, config: Path | None, as_json: bool) -> None:
+    """Say which class PATH has, and which rule says so.  PATH need not exist."""
+    show_rules(path, config, as_json=as_json)
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("source", type=_PATH)
+@click.argument("mountpoint", type=_PATH)
+@click.option("-o", "options", multiple=True, metavar="OPT[,OPT…]")
+@click.option("-s", "_sloppy", is_flag=True, help="Accepted for mount(8).")
+@click.option("-f", "fake", is_flag=True, help="Check everything, mount nothing.")
+@click.option("-n", "_no_mtab", is_flag=True, help="Accepted for mount(8).")
+@click.option("-v", "_verbose", is_flag=True, help="Accepted for mount(8).")
+@click.option("-t", "_type", help="Accepted for mount(8).")
+def mount_helper(source: Path, mountpoint: Path, options: tuple[str, ...], fake: bool, **_ignored: object) -> None:
+    """What mount(8) calls for `mount -t fuse.safefs SOURCE MOUNTPOINT` as /sbin/mount.fuse.safefs."""
+    request = MountRequest(source, mountpoint, options)
+    if fake:
+        request.settings()
+    else:
+        mount_background(request)
+
+
+def main() -> None:
+    """The program `safefs`."""
+    _run(cli, "safefs")
+
+
+def mount_main() -> None:
+    """The program `mount.fuse.safefs`."""
+    _run(mount_helper, "mount.fuse.safefs")
+
+
+def _run(command: Callable[..., Any], name: str) -> None:
+    try:
+        command(prog_name=name)
+    except SafefsError as error:
+        fail(error)
