@@ -13,6 +13,7 @@ import socket
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Self
 
 import pytest
 
@@ -259,7 +260,7 @@ class StepProcess:
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self.process = process
 
-    def __enter__(self) -> StepProcess:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

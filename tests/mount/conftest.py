@@ -1,0 +1,42 @@
+"""Fixtures for mounts as nodes, with either kind of draft: nameless (O_TMPFILE) or under a hidden name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.conftest import MountFactory
+from tests.mount.actors import Actor, actor
+from tests.support.mounting import Mount
+
+# For the claims that the kind of temporary file could break.
+both_temps = pytest.mark.parametrize("nodes", ["auto", "hidden"], indirect=True)
+
+
+@pytest.fixture
+def nodes(request: pytest.FixtureRequest, make_mount: MountFactory) -> tuple[Mount, Mount]:
+    """Two mounts of one directory; parametrized by `both_temps`, with that kind of temporary file."""
+    kind = getattr(request, "param", "auto")
+    return make_mount("-o", f"temp={kind}"), make_mount("-o", f"temp={kind}")
+
+
+@pytest.fixture
+def writer() -> Iterator[Actor]:
+    """A process that writes."""
+    with actor() as party:
+        yield party
+
+
+@pytest.fixture
+def stranger() -> Iterator[Actor]:
+    """A process that is no relative of `writer`."""
+    with actor() as party:
+        yield party
+
+
+@pytest.fixture
+def third() -> Iterator[Actor]:
+    """One more stranger."""
+    with actor() as party:
+        yield party
