@@ -17,6 +17,7 @@ import re
 import socket
 import stat
 import struct
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ MAX_ANSWER_BYTES = 16 * 1024 * 1024
 MAX_CONNECTIONS = 16
 SERVER_SECONDS = 10.0
 CLIENT_SECONDS = 5.0
+RETRY_SECONDS = 0.02
 
 Answer = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
 
@@ -138,8 +140,12 @@ async def serve_control(
                 connection, _ = await listener.accept()
                 nursery.start_soon(_serve_connection, connection, answer, limit)
     finally:
-        listener.close()
-        socket_path.unlink(missing_ok=True)
+        _stop_listening(listener, socket_path)
+
+
+def _stop_listening(listener: trio.socket.SocketType, socket_path: Path) -> None:
+    listener.close()
+    socket_path.unlink(missing_ok=True)
 
 
 def _listen(socket_path: Path) -> trio.socket.SocketType:
@@ -162,7 +168,7 @@ async def _serve_connection(connection: trio.socket.SocketType, answer: Answer, 
     try:
         with trio.move_on_after(SERVER_SECONDS):
             reply = await _reply(await _receive_line(connection), answer)
-            await trio.SocketStream(connection).send_all(json.dumps(reply).encode() + b"\n")
+            await trio.SocketStream(connection).send_all(reply + b"\n")
     except (OSError, trio.BrokenResourceError):
         # The client went away; there is nobody left to tell.
         pass
@@ -181,21 +187,24 @@ async def _receive_line(connection: trio.socket.SocketType) -> bytes:
     return received.partition(b"\n")[0]
 
 
-async def _reply(line: bytes, answer: Answer) -> dict[str, Any]:
+async def _reply(line: bytes, answer: Answer) -> bytes:
     try:
-        request = json.loads(line)
-    except ValueError:
-        request = None
-    if not isinstance(request, dict):
-        return {"error": "a request is one line with a JSON object", "errno": errno.EINVAL}
-    try:
-        return await answer(request)
+        return json.dumps(await answer(_parse_request(line))).encode()
     except SafefsError as error:
-        return {"error": error.message, "errno": error.errno}
-    except Exception:
-        # The rim of the daemon: a bug in an answer must not end the mount.
-        _log.exception("control request %r failed", request.get("op"))
-        return {"error": "the daemon failed to answer; its log says why", "errno": errno.EIO}
+        return json.dumps({"error": error.message, "errno": error.errno}).encode()
+    except Exception:  # noqa: BLE001 - the rim of the daemon: a bug in an answer must not end the mount.
+        _log.exception("a control request failed: %.200r", line)
+        return json.dumps({"error": "the daemon failed to answer; its log says why", "errno": errno.EIO}).encode()
+
+
+def _parse_request(line: bytes) -> dict[str, Any]:
+    try:
+        message = json.loads(line)
+    except (ValueError, RecursionError):
+        message = None
+    if not isinstance(message, dict):
+        raise SafefsError("a request is one line with a JSON object", errno.EINVAL)
+    return message
 
 
 def request(
@@ -219,10 +228,13 @@ def _connect(socket_path: Path, timeout_seconds: float) -> socket.socket:
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     connection.settimeout(timeout_seconds)
     try:
-        connection.connect(os.fspath(socket_path))
+        _connect_patiently(connection, os.fspath(socket_path), timeout_seconds)
     except (FileNotFoundError, ConnectionRefusedError):
         connection.close()
         raise SafefsError(f"no daemon listens at {socket_path}", errno.ENOTCONN) from None
+    except TimeoutError:
+        connection.close()
+        raise SafefsError(f"the daemon did not answer within {timeout_seconds:g} s", errno.ETIMEDOUT) from None
     except PermissionError:
         connection.close()
         raise SafefsError("the mount belongs to another user: ask as that user or as root", errno.EACCES) from None
@@ -230,6 +242,18 @@ def _connect(socket_path: Path, timeout_seconds: float) -> socket.socket:
         connection.close()
         raise SafefsError(f"cannot reach the daemon at {socket_path}: {error}", errno.ENOTCONN) from None
     return connection
+
+
+def _connect_patiently(connection: socket.socket, address: str, timeout_seconds: float) -> None:
+    """Connect; while the daemon's queue is full the kernel says EAGAIN at once, whatever the socket's timeout."""
+    deadline = time.monotonic() + timeout_seconds
+    while True:
+        try:
+            return connection.connect(address)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise TimeoutError from None
+            time.sleep(RETRY_SECONDS)
 
 
 def _require_private_parent(socket_path: Path) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 from safefs.errors import ConfigError
 
 CACHED_NAMES = 16384
-_RULE_HEADING = re.compile(r"^\s*\[\[\s*rule\s*\]\]", re.MULTILINE)
+_RULE_HEADING = re.compile(r"^[ \t]*\[\[\s*rule\s*\]\]", re.MULTILINE)
 _SPECIAL = re.compile(rb"[*?\[]")
 
 

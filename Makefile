@@ -1,0 +1,25 @@
+# Everything here sets up what it needs first, asks nothing and can be run again.
+
+.PHONY: setup demo test check clean
+
+setup:
+	@scripts/setup build
+
+demo:
+	@scripts/setup build
+	@.venv/bin/python -m tests.tools.demo
+
+test:
+	@scripts/setup test
+	@.venv/bin/python -m pytest
+
+check:
+	@scripts/setup build
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+
+clean:
+	rm -rf .venv build *.egg-info .cache .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -f safefs/_native*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

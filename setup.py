@@ -1,0 +1,31 @@
+"""The C extension, found through pkg-config; everything else stands in pyproject.toml."""
+
+import shlex
+import subprocess
+import sys
+
+from setuptools import Extension, setup
+
+
+def pkg_config(flag: str) -> list[str]:
+    """What the installed libfuse3 wants on the compiler's command line."""
+    try:
+        done = subprocess.run(["pkg-config", flag, "fuse3"], check=True, capture_output=True, text=True)
+    except FileNotFoundError:
+        sys.exit("safefs needs pkg-config to find libfuse3: apt-get install pkg-config libfuse3-dev")
+    except subprocess.CalledProcessError:
+        sys.exit("safefs needs the headers of libfuse3: apt-get install libfuse3-dev")
+    return shlex.split(done.stdout)
+
+
+setup(
+    ext_modules=[
+        Extension(
+            "safefs._native",
+            sources=["safefs/fuse/native.c"],
+            extra_compile_args=["-std=gnu11", "-O2", "-Wall", "-Wextra", *pkg_config("--cflags")],
+            extra_link_args=pkg_config("--libs"),
+            libraries=["dl"],
+        )
+    ]
+)

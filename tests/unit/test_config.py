@@ -1,0 +1,245 @@
+"""Settings: precedence, the options of mount(8), and one clear line for each that cannot be honoured."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from safefs import config
+from safefs.config import (
+    MS_DIRSYNC,
+    MS_NOATIME,
+    MS_NODEV,
+    MS_NOEXEC,
+    MS_NOSUID,
+    MS_RDONLY,
+    MS_RELATIME,
+    MS_STRICTATIME,
+    MS_SYNCHRONOUS,
+    Settings,
+    has_option,
+    known_options,
+    load_rules,
+    load_settings,
+    parse_options,
+)
+from safefs.errors import ConfigError
+from safefs.rules import NameClass
+
+
+@pytest.fixture(autouse=True)
+def no_default_config(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The machine's own /etc/safefs must not decide a test."""
+    path = tmp_path / "default.toml"
+    monkeypatch.setattr(config, "DEFAULT_CONFIG", path)
+    return path
+
+
+def settings(*options: str, config: Path | None = None, privileged: bool = True) -> Settings:
+    return load_settings(Path("/b"), Path("/m"), parse_options(options), config, privileged=privileged)
+
+
+def refusal(*options: str, config: Path | None = None, privileged: bool = True) -> str:
+    with pytest.raises(ConfigError) as raised:
+        settings(*options, config=config, privileged=privileged)
+    assert "\n" not in raised.value.message
+    return raised.value.message
+
+
+def test_defaults_of_root() -> None:
+    root = settings()
+    assert (root.allow_other, root.default_permissions, root.mount_flags) == (True, True, MS_NOSUID | MS_NODEV)
+    assert (root.state, root.fsname, root.read_only) == (Path("/b/.safefs"), "/b", False)
+
+
+def test_defaults_of_a_user() -> None:
+    user = settings(privileged=False)
+    assert (user.allow_other, user.default_permissions, user.mount_flags) == (False, True, MS_NOSUID | MS_NODEV)
+
+
+def test_paths_are_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    monkeypatch.chdir(tmp_path)
+    loaded = load_settings(Path("link"), Path("m/../mount"), privileged=True)
+    assert (loaded.backing, loaded.mountpoint) == (tmp_path / "real", tmp_path / "mount")
+
+
+@pytest.mark.parametrize(
+    ("options", "flags"),
+    [
+        ("ro", MS_NOSUID | MS_NODEV | MS_RDONLY),
+        ("ro,rw", MS_NOSUID | MS_NODEV),
+        ("suid,dev", 0),
+        ("noexec,noatime", MS_NOSUID | MS_NODEV | MS_NOEXEC | MS_NOATIME),
+        ("noatime,relatime", MS_NOSUID | MS_NODEV | MS_RELATIME),
+        ("noatime,atime", MS_NOSUID | MS_NODEV),
+        ("relatime,strictatime", MS_NOSUID | MS_NODEV | MS_STRICTATIME),
+        ("sync,dirsync", MS_NOSUID | MS_NODEV | MS_SYNCHRONOUS | MS_DIRSYNC),
+        ("sync,async", MS_NOSUID | MS_NODEV),
+        ("defaults", MS_NOSUID | MS_NODEV),
+        ("ro,noexec,defaults", MS_NOSUID | MS_NODEV),
+    ],
+)
+def test_flags_of_mount(options: str, flags: int) -> None:
+    assert settings(options).mount_flags == flags
+
+
+def test_options_for_other_programs_change_nothing() -> None:
+    words = "auto,noauto,user,nouser,users,owner,group,nofail,_netdev,x-systemd.automount,X-a=b,comment=c,nonempty"
+    assert settings(words) == settings()
+
+
+def test_values() -> None:
+    loaded = settings(
+        "entry_timeout=0,attr_timeout=2.5,drain_seconds=7",
+        "max_threads=8,max_descriptors=1000,negative_refresh=off,temp=hidden,state=/s/../t,fsname=hf,log_level=debug",
+        "log_file=/l,noallow_other,default_permissions=no,subtype=safefs",
+    )
+    assert (loaded.entry_timeout_seconds, loaded.attr_timeout_seconds, loaded.drain_seconds) == (0, 2.5, 7)
+    assert (loaded.max_threads, loaded.max_descriptors) == (8, 1000)
+    assert (loaded.negative_refresh, loaded.temp) == ("off", "hidden")
+    assert (loaded.state, loaded.fsname, loaded.log_level, loaded.log_file) == (Path("/t"), "hf", "debug", Path("/l"))
+    assert (loaded.allow_other, loaded.default_permissions) == (False, False)
+
+
+def test_a_later_option_wins() -> None:
+    assert settings("temp=hidden", "temp=tmpfile").temp == "tmpfile"
+
+
+def test_a_comma_in_a_value_is_quoted() -> None:
+    assert settings(r"fsname=a\,b\\c").fsname == r"a,b\c"
+    assert r"fsname=a\,b\\c" in settings(r"fsname=a\,b\\c").fusermount_options()
+
+
+def test_fusermount_options() -> None:
+    user = settings("noexec,noatime,allow_other", privileged=False)
+    words = "nosuid,nodev,noexec,noatime,allow_other,default_permissions,fsname=/b,subtype=safefs"
+    assert user.fusermount_options() == words
+
+
+@pytest.mark.parametrize(
+    ("option", "fragments"),
+    [
+        ("noatim", ["'noatim'", "did you mean 'noatime'?"]),
+        ("zzz=1", ["unknown option 'zzz'", "--help"]),
+        ("allow_root", ["'allow_root'", "allow_other"]),
+        ("remount", ["'remount'"]),
+        ("ro=1", ["'ro' takes no value"]),
+        ("noallow_other=1", ["takes no value"]),
+        ("allow_other=maybe", ["'maybe'", "yes or no"]),
+        ("entry_timeout", ["needs a value"]),
+        ("entry_timeout=abc", ["'abc' is not a number"]),
+        ("entry_timeout=nan", ["between"]),
+        ("entry_timeout=-1", ["between"]),
+        ("max_threads=1", ["between 4 and"]),
+        ("max_threads=four", ["whole number"]),
+        ("temp=disk", ["auto, tmpfile, hidden"]),
+        ("state=here", ["absolute"]),
+        ("fsname=", ["empty"]),
+        ("subtype=ext4", ["safefs"]),
+    ],
+)
+def test_refused_options(option: str, fragments: list[str]) -> None:
+    message = refusal(option)
+    assert all(fragment in message for fragment in fragments), message
+
+
+@pytest.mark.parametrize("option", ["suid", "dev", "dirsync", "strictatime", "lazytime"])
+def test_options_that_need_root(option: str) -> None:
+    assert f"'{option}' needs root" in refusal(option, privileged=False)
+    settings(option, privileged=True)
+
+
+def test_precedence(tmp_path: Path, no_default_config: Path) -> None:
+    no_default_config.write_text("[mount]\ndrain_seconds = 5\nmax_threads = 9\n")
+    assert (settings().drain_seconds, settings("drain_seconds=6").drain_seconds) == (5, 6)
+    named = tmp_path / "named.toml"
+    named.write_text("[mount]\ndrain_seconds = 8\n")
+    loaded = settings(config=named)
+    assert (loaded.drain_seconds, loaded.max_threads) == (8, Settings.max_threads)
+
+
+def test_booleans_and_flags_of_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text('[mount]\nallow_other = false\nnoatime = true\nexec = false\nrw = false\nfsname = "x"\n')
+    loaded = settings(config=path)
+    assert (loaded.allow_other, loaded.fsname) == (False, "x")
+    assert loaded.mount_flags == MS_NOSUID | MS_NODEV | MS_NOATIME | MS_NOEXEC | MS_RDONLY
+
+
+@pytest.mark.parametrize(
+    ("text", "fragment"),
+    [
+        ("[mount", "not valid TOML"),
+        ("[mounts]\n", "unknown table 'mounts'"),
+        ("mount = 1\n", "must be a table"),
+        ("[mount]\nnoatim = true\n", "did you mean 'noatime'?"),
+        ("[mount]\nstate = ['a']\n", "the value of state"),
+        ("[mount]\ndefaults = false\n", "defaults = false means nothing"),
+        ('[[rule]]\nclass = "x"\nmatch = "a"\n', "c.toml:1: unknown class 'x'"),
+    ],
+)
+def test_refused_files(tmp_path: Path, text: str, fragment: str) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text(text)
+    message = refusal(config=path)
+    assert message.startswith(str(path)) and fragment in message, message
+
+
+def test_a_named_file_must_exist(tmp_path: Path) -> None:
+    assert "no such configuration file" in refusal(config=tmp_path / "missing")
+    assert "cannot read" in refusal(config=tmp_path)
+
+
+def test_rules_of_a_file_come_before_the_shipped_ones(tmp_path: Path) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text('[[rule]]\nclass = "private"\nmatch = "*.log"\n')
+    assert load_rules().classify(b"x.log").name_class is NameClass.SHARED
+    for rules in (load_rules(path), settings(config=path).rules):
+        match = rules.classify(b"x.log")
+        assert (match.name_class, match.source) == (NameClass.PRIVATE, f"{path}:1")
+        assert rules.classify(b"x.db").name_class is NameClass.SHARED
+
+
+def test_has_option() -> None:
+    options = parse_options(["ro,nonempty"])
+    assert has_option(options, "nonempty") and not has_option(options, "rw")
+
+
+def test_every_known_option_can_be_named() -> None:
+    values = {"temp": "auto", "negative_refresh": "on", "log_level": "info", "subtype": "safefs"}
+    values["max_descriptors"] = "999"
+    for name in known_options():
+        written = [name, f"{name}={values.get(name, '9')}", f"{name}=/x"]
+        assert any(accepted(option) for option in written), name
+
+
+def accepted(option: str) -> bool:
+    try:
+        settings(option)
+    except ConfigError:
+        return False
+    return True
+
+
+@given(st.lists(st.text(st.characters(exclude_characters="\0"), min_size=1).filter(str.strip), min_size=1))
+def test_quoting_is_undone(values: list[str]) -> None:
+    quoted = ",".join("x-k=" + value.replace("\\", "\\\\").replace(",", "\\,") for value in values)
+    assert [option.value for option in parse_options([quoted])] == values
+
+
+@given(st.text())
+def test_any_text_is_taken_or_refused(text: str) -> None:
+    """Nothing but a ConfigError, and never a change without a name."""
+    loaded = load_settings(Path("/b"), Path("/m"), privileged=True)
+    try:
+        changed = load_settings(Path("/b"), Path("/m"), parse_options([text]), privileged=True)
+    except ConfigError as error:
+        assert error.message
+    else:
+        assert replace(changed, mount_flags=loaded.mount_flags).backing == loaded.backing
