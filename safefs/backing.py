@@ -1,0 +1,461 @@
+"""The only place that touches the backing filesystem.
+
+`Backing.run` carries a plain function into a worker thread and, under a daemon of root's, lets the thread take on the
+caller's fsuid, fsgid, supplementary groups and umask for the time of the call: the backing decides what he may do.
+The functions below it are such functions; they take descriptors of directories and single names, never paths, so that
+a directory that was renamed or replaced meanwhile cannot lead them elsewhere.  They block and raise OSError.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import secrets
+import stat
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import trio
+
+from safefs import processes
+from safefs.model import Caller, Identity
+from safefs.native import native
+
+T = TypeVar("T")
+
+HIDDEN_PREFIX = b".safefs~"  # names that the mount never shows
+STATE_NAME = b".safefs"  # the state directory at the backing's root
+
+AT_FDCWD = -100
+AT_SYMLINK_FOLLOW = 0x400
+RENAME_NOREPLACE = 1
+RENAME_EXCHANGE = 2
+FICLONE = 0x40049409  # linux/fs.h
+COPY_CHUNK_BYTES = 1 << 20
+NO_GROUPS_CHANGE = (0xFFFFFFFF, 0xFFFFFFFF)
+OTHER_FILESYSTEM = (errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS)
+REFUSED = (errno.EACCES, errno.EPERM)
+
+DAEMON = Caller(0, 0)
+
+
+def proc_path(fd: int) -> bytes:
+    """A path to the very inode of a descriptor, for the calls that have no variant for O_PATH descriptors."""
+    return b"/proc/self/fd/%d" % fd
+
+
+class Backing:
+    """The backing directory, and the threads that work on it."""
+
+    def __init__(self, root: Path, *, impersonate: bool, max_threads: int, temp: str = "auto") -> None:
+        self.root_path = os.fsencode(root)
+        self.root_fd = os.open(root, os.O_PATH | os.O_DIRECTORY)
+        self.impersonate = impersonate
+        self.limiter = trio.CapacityLimiter(max_threads)
+        self.node_id = secrets.token_hex(4)
+        self._groups = tuple(os.getgroups())
+        self._tmpfile = temp != "hidden"
+        self._serial = 0
+
+    async def run(self, caller: Caller, function: Callable[..., T], *args: object) -> T:
+        """Call `function(*args)` in a thread, as the caller."""
+        return await trio.to_thread.run_sync(
+            self._as_caller, caller, function, args, abandon_on_cancel=True, limiter=self.limiter
+        )
+
+    async def run_or_daemon(self, caller: Caller, function: Callable[..., T], *args: object) -> T:
+        """As the caller, and where the backing refuses him as the daemon itself.
+
+        For steps that the caller need not have the right to, because they stand for one that he had: replacing a file
+        that he may write to in a directory that he may not.
+        """
+        try:
+            return await self.run(caller, function, *args)
+        except OSError as error:
+            if error.errno not in REFUSED or not self.impersonate or caller.uid == 0:
+                raise
+        return await self.run(DAEMON, function, *args)
+
+    def _as_caller(self, caller: Caller, function: Callable[..., T], args: tuple[object, ...]) -> T:
+        native.private_umask(caller.umask)
+        if not self.impersonate or (caller.uid == 0 and caller.gid == 0):
+            return function(*args)
+        native.become(caller.uid, caller.gid, processes.groups(caller.pid))
+        try:
+            return function(*args)
+        finally:
+            native.become(0, 0, self._groups)
+
+    def hidden_name(self, kind: bytes) -> bytes:
+        """A new hidden name of this daemon: what it is for, and whose leftover it would be."""
+        self._serial += 1
+        return b"%s%s~%s~%d" % (HIDDEN_PREFIX, self.node_id.encode(), kind, self._serial)
+
+    @property
+    def uses_tmpfile(self) -> bool:
+        """Whether drafts are O_TMPFILE inodes, which leave nothing behind when the daemon dies."""
+        return self._tmpfile
+
+    def make_temp(self, directory: int, mode: int, hidden: bytes) -> tuple[int, bytes | None, os.stat_result]:
+        """A private inode in `directory`, open for reading and writing, and its hidden name where it needs one."""
+        if self._tmpfile:
+            try:
+                fd = os.open(b".", os.O_TMPFILE | os.O_RDWR, mode, dir_fd=directory)
+                return fd, None, os.fstat(fd)
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT):
+                    raise
+                if error.errno == errno.ENOENT and is_removed(directory):
+                    raise
+                self._tmpfile = False
+        fd = os.open(hidden, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_NOFOLLOW, mode, dir_fd=directory)
+        return fd, hidden, os.fstat(fd)
+
+
+# ------------------------------------------------------------------- names
+
+
+def is_hidden(name: bytes) -> bool:
+    return name.startswith(HIDDEN_PREFIX)
+
+
+def find(directory: int, name: bytes) -> tuple[int, os.stat_result]:
+    """An O_PATH descriptor of an entry, and its attributes."""
+    fd = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=directory)
+    try:
+        return fd, os.fstat(fd)
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def find_refreshed(directory: int, name: bytes) -> tuple[int, os.stat_result]:
+    """Like find, but a miss is believed only after the directory was read anew.
+
+    NFS and others remember that a name was missing; opening the directory makes the client ask the server whether it
+    changed (nfs(5), close-to-open), listing it replaces what was remembered on FUSE underlays.
+    """
+    try:
+        return find(directory, name)
+    except FileNotFoundError:
+        if is_removed(directory):
+            raise
+    fd = open_directory(directory)
+    try:
+        os.fstat(fd)
+        with os.scandir(fd) as entries:
+            if not any(os.fsencode(entry.name) == name for entry in entries):
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+    finally:
+        os.close(fd)
+    return find(directory, name)
+
+
+def is_removed(directory: int) -> bool:
+    return os.fstat(directory).st_nlink == 0
+
+
+def identity_of(status: os.stat_result) -> Identity:
+    return Identity(status.st_dev, status.st_ino)
+
+
+def identity_at(directory: int, name: bytes) -> Identity | None:
+    """Which inode a name shows, None when it shows nothing."""
+    try:
+        return identity_of(os.stat(name, dir_fd=directory, follow_symlinks=False))
+    except FileNotFoundError:
+        return None
+
+
+def reopen(fd: int, flags: int) -> int:
+    """Open the inode of a descriptor anew; permissions are checked."""
+    return os.open(proc_path(fd), flags | os.O_CLOEXEC)
+
+
+def create_in_place(directory: int, name: bytes, flags: int, mode: int) -> tuple[int, os.stat_result]:
+    """open(2) with O_CREAT on the backing itself."""
+    fd = os.open(name, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, mode, dir_fd=directory)
+    return fd, os.fstat(fd)
+
+
+def make_directory(directory: int, name: bytes, mode: int) -> tuple[int, os.stat_result]:
+    os.mkdir(name, mode, dir_fd=directory)
+    return find(directory, name)
+
+
+def make_node(directory: int, name: bytes, mode: int, device: int) -> tuple[int, os.stat_result]:
+    os.mknod(name, mode, device, dir_fd=directory)
+    return find(directory, name)
+
+
+def make_symlink(directory: int, name: bytes, target: bytes) -> tuple[int, os.stat_result]:
+    os.symlink(target, name, dir_fd=directory)
+    return find(directory, name)
+
+
+def link_inode(fd: int, directory: int, name: bytes) -> None:
+    """Give the inode of a descriptor a further name; never replaces.
+
+    Through /proc, because linkat(AT_EMPTY_PATH) wants CAP_DAC_READ_SEARCH, which a thread that acts as a user lacks.
+    """
+    native.linkat(AT_FDCWD, proc_path(fd), directory, name, AT_SYMLINK_FOLLOW)
+
+
+def make_link(fd: int, directory: int, name: bytes) -> tuple[int, os.stat_result]:
+    link_inode(fd, directory, name)
+    return find(directory, name)
+
+
+def rename(source: int, name: bytes, target: int, new_name: bytes, flags: int) -> None:
+    if flags:
+        native.renameat2(source, name, target, new_name, flags)
+    else:
+        os.rename(name, new_name, src_dir_fd=source, dst_dir_fd=target)
+
+
+def unlink(directory: int, name: bytes) -> None:
+    os.unlink(name, dir_fd=directory)
+
+
+def hidden_entries(directory: int) -> list[bytes] | None:
+    """The hidden names of a directory; None when it also has names that are not."""
+    fd = open_directory(directory)
+    try:
+        names = [os.fsencode(name) for name in os.listdir(fd)]
+    finally:
+        os.close(fd)
+    return names if all(map(is_hidden, names)) else None
+
+
+def open_directory(directory: int) -> int:
+    """A descriptor to read or sync a directory by, from an O_PATH one."""
+    return os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=directory)
+
+
+def sync_directory(directory: int) -> None:
+    """Make the names of a directory durable (an O_PATH descriptor cannot be synced)."""
+    fd = open_directory(directory)
+    try:
+        sync_open_directory(fd)
+    finally:
+        os.close(fd)
+
+
+def sync_open_directory(fd: int) -> None:
+    """fsync(2) of a directory; a filesystem whose directories need no sync says EINVAL."""
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+
+
+def read_directory(fd: int, offset: int, size: int, state: bytes) -> bytes:
+    """The answer to one READDIR, without hidden names and without the name `state`."""
+    return native.read_directory(fd, offset, size, HIDDEN_PREFIX, state)
+
+
+def path_below(root: bytes, fd: int) -> bytes:
+    """Where a directory lies at this moment, relative to the root; OSError when it is too deep to say."""
+    path = os.readlink(proc_path(fd))
+    if path == root:
+        return b""
+    prefix = root.rstrip(b"/") + b"/"
+    if not path.startswith(prefix):
+        raise FileNotFoundError(errno.ENOENT, "not below the backing directory any more")
+    return path[len(prefix) :]
+
+
+# -------------------------------------------------------------- attributes
+
+
+@dataclass(frozen=True, slots=True)
+class AttributeChange:
+    """What a SETATTR asks for; None leaves a value as it is.  Times are (seconds, nanoseconds or UTIME_*)."""
+
+    mode: int | None = None
+    uid: int | None = None
+    gid: int | None = None
+    atime: tuple[int, int] | None = None
+    mtime: tuple[int, int] | None = None
+    strip_privileges: bool = False
+
+
+UTIME_NOW = (0, (1 << 30) - 1)
+UTIME_OMIT = (0, (1 << 30) - 2)
+
+
+def change_attributes(fd: int, change: AttributeChange) -> None:
+    """chmod, chown and utimensat of an inode, in the order in which the kernel itself applies them."""
+    if change.strip_privileges:
+        strip_privileges(fd)
+    if change.uid is not None or change.gid is not None:
+        keep = 0xFFFFFFFF
+        native.fchown(fd, keep if change.uid is None else change.uid, keep if change.gid is None else change.gid)
+    if change.mode is not None:
+        os.chmod(proc_path(fd), stat.S_IMODE(change.mode))
+    if change.atime is not None or change.mtime is not None:
+        native.utimensat(proc_path(fd), *(change.atime or UTIME_OMIT), *(change.mtime or UTIME_OMIT))
+
+
+def strip_privileges(fd: int) -> None:
+    """What a write by somebody without CAP_FSETID does: no set-uid, no set-gid on executables, no capabilities."""
+    mode = os.fstat(fd).st_mode
+    kept = mode & ~stat.S_ISUID
+    if mode & stat.S_IXGRP:
+        kept &= ~stat.S_ISGID
+    if kept != mode:
+        os.chmod(proc_path(fd), stat.S_IMODE(kept))
+    with suppress(OSError):
+        os.removexattr(proc_path(fd), "security.capability")
+
+
+def copy_metadata(source: int, target: int) -> None:
+    """Give a draft its base's owner, mode, ACL and extended attributes."""
+    have, want = os.fstat(target), os.fstat(source)
+    if (have.st_uid, have.st_gid) != (want.st_uid, want.st_gid):
+        # A root-squashing server refuses root: then the file belongs to whoever wrote it.
+        with suppress(PermissionError):
+            os.chown(target, want.st_uid, want.st_gid)
+    os.fchmod(target, stat.S_IMODE(want.st_mode))
+    path = proc_path(source)
+    try:
+        names = os.listxattr(path)
+    except OSError:
+        return
+    for name in names:
+        # A namespace that only root may write (trusted, security) stays behind for other daemons.
+        with suppress(OSError):
+            os.setxattr(target, name, os.getxattr(path, name))
+
+
+# ---------------------------------------------------------------- contents
+
+
+def copy_contents(source: int, target: int) -> None:
+    """Fill an empty draft with its base: by reflink, else by reading and writing.
+
+    Not by copy_file_range: pages that it leaves in the cache map at half the speed.
+    """
+    try:
+        fcntl.ioctl(target, FICLONE, source)
+        return
+    except OSError as error:
+        if error.errno not in OTHER_FILESYSTEM:
+            raise
+    offset, end = 0, os.fstat(source).st_size
+    while offset < end:
+        # Holes stay holes.
+        try:
+            offset = os.lseek(source, offset, os.SEEK_DATA)
+            data_end = os.lseek(source, offset, os.SEEK_HOLE)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                break
+            if error.errno != errno.EINVAL:
+                raise
+            data_end = end
+        while offset < data_end:
+            chunk = os.pread(source, min(COPY_CHUNK_BYTES, data_end - offset), offset)
+            if not chunk:
+                data_end = end = offset
+                break
+            write_all(target, chunk, offset)
+            offset += len(chunk)
+    if os.fstat(target).st_size < end:
+        os.ftruncate(target, end)
+
+
+def write_all(fd: int, data: bytes, offset: int) -> int:
+    """pwrite that goes on after a short write, so that the next call names the error; returns what was written."""
+    view, done = memoryview(data), 0
+    while done < len(view):
+        try:
+            written = os.pwrite(fd, view[done:], offset + done)
+        except OSError:
+            if done:
+                return done
+            raise
+        done += written
+    return done
+
+
+def allocate(fd: int, mode: int, offset: int, length: int) -> None:
+    """fallocate(2)"""
+    native.fallocate(fd, mode, offset, length)
+
+
+def read_full(fd: int, size: int, offset: int) -> bytes:
+    """pread that goes on after a short read: to a FUSE client a short answer means end of file."""
+    data = os.pread(fd, size, offset)
+    if not data or len(data) == size:
+        return data
+    parts, have = [data], len(data)
+    while have < size:
+        more = os.pread(fd, size - have, offset + have)
+        if not more:
+            break
+        parts.append(more)
+        have += len(more)
+    return b"".join(parts)
+
+
+# ----------------------------------------------------------------- publish
+
+
+def place(
+    fd: int, temp_name: bytes | None, directory: int, target: int, name: bytes, *, replace: bool, hidden: bytes
+) -> None:
+    """Make `name` in `target` show the draft's inode, in one step that no reader can see half of.
+
+    `directory` is where a draft with a `temp_name` lies.  Raises FileExistsError where `replace` is false and the
+    name is taken.  A draft without a name is linked; to replace with it, it is linked as `hidden` first.
+    """
+    if temp_name is None:
+        if not replace or identity_at(target, name) is None:
+            try:
+                link_inode(fd, target, name)
+                return
+            except FileExistsError:
+                if not replace:
+                    raise
+        link_inode(fd, target, hidden)
+        directory, temp_name = target, hidden
+        try:
+            rename(directory, temp_name, target, name, 0)
+        except OSError:
+            with suppress(OSError):
+                unlink(directory, hidden)
+            raise
+        return
+    if replace:
+        rename(directory, temp_name, target, name, 0)
+        return
+    try:
+        rename(directory, temp_name, target, name, RENAME_NOREPLACE)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        # link(2) never replaces either.  NFS can say EEXIST of its own repeated request: the link count tells.
+        try:
+            os.link(temp_name, name, src_dir_fd=directory, dst_dir_fd=target, follow_symlinks=False)
+        except FileExistsError:
+            if identity_at(target, name) != identity_of(os.fstat(fd)):
+                raise
+        unlink(directory, temp_name)
+
+
+def take_over(base: int, identity: Identity, directory: int, name: bytes, hidden: bytes) -> int | None:
+    """Rename a partial file into a draft: a descriptor to write it with, or None when the name shows another."""
+    if identity_at(directory, name) != identity:
+        return None
+    rename(directory, name, directory, hidden, 0)
+    if identity_at(directory, hidden) != identity:
+        # Somebody published between the look and the rename: his file goes back where it was.
+        rename(directory, hidden, directory, name, RENAME_NOREPLACE)
+        return None
+    return reopen(base, os.O_RDWR)

@@ -1,0 +1,242 @@
+"""One mount from start to end: wiring, signals, status, and an orderly shutdown.
+
+Order of the end: no new writers; publishes on their way are finished (at most `drain` seconds); what is still being
+written goes to quarantine; the mount is taken away; the record of this daemon is removed.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import resource
+import signal
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from safefs import __version__, backing
+from safefs.backing import Backing
+from safefs.config import Settings
+from safefs.control import control_socket, find_mount, sd_notify, serve_control
+from safefs.errors import SafefsError
+from safefs.files import Files
+from safefs.filesystem import FileSystem
+from safefs.fuse import mount
+from safefs.fuse.operations import Operations
+from safefs.native import native
+from safefs.publisher import Publisher
+from safefs.recovery import Recovery
+from safefs.state import DaemonRecord, StateDirectory
+from safefs.tree import Tree
+
+import pyfuse3  # isort: skip  (after the C extension: safefs/native.py)
+
+log = logging.getLogger(__name__)
+
+CAP_SYS_RESOURCE = 24
+MNT_DETACH = 2
+MIN_TASKS = 32
+MAX_TASKS = 100_000
+DESCRIPTORS_FOR_HANDLES = 2  # of this many parts of the limit one goes to nodes, the rest to open files
+SMALLEST_NODE_CACHE = 32
+LARGEST_NODE_CACHE = 262_144
+WANTED_DESCRIPTORS = 1_048_576
+NETWORK_NAME_CACHES = frozenset({"nfs", "nfs4"})
+
+
+def raise_descriptor_limit() -> int:
+    """Raise RLIMIT_NOFILE as far as it goes; returns what it is then."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < WANTED_DESCRIPTORS:
+        with suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (WANTED_DESCRIPTORS, WANTED_DESCRIPTORS))
+            return WANTED_DESCRIPTORS
+    with suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        return hard
+    return soft
+
+
+def node_cache_size(settings: Settings, limit: int) -> int:
+    """How many descriptors nodes may keep; the rest of the limit is for open files."""
+    if settings.max_descriptors is not None:
+        return settings.max_descriptors
+    return max(SMALLEST_NODE_CACHE, min(LARGEST_NODE_CACHE, limit // DESCRIPTORS_FOR_HANDLES))
+
+
+def filesystem_type(path: Path) -> str:
+    """The type of the filesystem that a directory lies on, as /proc/self/mountinfo names it."""
+    device = os.stat(path).st_dev
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    found = ""
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
+        for line in lines:
+            fields = line.split(" ")
+            if fields[2] == wanted:
+                found = fields[fields.index("-") + 1]
+    return found
+
+
+def has_posix_acl(path: Path) -> bool:
+    """Whether the backing answers for POSIX ACLs (ENODATA is an answer)."""
+    try:
+        os.getxattr(path, "system.posix_acl_access")
+    except OSError as error:
+        return error.errno == errno.ENODATA
+    return True
+
+
+class Daemon:
+    """One mount."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.started = time.time()
+        self.type = filesystem_type(settings.backing)
+        limit = raise_descriptor_limit()
+        self.backing = Backing(
+            settings.backing,
+            impersonate=settings.privileged,
+            max_threads=settings.max_threads,
+            temp=settings.temp,
+        )
+        self.state = StateDirectory(settings.state)
+        self.record = DaemonRecord(self.state, self.backing.node_id)
+        self.publisher = Publisher(self.backing, self.state, self.record)
+        self.fs = FileSystem(settings, self.backing, self.publisher, node_cache_size(settings, limit))
+        self.connection: mount.Connection | None = None
+        self.stopping = False
+
+    async def run(self, ready: Callable[[], None]) -> None:
+        """Mount, serve, and return once the mount is gone and everything is settled."""
+        recovery = Recovery(self.backing, self.state, self.record)
+        async with trio.open_nursery() as helpers:
+            helpers.start_soon(recovery.run)
+            helpers.start_soon(self.fs.sweep_tickets)
+            async with trio.open_nursery() as requests:
+                files = Files(self.fs, requests)
+                tree = Tree(self.fs, files, refresh_misses=self._refreshes_misses())
+                self._mount(Operations(self.fs, tree, files, requests))
+                await helpers.start(serve_control, control_socket(self.settings.mountpoint), self._answer)
+                helpers.start_soon(self._await_signals, files)
+                ready()
+                sd_notify("READY=1")
+                log.info("mounted %s on %s", self.settings.backing, self.settings.mountpoint)
+                try:
+                    await pyfuse3.main(MIN_TASKS, MAX_TASKS)
+                finally:
+                    with trio.CancelScope(shield=True):
+                        await self._end(files)
+                requests.cancel_scope.cancel()
+            helpers.cancel_scope.cancel()
+
+    def _refreshes_misses(self) -> bool:
+        choice = self.settings.negative_refresh
+        return choice == "on" or (choice == "auto" and self.type in NETWORK_NAME_CACHES)
+
+    def _mount(self, operations: Operations) -> None:
+        settings = self.settings
+        fd = mount.mount_as_root(settings) if settings.privileged else mount.mount_as_user(settings)
+        try:
+            acl = settings.default_permissions and has_posix_acl(settings.backing)
+            self.connection = mount.connect(operations, fd, mount.Features(posix_acl=acl))
+        except BaseException:
+            mount.umount(settings.mountpoint, settings.privileged, MNT_DETACH)
+            raise
+
+    # -------------------------------------------------------------- the end
+
+    async def _await_signals(self, files: Files) -> None:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+            async for number in signals:
+                if number == signal.SIGHUP or self.stopping:
+                    continue
+                log.info("%s: unmounting", signal.Signals(number).name)
+                self.stopping = True
+                sd_notify("STOPPING=1")
+                await self._drain(files, all_closed=False)
+                await trio.to_thread.run_sync(
+                    mount.umount, self.settings.mountpoint, self.settings.privileged, MNT_DETACH, abandon_on_cancel=True
+                )
+                pyfuse3.terminate()
+
+    async def _drain(self, files: Files, *, all_closed: bool) -> None:
+        self.fs.accepting = False
+        with trio.move_on_after(self.settings.drain_seconds) as scope:
+            await self.fs.ordering.wait_process(None)
+            await files.settle_all(all_closed=all_closed)
+        if scope.cancelled_caught:
+            log.error("gave up waiting for the backing after %g s of shutdown", self.settings.drain_seconds)
+
+    async def _end(self, files: Files) -> None:
+        """The main loop has ended: by umount, by a signal, or because the connection was aborted."""
+        unmounted = await trio.to_thread.run_sync(find_mount, self.settings.mountpoint) is None
+        await self._drain(files, all_closed=unmounted and not self.stopping)
+        if not unmounted:
+            await trio.to_thread.run_sync(
+                mount.umount, self.settings.mountpoint, self.settings.privileged, MNT_DETACH, abandon_on_cancel=True
+            )
+        pyfuse3.close(unmount=False)
+        with suppress(OSError):
+            await self.backing.run(backing.DAEMON, self.record.remove)
+        log.info("unmounted %s", self.settings.mountpoint)
+
+    # --------------------------------------------------------------- status
+
+    async def _answer(self, question: dict[str, Any]) -> dict[str, Any]:
+        if question.get("op") != "status":
+            raise SafefsError(f"unknown request {question.get('op')!r}", errno.EINVAL)
+        fs, connection = self.fs, self.connection
+        return {
+            "version": __version__,
+            "pid": os.getpid(),
+            "backing": os.fspath(self.settings.backing),
+            "mountpoint": os.fspath(self.settings.mountpoint),
+            "filesystem": self.type,
+            "node": self.backing.node_id,
+            "uptime_seconds": round(time.time() - self.started, 1),
+            "state": os.fspath(self.settings.state),
+            "draining": not fs.accepting,
+            "temp": "tmpfile" if self.backing.uses_tmpfile else "hidden",
+            "passthrough": bool(connection and connection.passthrough),
+            "inodes": len(fs.nodes),
+            "descriptors": fs.nodes.open_descriptors,
+            "descriptor_limit": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+            "open_files": len(fs.handles),
+            "drafts": len(fs.drafts),
+            "publishing": len(fs.ordering),
+            "busy_threads": self.backing.limiter.borrowed_tokens,
+            "counters": dict(self.publisher.counts),
+            "quarantine": await self.backing.run(backing.DAEMON, self.state.count),
+        }
+
+
+def run(settings: Settings, ready: Callable[[], None]) -> None:
+    """Serve one mount until it is unmounted; `ready` is called once clients can use it.  Raises SafefsError."""
+    os.umask(0)
+    daemon = Daemon(settings)
+    if settings.privileged:
+        # With it the daemon's writes would pass over the quotas of those it writes for.
+        native.drop_capability(CAP_SYS_RESOURCE)
+    try:
+        trio.run(daemon.run, ready)
+    except BaseExceptionGroup as group:
+        error = _first(group)
+        if isinstance(error, SafefsError):
+            raise error from None
+        if isinstance(error, OSError):
+            where = error.filename or settings.backing
+            raise SafefsError(f"{where}: {error.strerror}", error.errno or errno.EIO) from group
+        raise
+
+
+def _first(error: BaseException) -> BaseException:
+    """What went wrong first, inside the groups that nurseries make."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

@@ -1,0 +1,201 @@
+"""The life of a pending write.  Decides; does no I/O and never waits.
+
+A draft is what one family (the process that opened a name for writing, its threads and its descendants) writes until
+its last close.  It lives in rounds: what a round wrote is published, put into quarantine or discarded, and whoever
+still holds a descriptor after that and writes again starts the next round on top of what the round before left.
+
+`TRANSITIONS` is the whole machine; `Draft.move` refuses everything else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import TYPE_CHECKING
+
+from safefs.model import Caller, Closer, Identity, Process
+from safefs.rules import NameClass
+
+if TYPE_CHECKING:
+    from safefs.gate import Gate
+    from safefs.namespace import Node
+
+
+class DraftState(Enum):
+    """Where a round stands."""
+
+    WRITING = "writing"
+    PUBLISHING = "publishing"
+    PUBLISHED = "published"
+    QUARANTINED = "quarantined"
+    DISCARDED = "discarded"
+
+
+class DraftEvent(Enum):
+    """What can happen to a round."""
+
+    SEAL = auto()  # a close, rename or link that publishes
+    RENAMED = auto()  # the name shows it
+    REFUSED = auto()  # a check failed: its bytes are kept, its name is not touched
+    CANCELLED = auto()  # its own family unlinked it
+    WRITTEN = auto()  # a descriptor that outlived the round wrote again
+
+
+_S, _E = DraftState, DraftEvent
+TRANSITIONS: dict[tuple[DraftState, DraftEvent], DraftState] = {
+    (_S.WRITING, _E.SEAL): _S.PUBLISHING,
+    (_S.WRITING, _E.REFUSED): _S.QUARANTINED,
+    (_S.WRITING, _E.CANCELLED): _S.DISCARDED,
+    (_S.PUBLISHING, _E.RENAMED): _S.PUBLISHED,
+    (_S.PUBLISHING, _E.REFUSED): _S.QUARANTINED,
+    (_S.PUBLISHED, _E.WRITTEN): _S.WRITING,
+    (_S.PUBLISHED, _E.CANCELLED): _S.DISCARDED,
+    (_S.QUARANTINED, _E.CANCELLED): _S.DISCARDED,
+}
+
+
+class InvalidTransitionError(RuntimeError):
+    """A defect in safefs: an event that the state of a draft does not take."""
+
+
+@dataclass(slots=True)
+class Base:
+    """The version that a draft started from, kept alive by a descriptor."""
+
+    fd: int
+    identity: Identity
+
+
+@dataclass(slots=True, eq=False)
+class Draft:
+    """One pending write.  Descriptors are owned by the filesystem, which closes them when the draft ends."""
+
+    write_id: str
+    node: Node  # the nodeid that only the family sees
+    directory: Node
+    name: bytes
+    name_class: NameClass
+    caller: Caller
+    opener: Process | None
+    pidfd: int  # of the opener; -1 when it could not be had
+    fd: int  # the private inode, open for reading and writing
+    temp_name: bytes | None  # its hidden name, None for O_TMPFILE
+    shown_ino: int  # st_ino while it is a draft: never changes, so that descriptors can be recognised by it
+    gate: Gate
+    base: Base | None = None
+    created: bool = False  # by O_CREAT of a missing name
+    exclusive: bool = False  # by O_CREAT|O_EXCL
+    fresh: bool = False  # started from nothing: O_CREAT or O_TRUNC
+    prepared: bool = False  # the private inode has the content; before that reads go to the base
+    modified: bool = False  # there is something to publish
+    flushed: bool = False  # a living or exiting process closed after the last write
+    size: int = 0  # bytes that the file must have when it is sealed
+    error: int = 0  # errno of the first write that failed
+    closer: Closer = Closer.NOBODY
+    writers: int = 0  # open handles that can write
+    handles: int = 0  # open handles of any kind
+    reserved: int = 0  # opens on their way: a LOOKUP was answered with the draft, its OPEN has not come yet
+    listed: bool = False  # in the table of drafts
+    spare_fds: list[int] = field(default_factory=list)  # inodes of earlier rounds that handles may still read
+    state: DraftState = DraftState.WRITING
+
+    def move(self, event: DraftEvent) -> None:
+        """Take `event`, or raise InvalidTransitionError."""
+        target = TRANSITIONS.get((self.state, event))
+        if target is None:
+            raise InvalidTransitionError(f"draft {self.write_id} is {self.state.value}: it cannot take {event.name}")
+        self.state = target
+
+    @property
+    def discarded(self) -> bool:
+        return self.state is DraftState.DISCARDED
+
+    @property
+    def visible_to_family(self) -> bool:
+        """Whether its family finds it under its name."""
+        return self.state in (DraftState.WRITING, DraftState.PUBLISHING, DraftState.PUBLISHED)
+
+    @property
+    def pending(self) -> bool:
+        """Whether this round has something that is neither published nor kept."""
+        return self.modified and self.state is DraftState.WRITING
+
+
+class Decision(Enum):
+    """What a FLUSH does."""
+
+    PUBLISH = auto()
+    WAIT = auto()  # not provably the last close: a later FLUSH or RELEASE decides
+    LOOK_AGAIN = auto()  # a descendant may be about to lose its copy in execve
+
+
+@dataclass(frozen=True, slots=True)
+class FlushFacts:
+    """What was seen when a FLUSH arrived."""
+
+    closer: Closer
+    is_opener: bool  # the process that opened this handle closes
+    other_writers: bool  # another open handle of the draft can write
+    holds_another: bool = False  # the process has another writable descriptor on the file
+    descendant_holds: bool = False  # a descendant has one that survives execve
+
+
+def decide_flush(facts: FlushFacts) -> Decision:
+    """Publish only when this is provably the last close that can write; everything unsure waits for RELEASE."""
+    if facts.closer not in (Closer.ALIVE, Closer.EXITED) or not facts.is_opener or facts.other_writers:
+        return Decision.WAIT
+    if facts.holds_another:
+        return Decision.WAIT
+    return Decision.LOOK_AGAIN if facts.descendant_holds else Decision.PUBLISH
+
+
+class DraftTable:
+    """All live drafts, found by name and by directory."""
+
+    def __init__(self) -> None:
+        self._by_name: dict[tuple[int, bytes], list[Draft]] = {}
+        self._by_directory: dict[int, int] = {}
+
+    def __iter__(self) -> Iterator[Draft]:
+        for drafts in list(self._by_name.values()):
+            yield from list(drafts)
+
+    def __len__(self) -> int:
+        return sum(map(len, self._by_name.values()))
+
+    def add(self, draft: Draft) -> None:
+        nodeid = draft.directory.nodeid
+        self._by_name.setdefault((nodeid, draft.name), []).append(draft)
+        self._by_directory[nodeid] = self._by_directory.get(nodeid, 0) + 1
+
+    def discard(self, draft: Draft) -> None:
+        """Take a draft out; nothing happens when it is out already."""
+        key = (draft.directory.nodeid, draft.name)
+        drafts = self._by_name.get(key, [])
+        if draft not in drafts:
+            return
+        drafts.remove(draft)
+        if not drafts:
+            del self._by_name[key]
+        left = self._by_directory[key[0]] - 1
+        if left:
+            self._by_directory[key[0]] = left
+        else:
+            del self._by_directory[key[0]]
+
+    def named(self, directory: Node, name: bytes) -> list[Draft]:
+        return list(self._by_name.get((directory.nodeid, name), ()))
+
+    def has(self, directory: Node, name: bytes) -> bool:
+        return (directory.nodeid, name) in self._by_name
+
+    def below(self, directory: Node) -> list[Draft]:
+        """The drafts whose names are entries of `directory`."""
+        if directory.nodeid not in self._by_directory:
+            return []
+        return [draft for draft in self if draft.directory is directory]
+
+    def claims(self, directory: Node, name: bytes) -> bool:
+        """Whether a live O_EXCL creation has claimed the name."""
+        return any(draft.exclusive and draft.visible_to_family for draft in self.named(directory, name))

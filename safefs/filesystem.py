@@ -1,0 +1,368 @@
+"""What every operation of a mount shares: its tables, descriptors of nodes, attributes, and who belongs to a draft.
+
+Operations are in tree.py (names) and files.py (contents).  All state is touched on the trio loop only; whatever can
+block goes through `Backing.run`.  They raise OSError or SafefsError.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import time
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+
+import trio
+
+from safefs import backing, processes
+from safefs.backing import DAEMON, Backing
+from safefs.config import Settings
+from safefs.draft import Draft, DraftState, DraftTable
+from safefs.model import Caller, Identity, Process
+from safefs.namespace import ROOT_NODEID, Namespace, Node, Ticket, Tickets
+from safefs.native import native
+from safefs.ordering import Ordering
+from safefs.publisher import Publisher
+from safefs.rules import Match
+
+log = logging.getLogger(__name__)
+
+PROCESS_LOOK_SECONDS = 2.0  # how long a look at /proc may take before its result is given up
+TICKET_SWEEP_SECONDS = 1.0
+
+
+def failure(number: int) -> OSError:
+    return OSError(number, os.strerror(number))
+
+
+def close_all(descriptors: Iterable[int]) -> None:
+    for fd in descriptors:
+        with suppress(OSError):
+            os.close(fd)
+
+
+@dataclass(slots=True)
+class Entry:
+    """An inode as a client sees it."""
+
+    nodeid: int
+    status: os.stat_result
+    ino: int
+    nlink: int
+    entry_seconds: float
+    attr_seconds: float
+
+
+@dataclass(slots=True, eq=False)
+class Handle:
+    """An open file of a client.  Handles of a draft share its descriptor; others own theirs."""
+
+    number: int
+    node: Node
+    fd: int
+    caller: Caller
+    writable: bool
+    draft: Draft | None = None
+    opener_tgid: int = 0
+
+
+class FileSystem:
+    """The tables of one mount."""
+
+    def __init__(self, settings: Settings, store: Backing, publisher: Publisher, max_descriptors: int) -> None:
+        self.settings = settings
+        self.backing = store
+        self.publisher = publisher
+        self.nodes = Namespace(max_descriptors)
+        self.drafts = DraftTable()
+        self.tickets = Tickets()
+        self.ordering = Ordering()
+        self.handles: dict[int, Handle] = {}
+        self.accepting = True  # False while the daemon drains: no new writers
+        self.looks = trio.CapacityLimiter(64)  # threads that look at /proc
+        self._last_handle = 0
+        status = os.stat(store.root_fd)
+        self.root = self.nodes.create(backing.identity_of(status), status.st_mode, shown=True)
+        self.root.lookups = self.root.pins = 1
+        self.nodes.attach(self.root, os.dup(store.root_fd))
+
+    # ------------------------------------------------------------- nodes
+
+    def node(self, nodeid: int) -> Node:
+        node = self.nodes.get(nodeid)
+        if node is None:
+            raise failure(errno.ESTALE)
+        return node
+
+    @asynccontextmanager
+    async def pinned(self, *nodes: Node) -> AsyncIterator[None]:
+        """Keep the descriptors of nodes open; opens them again where the budget has closed them."""
+        for node in nodes:
+            node.pins += 1
+        try:
+            for node in nodes:
+                if node.fd < 0:
+                    await self._reopen(node)
+                else:
+                    self.nodes.touch(node)
+            yield
+        finally:
+            for node in nodes:
+                self.unpin(node)
+
+    def unpin(self, node: Node) -> None:
+        node.pins -= 1
+        close_all(self.nodes.drop_if_idle(node))
+
+    async def _reopen(self, node: Node) -> None:
+        fd = await self._open_by_file_handle(node)
+        if fd < 0:
+            parent = self.nodes.get(node.parent)
+            if parent is None or parent is node:
+                raise failure(errno.ESTALE)
+            async with self.pinned(parent):
+                fd = await self.backing.run(DAEMON, self._open_by_name, parent.fd, node.name, node.identity)
+        if node.fd >= 0:
+            os.close(fd)  # another request was quicker
+        else:
+            close_all(self.nodes.attach(node, fd))
+
+    async def _open_by_file_handle(self, node: Node) -> int:
+        if node.file_handle is None:
+            return -1
+        try:
+            return await self.backing.run(
+                DAEMON, native.open_by_handle, self.backing.root_fd, node.file_handle, os.O_PATH | os.O_NOFOLLOW
+            )
+        except OSError:
+            return -1
+
+    @staticmethod
+    def _open_by_name(directory: int, name: bytes, identity: Identity) -> int:
+        try:
+            fd, status = backing.find(directory, name)
+        except FileNotFoundError:
+            raise failure(errno.ESTALE) from None
+        if backing.identity_of(status) != identity:
+            os.close(fd)
+            raise failure(errno.ESTALE)
+        return fd
+
+    def intern(self, fd: int, status: os.stat_result, parent: Node, name: bytes) -> Node:
+        """The node of an inode that was just found under a name; takes the descriptor over."""
+        identity = backing.identity_of(status)
+        node = self.nodes.find(identity)
+        if node is not None and node.fd < 0 and not self._same_inode(node, fd):
+            self.nodes.hide(node)  # the number was used again while nobody held the inode
+            node = None
+        if node is None:
+            node = self.nodes.create(identity, status.st_mode, shown=True)
+            node.file_handle = self._file_handle(fd)
+        if node.fd < 0:
+            close_all(self.nodes.attach(node, fd))
+        else:
+            os.close(fd)
+            self.nodes.touch(node)
+        if node.nodeid != ROOT_NODEID:
+            node.parent, node.name = parent.nodeid, name
+        node.mode = status.st_mode
+        return node
+
+    def _file_handle(self, fd: int) -> bytes | None:
+        """A handle that survives the descriptor, where the backing makes them and the daemon may open them."""
+        if not self.backing.impersonate:
+            return None
+        try:
+            return native.name_to_handle(fd)
+        except OSError:
+            return None
+
+    def _same_inode(self, node: Node, fd: int) -> bool:
+        return node.file_handle is not None and node.file_handle == self._file_handle(fd)
+
+    async def forget(self, references: Iterable[tuple[int, int]]) -> None:
+        for nodeid, count in references:
+            close_all(self.nodes.forget(nodeid, count))
+
+    def classify(self, directory: Node, name: bytes) -> Match:
+        rules = self.settings.rules
+        return rules.classify(name, self._path(directory) if rules.uses_paths else b"")
+
+    def _path(self, directory: Node) -> bytes:
+        """The directory's path below the root, as far as the mount has walked it."""
+        parts: list[bytes] = []
+        node: Node | None = directory
+        while node is not None and node is not self.root and len(parts) < 2048:
+            parts.append(node.name)
+            node = self.nodes.get(node.parent)
+        return b"/".join(reversed(parts))
+
+    # -------------------------------------------------------- attributes
+
+    def entry(self, node: Node, status: os.stat_result, *, cached: bool = True) -> Entry:
+        """A version, directory or other inode."""
+        seconds = (self.settings.entry_timeout_seconds, self.settings.attr_timeout_seconds) if cached else (0.0, 0.0)
+        return Entry(node.nodeid, status, status.st_ino, status.st_nlink, *seconds)
+
+    def draft_entry(self, draft: Draft, status: os.stat_result) -> Entry:
+        """A draft: never cached, always the same st_ino, and a link count as if it had its name."""
+        nlink = 0 if draft.discarded else max(1, status.st_nlink if draft.state is DraftState.PUBLISHED else 1)
+        return Entry(draft.node.nodeid, status, draft.shown_ino, nlink, 0.0, 0.0)
+
+    def content_fd(self, draft: Draft) -> int:
+        """Where a draft's content is: its own inode, or its base until the first write."""
+        return draft.fd if draft.prepared or draft.base is None else draft.base.fd
+
+    # ---------------------------------------------------------- families
+
+    async def look(self, function: object, *arguments: object) -> object:
+        """Look at a process in a thread; None when that takes too long."""
+        with trio.move_on_after(PROCESS_LOOK_SECONDS):
+            return await trio.to_thread.run_sync(
+                function, *arguments, abandon_on_cancel=True, limiter=self.looks  # type: ignore[arg-type]
+            )
+        return None
+
+    async def identify(self, tid: int) -> Process | None:
+        found = await self.look(processes.identify, tid)
+        return found if isinstance(found, Process) else None
+
+    async def family_draft(self, directory: Node, name: bytes, tid: int) -> Draft | None:
+        """The draft of this name that belongs to the family of the calling thread."""
+        drafts = [draft for draft in self.drafts.named(directory, name) if draft.visible_to_family and draft.opener]
+        if not drafts:
+            return None
+        chain = await self.look(processes.ancestry, tid)
+        if not isinstance(chain, list):
+            return None
+        for draft in reversed(drafts):
+            opener = draft.opener
+            if opener is not None and opener.tgid in chain and processes.is_alive(draft.pidfd):
+                return draft if draft.visible_to_family else None
+        return None
+
+    async def wait_turn(self, caller: Caller) -> None:
+        """Changes of names wait for what the same process closed before (docs/semantics.md, "Order")."""
+        if self.ordering:
+            await self.ordering.wait_process(await self.identify(caller.pid))
+
+    # ----------------------------------------------------------- handles
+
+    def add_handle(self, handle_of: Node, fd: int, caller: Caller, *, writable: bool) -> Handle:
+        self._last_handle += 1
+        handle = Handle(self._last_handle, handle_of, fd, caller, writable)
+        self.handles[handle.number] = handle
+        handle_of.opens += 1
+        return handle
+
+    def handle(self, number: int) -> Handle:
+        try:
+            return self.handles[number]
+        except KeyError:
+            raise failure(errno.EBADF) from None
+
+    def remove_handle(self, handle: Handle) -> None:
+        self.handles.pop(handle.number, None)
+        handle.node.opens -= 1
+        if handle.fd >= 0:
+            close_all([handle.fd])
+        close_all(self.nodes.drop_if_idle(handle.node))
+
+    # ------------------------------------------------------------ drafts
+
+    def list_draft(self, draft: Draft) -> None:
+        self.drafts.add(draft)
+        draft.listed = True
+        draft.node.draft = draft
+        draft.directory.pins += 1
+
+    def rename_draft(self, draft: Draft, directory: Node, name: bytes) -> None:
+        """The draft's file goes by another name from now on."""
+        directory.pins += 1
+        if draft.listed:
+            self.drafts.discard(draft)
+        old, draft.directory, draft.name = draft.directory, directory, name
+        if draft.listed:
+            self.drafts.add(draft)
+        self.unpin(old)
+        draft.node.parent, draft.node.name = directory.nodeid, name
+
+    def unlist_draft(self, draft: Draft) -> None:
+        """Nobody finds the draft by its name any more."""
+        if draft.listed:
+            draft.listed = False
+            self.drafts.discard(draft)
+
+    @asynccontextmanager
+    async def inode(self, node: Node) -> AsyncIterator[int]:
+        """A descriptor of what a node shows, be it a draft or not."""
+        if node.draft is not None:
+            yield self.content_fd(node.draft)
+            return
+        async with self.pinned(node):
+            yield node.fd
+
+    def _is_done(self, draft: Draft) -> bool:
+        busy = draft.writers or draft.reserved or draft.pending or draft.state is DraftState.PUBLISHING
+        return not busy and draft.node.draft is draft
+
+    async def end_draft(self, draft: Draft) -> None:
+        """Close the books on a draft that nobody can write to any more: its node stands for a version from now on."""
+        if self._is_done(draft):
+            fd = await self.backing.run(DAEMON, os.open, backing.proc_path(self.content_fd(draft)), os.O_PATH)
+            if self._is_done(draft):
+                self._become_version(draft, fd)
+            else:
+                os.close(fd)
+        if draft.node.draft is not draft and not draft.handles:
+            await self._close_draft(draft)
+        close_all(self.nodes.drop_if_idle(draft.node))
+
+    def _become_version(self, draft: Draft, fd: int) -> None:
+        node = draft.node
+        self.unlist_draft(draft)
+        node.draft = None
+        close_all(self.nodes.attach(node, fd))
+        if draft.state is DraftState.PUBLISHED:
+            node.file_handle = self._file_handle(fd)
+            self.nodes.show(node, backing.identity_of(os.fstat(fd)))
+
+    async def _close_draft(self, draft: Draft) -> None:
+        if draft.fd < 0:
+            return
+        descriptors = [draft.fd, draft.pidfd, *draft.spare_fds, *([draft.base.fd] if draft.base else [])]
+        draft.fd = draft.pidfd = -1
+        try:
+            if draft.temp_name is not None:  # an empty hidden temp: nothing was ever written to it
+                with suppress(OSError):
+                    await self.backing.run(DAEMON, backing.unlink, draft.directory.fd, draft.temp_name)
+        finally:
+            close_all(fd for fd in descriptors if fd >= 0)
+            self.unpin(draft.directory)
+
+    # ----------------------------------------------------------- tickets
+
+    def ticket(self, caller: Caller) -> Ticket | None:
+        return self.tickets.peek(caller.pid, time.monotonic()) if caller.pid and len(self.tickets) else None
+
+    def redirect(self, node: Node, caller: Caller, *, write: bool) -> OSError:
+        """Send the caller's open through the path again (kernel: fs/namei.c, do_filp_open retries ESTALE once)."""
+        self.tickets.issue(caller.pid, node.nodeid, write=write, now=time.monotonic())
+        return failure(errno.ESTALE)
+
+    def end_ticket(self, ticket: Ticket | None) -> None:
+        if ticket is not None and ticket.draft is not None:
+            ticket.draft.reserved -= 1
+
+    async def sweep_tickets(self) -> None:
+        """Give back what opens reserved whose thread was killed on its way."""
+        while True:
+            await trio.sleep(TICKET_SWEEP_SECONDS)
+            for ticket in self.tickets.expire(time.monotonic()):
+                self.end_ticket(ticket)
+                if ticket.draft is not None:
+                    await self.end_draft(ticket.draft)
+
+

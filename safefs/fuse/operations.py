@@ -1,0 +1,370 @@
+"""Translation between FUSE requests and the file system, and the one error boundary.
+
+An exception that is no FUSEError ends pyfuse3's main loop, and with it the mount for everybody.  So every handler
+goes through `translated`: OSError and SafefsError become their errno, anything else is logged and becomes EIO.
+
+Requests that pyfuse3 does not know, or does not tell enough about, arrive as `on_*` calls of the C extension.  These
+run synchronously when the request is received, which is what the order of publishes rests on.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+import pyfuse3
+import trio
+
+from safefs.backing import UTIME_NOW, AttributeChange
+from safefs.errors import SafefsError
+from safefs.files import Files, Opened
+from safefs.filesystem import Entry, FileSystem, Handle
+from safefs.model import Caller
+from safefs.native import native
+from safefs.tree import Tree
+
+log = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# libfuse's to_set bits of a SETATTR (fuse_lowlevel.h).
+SET_MODE, SET_UID, SET_GID, SET_SIZE, SET_ATIME, SET_MTIME = 1 << 0, 1 << 1, 1 << 2, 1 << 3, 1 << 4, 1 << 5
+SET_ATIME_NOW, SET_MTIME_NOW = 1 << 7, 1 << 8
+
+BLOCK_BYTES = 4096
+
+
+def error_number(error: BaseException, operation: str) -> int:
+    """The errno that a client gets for an exception."""
+    if isinstance(error, (OSError, SafefsError)):
+        return error.errno or errno.EIO
+    log.error("a defect in safefs, in %s; the client gets EIO", operation, exc_info=error)
+    return errno.EIO
+
+
+def translated(handler: Callable[P, Awaitable[R]]) -> Callable[P, Awaitable[R]]:
+    """The error boundary of handlers that pyfuse3 calls."""
+
+    @wraps(handler)
+    async def bounded(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return await handler(*args, **kwargs)
+        except pyfuse3.FUSEError:
+            raise
+        except Exception as error:
+            raise pyfuse3.FUSEError(error_number(error, handler.__name__)) from None
+
+    return bounded
+
+
+def caller_of(context: pyfuse3.RequestContext | native.Request) -> Caller:
+    return Caller(context.uid, context.gid, context.pid, context.umask)
+
+
+def attributes_of(entry: Entry) -> pyfuse3.EntryAttributes:
+    """pyfuse3's form of an entry; the C extension takes the st_ino from `generation`."""
+    status, shown = entry.status, pyfuse3.EntryAttributes()
+    shown.st_ino = pyfuse3.InodeT(entry.nodeid)
+    shown.generation = entry.ino
+    shown.entry_timeout = entry.entry_seconds
+    shown.attr_timeout = entry.attr_seconds
+    shown.st_mode = pyfuse3.ModeT(status.st_mode)
+    shown.st_nlink = entry.nlink
+    shown.st_uid = status.st_uid
+    shown.st_gid = status.st_gid
+    shown.st_rdev = status.st_rdev
+    shown.st_size = status.st_size
+    shown.st_blksize = status.st_blksize or BLOCK_BYTES
+    shown.st_blocks = status.st_blocks
+    shown.st_atime_ns = status.st_atime_ns
+    shown.st_mtime_ns = status.st_mtime_ns
+    shown.st_ctime_ns = status.st_ctime_ns
+    return shown
+
+
+def reply_attributes(request: native.Request, entry: Entry) -> None:
+    status = entry.status
+    request.reply_attr(
+        entry.ino,
+        status.st_mode,
+        entry.nlink,
+        status.st_uid,
+        status.st_gid,
+        status.st_rdev,
+        status.st_size,
+        status.st_blksize or BLOCK_BYTES,
+        status.st_blocks,
+        status.st_atime_ns,
+        status.st_mtime_ns,
+        status.st_ctime_ns,
+        entry.attr_seconds,
+    )
+
+
+def file_info(opened: Opened) -> pyfuse3.FileInfo:
+    number = opened.handle.number
+    if not opened.handle.writable:
+        number |= native.FH_NOFLUSH
+    return pyfuse3.FileInfo(
+        fh=pyfuse3.FileHandleT(number), direct_io=opened.direct_io, keep_cache=opened.keep_cache and not opened.direct_io
+    )
+
+
+class Operations(pyfuse3.Operations):
+    """The request handlers of one mount."""
+
+    supports_dot_lookup = False
+    enable_writeback_cache = False
+    enable_acl = False  # asked for by the INIT handover, where the backing has ACLs
+
+    def __init__(self, filesystem: FileSystem, tree: Tree, files: Files, nursery: trio.Nursery) -> None:
+        super().__init__()
+        self._fs = filesystem
+        self._tree = tree
+        self._files = files
+        self._nursery = nursery
+
+    # -------------------------------------------------------------- names
+
+    @translated
+    async def lookup(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        return attributes_of(await self._tree.lookup(parent_inode, name, caller_of(ctx)))
+
+    @translated
+    async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
+        await self._fs.forget(inode_list)
+
+    @translated
+    async def readlink(self, inode: int, ctx: pyfuse3.RequestContext) -> bytes:
+        return await self._tree.readlink(inode, caller_of(ctx))
+
+    @translated
+    async def mknod(
+        self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        return attributes_of(await self._tree.mknod(parent_inode, name, mode, rdev, caller_of(ctx)))
+
+    @translated
+    async def mkdir(
+        self, parent_inode: int, name: bytes, mode: int, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        return attributes_of(await self._tree.mkdir(parent_inode, name, mode, caller_of(ctx)))
+
+    @translated
+    async def unlink(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
+        await self._tree.unlink(parent_inode, name, caller_of(ctx))
+
+    @translated
+    async def rmdir(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
+        await self._tree.rmdir(parent_inode, name, caller_of(ctx))
+
+    @translated
+    async def symlink(
+        self, parent_inode: int, name: bytes, target: bytes, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        return attributes_of(await self._tree.symlink(parent_inode, name, target, caller_of(ctx)))
+
+    @translated
+    async def rename(
+        self,
+        parent_inode_old: int,
+        name_old: bytes,
+        parent_inode_new: int,
+        name_new: bytes,
+        flags: int,
+        ctx: pyfuse3.RequestContext,
+    ) -> None:
+        await self._tree.rename(parent_inode_old, name_old, parent_inode_new, name_new, flags, caller_of(ctx))
+
+    @translated
+    async def link(
+        self, inode: int, new_parent_inode: int, new_name: bytes, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        return attributes_of(await self._tree.link(inode, new_parent_inode, new_name, caller_of(ctx)))
+
+    @translated
+    async def access(self, inode: int, mode: int, ctx: pyfuse3.RequestContext) -> bool:
+        return await self._tree.access(inode, mode, caller_of(ctx))
+
+    @translated
+    async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
+        status, shown = await self._tree.statfs(caller_of(ctx)), pyfuse3.StatvfsData()
+        for name in ("bsize", "frsize", "blocks", "bfree", "bavail", "files", "ffree", "favail", "namemax"):
+            setattr(shown, f"f_{name}", getattr(status, f"f_{name}"))
+        return shown
+
+    # -------------------------------------------------------- directories
+
+    @translated
+    async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
+        return await self._tree.opendir(inode, caller_of(ctx))
+
+    @translated
+    async def releasedir(self, fh: int) -> None:
+        await self._tree.releasedir(fh)
+
+    @translated
+    async def fsyncdir(self, fh: int, datasync: bool) -> None:
+        await self._tree.fsyncdir(fh)
+
+    # ----------------------------------------------------------- contents
+
+    @translated
+    async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
+        return file_info(await self._files.open(inode, flags, caller_of(ctx)))
+
+    @translated
+    async def create(
+        self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: pyfuse3.RequestContext
+    ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
+        opened, entry = await self._files.create(parent_inode, name, mode, flags, caller_of(ctx))
+        return file_info(opened), attributes_of(entry)
+
+    @translated
+    async def read(self, fh: int, off: int, size: int) -> bytes:
+        return await self._files.read(fh, off, size)
+
+    @translated
+    async def write(self, fh: int, off: int, buf: bytes) -> int:
+        return await self._files.write(fh, off, buf)
+
+    @translated
+    async def fsync(self, fh: int, datasync: bool) -> None:
+        await self._files.fsync(fh, datasync)
+
+    # -------------------------------------------------------------- xattrs
+
+    @translated
+    async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
+        return await self._tree.getxattr(inode, name, caller_of(ctx))
+
+    @translated
+    async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> Sequence[bytes]:
+        return await self._tree.listxattr(inode, caller_of(ctx))
+
+    @translated
+    async def removexattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
+        await self._tree.removexattr(inode, name, caller_of(ctx))
+
+    # ----------------------------------------- requests of the C extension
+
+    def _start(self, request: native.Request, work: Callable[..., Awaitable[None]], *arguments: Any) -> None:
+        self._nursery.start_soon(self._finish, request, work, arguments)
+
+    async def _finish(
+        self, request: native.Request, work: Callable[..., Awaitable[None]], arguments: tuple[Any, ...]
+    ) -> None:
+        try:
+            await work(request, *arguments)
+        except Exception as error:
+            number = error_number(error, work.__name__)
+            if not request.answered:
+                request.reply_err(number)
+
+    def on_getattr(self, request: native.Request, nodeid: int, number: int, with_handle: int) -> None:
+        self._start(request, self._getattr, nodeid)
+
+    async def _getattr(self, request: native.Request, nodeid: int) -> None:
+        reply_attributes(request, await self._tree.getattr(nodeid))
+
+    def on_setattr(
+        self,
+        request: native.Request,
+        nodeid: int,
+        valid: int,
+        mode: int,
+        uid: int,
+        gid: int,
+        size: int,
+        atime: int,
+        atime_ns: int,
+        mtime: int,
+        mtime_ns: int,
+        number: int,
+        with_handle: int,
+    ) -> None:
+        change = AttributeChange(
+            mode=mode if valid & SET_MODE else None,
+            uid=uid if valid & SET_UID else None,
+            gid=gid if valid & SET_GID else None,
+            atime=UTIME_NOW if valid & SET_ATIME_NOW else (atime, atime_ns) if valid & SET_ATIME else None,
+            mtime=UTIME_NOW if valid & SET_MTIME_NOW else (mtime, mtime_ns) if valid & SET_MTIME else None,
+            # With FUSE_HANDLE_KILLPRIV_V2 a SETATTR of nothing asks for the set-id bits to go (fs/fuse/dir.c).
+            strip_privileges=not valid or bool(valid & SET_SIZE and request.uid),
+        )
+        new_size = size if valid & SET_SIZE else None
+        self._start(request, self._setattr, nodeid, change, new_size, number if with_handle else None)
+
+    async def _setattr(
+        self, request: native.Request, nodeid: int, change: AttributeChange, size: int | None, number: int | None
+    ) -> None:
+        caller, node = caller_of(request), self._fs.node(nodeid)
+        if size is not None:
+            await self._files.set_size(node, size, number, caller)
+        if size is None or change != AttributeChange(strip_privileges=change.strip_privileges):
+            await self._files.change_attributes(node, change, caller)
+        reply_attributes(request, await self._tree.getattr(nodeid))
+
+    def on_flush(self, request: native.Request, number: int) -> None:
+        handle = self._fs.handles.get(number)
+        if handle is None or handle.draft is None or not handle.writable:
+            request.reply_err(0)
+        else:
+            self._start(request, self._flush, handle)
+
+    async def _flush(self, request: native.Request, handle: Handle) -> None:
+        await self._files.flush(handle, request.pid)
+        request.reply_err(0)
+
+    def on_release(self, request: native.Request, number: int) -> None:
+        request.reply_err(0)
+        handle = self._fs.handles.get(number)
+        if handle is not None:
+            self._start(request, self._release, handle, self._files.begin_release(handle))
+
+    async def _release(self, request: native.Request, handle: Handle, publishing: Any) -> None:
+        await self._files.release(handle, publishing)
+
+    def on_readdir(self, request: native.Request, number: int, offset: int, size: int) -> None:
+        self._start(request, self._readdir, number, offset, size)
+
+    async def _readdir(self, request: native.Request, number: int, offset: int, size: int) -> None:
+        request.reply_buffer(await self._tree.readdir(number, offset, size))
+
+    def on_setxattr(self, request: native.Request, nodeid: int, name: bytes, value: bytes, flags: int) -> None:
+        self._start(request, self._setxattr, nodeid, name, value, flags)
+
+    async def _setxattr(self, request: native.Request, nodeid: int, name: bytes, value: bytes, flags: int) -> None:
+        await self._tree.setxattr(nodeid, name, value, flags, caller_of(request))
+        request.reply_err(0)
+
+    def on_fallocate(self, request: native.Request, number: int, mode: int, offset: int, length: int) -> None:
+        self._start(request, self._fallocate, number, mode, offset, length)
+
+    async def _fallocate(self, request: native.Request, number: int, mode: int, offset: int, length: int) -> None:
+        await self._files.fallocate(number, mode, offset, length)
+        request.reply_err(0)
+
+    def on_lseek(self, request: native.Request, number: int, offset: int, whence: int) -> None:
+        self._start(request, self._lseek, number, offset, whence)
+
+    async def _lseek(self, request: native.Request, number: int, offset: int, whence: int) -> None:
+        request.reply_offset(await self._files.lseek(number, offset, whence))
+
+    def on_copy_file_range(
+        self, request: native.Request, source: int, source_offset: int, target: int, target_offset: int,
+        length: int, flags: int,
+    ) -> None:
+        self._start(request, self._copy_file_range, source, source_offset, target, target_offset, length)
+
+    async def _copy_file_range(
+        self, request: native.Request, source: int, source_offset: int, target: int, target_offset: int, length: int
+    ) -> None:
+        request.reply_count(
+            await self._files.copy_file_range(source, source_offset, target, target_offset, length)
+        )
+

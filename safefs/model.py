@@ -1,0 +1,42 @@
+"""Frozen values that every layer speaks of: who asks, and who closed last."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """The filesystem identity of the thread that sent a request (fuse_ctx; uid and gid are its fsuid and fsgid)."""
+
+    uid: int
+    gid: int
+    pid: int = 0
+    umask: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """One inode of the backing filesystem.  Reliable only while something keeps the inode alive: numbers recur."""
+
+    dev: int
+    ino: int
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """A client process: the thread group and the session (setsid(2)) it belongs to, as the daemon numbers them."""
+
+    tgid: int
+    session: int
+
+
+class Closer(Enum):
+    """What is known of the process that closed a descriptor last."""
+
+    NOBODY = "nobody has closed yet"
+    ALIVE = "a living process"
+    EXITED = "an exiting process"
+    KILLED = "a process killed by a signal"
+    UNKNOWN = "a process that could not be looked at"

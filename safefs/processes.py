@@ -1,0 +1,154 @@
+"""What the daemon can see of client processes, in /proc.  Every function blocks: call them in a worker thread.
+
+Some files of /proc are off limits.  While a client waits for a FLUSH that its execve sent (close-on-exec), reading
+/proc/PID/{stat,maps,exe,fd/N,…} of it waits for that very FLUSH: daemon, `ps` and machine would hang for good.
+`status`, `fdinfo`, listings of directories and `children` are safe.  `stat`, which alone tells how a process ended, is
+read only of a thread without `VmSize`, which is exiting and can no longer be in execve.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+from collections.abc import Iterator
+
+from safefs.model import Closer, Process
+
+PF_SIGNALED = 0x400  # include/linux/sched.h
+MAX_DEPTH = 128
+MAX_DESCENDANTS = 4096
+
+
+def _read(path: str) -> str | None:
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read()
+    except OSError:
+        return None
+
+
+def _field(status: str, name: str) -> int:
+    """The first number of a line of /proc/PID/status, 0 when there is none."""
+    _, found, rest = status.partition(f"\n{name}:")
+    return int(rest.split(None, 1)[0]) if found else 0
+
+
+def identify(tid: int) -> Process | None:
+    """The process of a thread; None when it is gone or cannot be seen (another pid namespace)."""
+    status = _read(f"/proc/{tid}/status") if tid > 0 else None
+    if status is None:
+        return None
+    return Process(_field(status, "Tgid"), _field(status, "NSsid"))
+
+
+def groups(tid: int) -> tuple[int, ...]:
+    """Supplementary groups of a thread; none when it is gone."""
+    status = _read(f"/proc/{tid}/status") if tid > 0 else None
+    if status is None:
+        return ()
+    _, _, rest = status.partition("\nGroups:")
+    return tuple(map(int, rest.partition("\n")[0].split()))
+
+
+def ancestry(tid: int) -> list[int]:
+    """Thread group ids of the thread's process, its parent, and so on up."""
+    chain: list[int] = []
+    while tid > 0 and len(chain) < MAX_DEPTH:
+        status = _read(f"/proc/{tid}/status")
+        if status is None:
+            break
+        chain.append(_field(status, "Tgid"))
+        tid = _field(status, "PPid")
+    return chain
+
+
+def closer_of(tid: int) -> tuple[int, Closer]:
+    """Thread group id of a thread that sent FLUSH, and whether it lives, exits or was killed."""
+    status = _read(f"/proc/{tid}/status") if tid > 0 else None
+    if status is None:
+        return 0, Closer.UNKNOWN
+    tgid = _field(status, "Tgid")
+    if "\nVmSize:" in status:
+        return tgid, Closer.ALIVE
+    stat = _read(f"/proc/{tid}/stat")
+    if stat is None:
+        return tgid, Closer.UNKNOWN
+    fields = stat[stat.rindex(")") + 2 :].split()
+    flags, exit_code = int(fields[6]), int(fields[49])
+    if exit_code & 0x7F:
+        return tgid, Closer.KILLED
+    # Without the right to trace the process exit_code reads 0.  PF_SIGNALED is also set when threads of a process
+    # that exits by itself are ended, so it only counts where the truth is hidden: then what is unsure is refused.
+    if exit_code == 0 and flags & PF_SIGNALED and not _exit_code_visible(tid):
+        return tgid, Closer.KILLED
+    return tgid, Closer.EXITED
+
+
+def _exit_code_visible(tid: int) -> bool:
+    return _read(f"/proc/{tid}/syscall") is not None
+
+
+def writable_descriptors(tgid: int, ino: int) -> list[bool]:
+    """For each writable descriptor of the process on a file with this st_ino: whether execve closes it.
+
+    A file of another filesystem with the same number is counted too; the only harm is a publish that comes later.
+    """
+    found: list[bool] = []
+    directory = f"/proc/{tgid}/fdinfo"
+    try:
+        names = os.listdir(directory)
+    except OSError:
+        return found
+    wanted = f"ino:\t{ino}\n"
+    for name in names:
+        text = _read(f"{directory}/{name}")
+        if text is None or wanted not in text:
+            continue
+        flags = int(text.partition("flags:")[2].split(None, 1)[0], 8)
+        if flags & os.O_ACCMODE:
+            found.append(bool(flags & os.O_CLOEXEC))
+    return found
+
+
+def descendants(tgid: int) -> Iterator[int]:
+    """Thread group ids of all living descendants that are still linked to the process."""
+    waiting, count = [tgid], 0
+    while waiting and count < MAX_DESCENDANTS:
+        parent = waiting.pop()
+        try:
+            threads = os.listdir(f"/proc/{parent}/task")
+        except OSError:
+            continue
+        for thread in threads:
+            for child in (_read(f"/proc/{parent}/task/{thread}/children") or "").split():
+                count += 1
+                waiting.append(int(child))
+                yield int(child)
+
+
+def descendant_holds(tgid: int, ino: int) -> bool:
+    """Whether a descendant has a writable descriptor on the file that survives execve."""
+    return any(not closes for child in descendants(tgid) for closes in writable_descriptors(child, ino))
+
+
+def is_alive(pidfd: int) -> bool:
+    """Whether the process behind a pidfd has not ended (a pidfd becomes readable when it does)."""
+    if pidfd < 0:
+        return False
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return not poll.poll(0)
+
+
+def open_pidfd(tgid: int) -> int:
+    """A descriptor of the process, so that a later one with its number is not taken for it; -1 when it is gone."""
+    try:
+        return os.pidfd_open(tgid)
+    except OSError:
+        return -1
+
+
+def start_time(pid: int) -> int:
+    """When a process started, in clock ticks since boot; 0 when it is gone.  Only for daemons, never for clients."""
+    stat = _read(f"/proc/{pid}/stat")
+    return int(stat[stat.rindex(")") + 2 :].split()[19]) if stat else 0

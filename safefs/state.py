@@ -1,0 +1,154 @@
+"""The state directory of a backing: the quarantine, and a record of every daemon that works on it.
+
+It lies at the backing's root (`.safefs`), out of reach of the mounts, so that the bytes of a refused draft get there
+by a link and not by a copy.  Everything here blocks and runs in worker threads; nothing here is on the way of a
+write that goes well, but for one line per directory of `DaemonRecord.note_directory`.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import secrets
+import socket
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from safefs.backing import copy_contents, link_inode, sync_directory
+from safefs.errors import SafefsError
+from safefs.processes import start_time
+
+RECORD_VERSION = 1
+QUARANTINE = "quarantine"
+DAEMONS = "daemons"
+
+
+def _read_first_line(path: str) -> str:
+    try:
+        with open(path, encoding="ascii") as file:
+            return file.readline().strip()
+    except OSError:
+        return ""
+
+
+def host_identity() -> dict[str, Any]:
+    """What tells this daemon from others: the boot it lives in, its pid namespace, its process."""
+    return {
+        "version": RECORD_VERSION,
+        "host": socket.gethostname(),
+        "machine": _read_first_line("/etc/machine-id"),
+        "boot": _read_first_line("/proc/sys/kernel/random/boot_id"),
+        "pid_namespace": os.stat("/proc/self/ns/pid").st_ino,
+        "pid": os.getpid(),
+        "start": start_time(os.getpid()),
+    }
+
+
+class StateDirectory:
+    """The quarantine and the daemons' records below one state directory."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            path.mkdir(mode=0o700, exist_ok=True)
+            for name in (QUARANTINE, DAEMONS):
+                (path / name).mkdir(mode=0o700, exist_ok=True)
+        except OSError as error:
+            raise SafefsError(
+                f"cannot keep state in {path}: {error.strerror}; name a directory that safefs may write to with "
+                f"-o state=DIR",
+                error.errno or errno.EIO,
+            ) from None
+        self.quarantine_fd = os.open(path / QUARANTINE, os.O_PATH | os.O_DIRECTORY)
+
+    def keep(self, fd: int, write_id: str, record: dict[str, Any], hidden: tuple[int, bytes] | None) -> None:
+        """Keep the inode of a refused draft: by rename of its hidden name, by link, or by copy."""
+        name = write_id.encode()
+        if not self._moved(hidden, name) and not self._linked(fd, name):
+            copy = os.open(name, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600, dir_fd=self.quarantine_fd)
+            try:
+                copy_contents(fd, copy)
+                os.fsync(copy)
+            finally:
+                os.close(copy)
+        self._write_record(write_id, record)
+
+    def keep_leftover(self, directory: int, hidden: bytes, reason: str) -> None:
+        """Keep a hidden file of another daemon, or remove it when it holds nothing."""
+        if not os.stat(hidden, dir_fd=directory, follow_symlinks=False).st_size:
+            os.unlink(hidden, dir_fd=directory)
+            return
+        write_id = secrets.token_hex(8)
+        os.rename(hidden, write_id.encode(), src_dir_fd=directory, dst_dir_fd=self.quarantine_fd)
+        self._write_record(write_id, {"write_id": write_id, "name": os.fsdecode(hidden), "reason": reason})
+
+    def _moved(self, hidden: tuple[int, bytes] | None, name: bytes) -> bool:
+        if hidden is None:
+            return False
+        with suppress(OSError):
+            os.rename(hidden[1], name, src_dir_fd=hidden[0], dst_dir_fd=self.quarantine_fd)
+            return True
+        return False
+
+    def _linked(self, fd: int, name: bytes) -> bool:
+        with suppress(OSError):
+            link_inode(fd, self.quarantine_fd, name)
+            return True
+        return False
+
+    def _write_record(self, write_id: str, record: dict[str, Any]) -> None:
+        text = json.dumps({"version": RECORD_VERSION, "time": time.time(), **record}, indent=1)
+        with open(self.path / QUARANTINE / f"{write_id}.json", "x", encoding="ascii") as file:
+            file.write(text + "\n")
+        sync_directory(self.quarantine_fd)
+
+    def count(self) -> int:
+        """How many drafts are in quarantine."""
+        return sum(not name.endswith(".json") for name in os.listdir(self.path / QUARANTINE))
+
+
+class DaemonRecord:
+    """This daemon's record: who it is, that it lives, and where it makes hidden names.
+
+    Other daemons read it when they look for what a dead one left (safefs/recovery.py).
+    """
+
+    def __init__(self, state: StateDirectory, node_id: str) -> None:
+        self.path = state.path / DAEMONS / node_id
+        self.path.mkdir(mode=0o700)
+        (self.path / "identity.json").write_text(json.dumps(host_identity()) + "\n", encoding="ascii")
+        self._beats = 0
+        self.beat()
+        self._journal = os.open(self.path / "journal", os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600)
+        self._noted: set[bytes] = set()
+
+    def beat(self) -> None:
+        """Show other nodes that this daemon lives: they watch the content change, no clocks are compared."""
+        self._beats += 1
+        temporary = self.path / "heartbeat.new"
+        temporary.write_text(f"{self._beats}\n", encoding="ascii")
+        temporary.rename(self.path / "heartbeat")
+
+    def note_directory(self, path: bytes) -> None:
+        """Before the first hidden name in a directory: where a successor has to look."""
+        if path not in self._noted:
+            self._noted.add(path)
+            self._append({"directory": os.fsdecode(path)})
+
+    def note_partial(self, path: bytes, hidden: bytes, name: bytes) -> None:
+        """Before a partial file is renamed into a draft: where it belongs."""
+        self._append({"directory": os.fsdecode(path), "hidden": os.fsdecode(hidden), "name": os.fsdecode(name)})
+
+    def _append(self, entry: dict[str, str]) -> None:
+        os.write(self._journal, json.dumps(entry).encode("ascii") + b"\n")
+
+    def remove(self) -> None:
+        """An orderly end: nothing is left to find."""
+        os.close(self._journal)
+        for name in ("heartbeat.new", "heartbeat", "journal", "identity.json"):
+            (self.path / name).unlink(missing_ok=True)
+        with suppress(OSError):
+            self.path.rmdir()

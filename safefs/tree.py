@@ -1,0 +1,371 @@
+"""Operations on names: lookup, directories, links, renames, removal, and extended attributes."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import struct
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from safefs import backing
+from safefs.backing import DAEMON, RENAME_EXCHANGE, RENAME_NOREPLACE
+from safefs.draft import Draft, DraftEvent
+from safefs.files import Files
+from safefs.filesystem import Entry, FileSystem, close_all, failure
+from safefs.model import Caller
+from safefs.namespace import Node, Ticket
+
+FIRST_DRAFT_COOKIE = -(1 << 63)  # offsets of a family's own drafts, after the backing's entries
+DT_REG = 8
+
+Found = tuple[int, os.stat_result]
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class OpenDirectory:
+    """An open directory; `drafts` are the names that only its opener's family sees, fixed when it was opened."""
+
+    node: Node
+    fd: int
+    drafts: list[tuple[bytes, int]] = field(default_factory=list)
+
+
+class Tree:
+    """The names of one mount."""
+
+    def __init__(self, filesystem: FileSystem, files: Files, *, refresh_misses: bool) -> None:
+        self.fs = filesystem
+        self.files = files
+        self._find = backing.find_refreshed if refresh_misses else backing.find
+        self._directories: dict[int, OpenDirectory] = {}
+        self._last_directory = 0
+
+    def _reserved(self, directory: Node, name: bytes) -> bool:
+        return backing.is_hidden(name) or (directory is self.fs.root and name == backing.STATE_NAME)
+
+    def _require_free(self, directory: Node, name: bytes) -> None:
+        if self._reserved(directory, name):
+            raise failure(errno.EPERM)
+
+    # ------------------------------------------------------------- lookup
+
+    async def lookup(self, directory_id: int, name: bytes, caller: Caller) -> Entry:
+        fs = self.fs
+        directory = fs.node(directory_id)
+        if self._reserved(directory, name):
+            raise failure(errno.ENOENT)
+        if fs.ordering:
+            await fs.ordering.wait_name(directory, name)
+        ticket = fs.ticket(caller)
+        if ticket is not None:
+            ticket.walked = True
+        own = await self._own_draft(directory, name, caller)
+        if own is not None:
+            return self._show_draft(own, ticket)
+        async with fs.pinned(directory):
+            fd, status = await fs.backing.run(caller, self._find, directory.fd, name)
+            if ticket is not None and ticket.write and stat.S_ISREG(status.st_mode):
+                name_class = fs.classify(directory, name).name_class
+                if not name_class.in_place:
+                    os.close(fd)
+                    draft = await self.files.draft_for_ticket(directory, name, caller, ticket)
+                    return self._show_draft(draft, ticket)
+            node = fs.intern(fd, status, directory, name)
+        node.lookups += 1
+        return fs.entry(node, status, cached=ticket is None and not fs.drafts.has(directory, name))
+
+    async def _own_draft(self, directory: Node, name: bytes, caller: Caller) -> Draft | None:
+        if not self.fs.drafts.has(directory, name):
+            return None
+        return await self.fs.family_draft(directory, name, caller.pid)
+
+    def _show_draft(self, draft: Draft, ticket: Ticket | None) -> Entry:
+        if ticket is not None:
+            self.files.reserve(draft, ticket)
+        draft.node.lookups += 1
+        return self.fs.draft_entry(draft, os.fstat(self.fs.content_fd(draft)))
+
+    async def getattr(self, nodeid: int) -> Entry:
+        fs = self.fs
+        node = fs.node(nodeid)
+        if node.draft is not None:
+            # The daemon wrote this inode itself or holds its base open: answered from memory.
+            return fs.draft_entry(node.draft, os.fstat(fs.content_fd(node.draft)))
+        async with fs.pinned(node):
+            status = await fs.backing.run(DAEMON, os.fstat, node.fd)
+        parent = fs.nodes.get(node.parent)
+        return fs.entry(node, status, cached=parent is None or not fs.drafts.has(parent, node.name))
+
+    async def readlink(self, nodeid: int, caller: Caller) -> bytes:
+        node = self.fs.node(nodeid)
+        async with self.fs.pinned(node):
+            return await self.fs.backing.run(caller, self._readlink, node.fd)
+
+    @staticmethod
+    def _readlink(fd: int) -> bytes:
+        return os.readlink(b"", dir_fd=fd)
+
+    # ----------------------------------------------------------- creation
+
+    async def _make(
+        self, directory_id: int, name: bytes, caller: Caller, function: Callable[..., Found], *arguments: object
+    ) -> Entry:
+        fs = self.fs
+        directory = fs.node(directory_id)
+        self._require_free(directory, name)
+        await fs.wait_turn(caller)
+        await fs.ordering.wait_name(directory, name)
+        async with fs.pinned(directory):
+            fd, status = await fs.backing.run(caller, function, directory.fd, name, *arguments)
+            node = fs.intern(fd, status, directory, name)
+        node.lookups += 1
+        return fs.entry(node, status, cached=not fs.drafts.has(directory, name))
+
+    async def mkdir(self, directory_id: int, name: bytes, mode: int, caller: Caller) -> Entry:
+        return await self._make(directory_id, name, caller, backing.make_directory, stat.S_IMODE(mode))
+
+    async def mknod(self, directory_id: int, name: bytes, mode: int, device: int, caller: Caller) -> Entry:
+        return await self._make(directory_id, name, caller, backing.make_node, mode, device)
+
+    async def symlink(self, directory_id: int, name: bytes, target: bytes, caller: Caller) -> Entry:
+        return await self._make(directory_id, name, caller, backing.make_symlink, target)
+
+    async def link(self, nodeid: int, directory_id: int, name: bytes, caller: Caller) -> Entry:
+        """link(2); of an open draft: publishes it, then links what was published."""
+        fs = self.fs
+        node, directory = fs.node(nodeid), fs.node(directory_id)
+        self._require_free(directory, name)
+        if node.draft is not None and node.draft.pending:
+            await fs.wait_turn(caller)
+            await fs.publisher.publish(node.draft)
+        async with fs.inode(node) as fd:
+            return await self._make_link(fd, directory_id, name, caller)
+
+    async def _make_link(self, fd: int, directory_id: int, name: bytes, caller: Caller) -> Entry:
+        def make_link(directory: int, new_name: bytes) -> Found:
+            return backing.make_link(fd, directory, new_name)
+
+        return await self._make(directory_id, name, caller, make_link)
+
+    # ------------------------------------------------------------ removal
+
+    async def unlink(self, directory_id: int, name: bytes, caller: Caller) -> None:
+        """unlink(2); by a draft's own family it cancels the draft."""
+        fs = self.fs
+        directory = fs.node(directory_id)
+        if self._reserved(directory, name):
+            raise failure(errno.ENOENT)
+        await fs.wait_turn(caller)
+        await fs.ordering.wait_name(directory, name)
+        own = await self._own_draft(directory, name, caller)
+        async with fs.pinned(directory):
+            if own is None:
+                await fs.backing.run(caller, backing.unlink, directory.fd, name)
+                return
+            has_version = own.base is not None
+            await self._cancel(own)
+            if has_version:
+                with suppress(FileNotFoundError):
+                    await fs.backing.run(caller, backing.unlink, directory.fd, name)
+        await fs.end_draft(own)
+
+    async def _cancel(self, draft: Draft) -> None:
+        """Deleted on purpose: what was written goes, descriptors go on working on an inode without a name."""
+        fs = self.fs
+        async with draft.gate.closed():
+            if draft.discarded:
+                return
+            draft.move(DraftEvent.CANCELLED)
+            draft.modified = False
+            fs.unlist_draft(draft)
+            temp_name, draft.temp_name = draft.temp_name, None
+            if temp_name is not None:
+                await fs.backing.run(DAEMON, backing.unlink, draft.directory.fd, temp_name)
+        fs.publisher.counts["cancelled"] += 1
+
+    async def rmdir(self, directory_id: int, name: bytes, caller: Caller) -> None:
+        """rmdir(2); temps of drafts do not keep a directory, a family's own new files do."""
+        fs = self.fs
+        directory = fs.node(directory_id)
+        if self._reserved(directory, name):
+            raise failure(errno.ENOENT)
+        await fs.wait_turn(caller)
+        async with fs.pinned(directory):
+            fd, status = await fs.backing.run(caller, backing.find, directory.fd, name)
+            try:
+                node = fs.nodes.find(backing.identity_of(status))
+                if node is not None:
+                    await fs.ordering.wait_directory(node)
+                    await self._require_no_own_drafts(node, caller)
+                await fs.backing.run(caller, self._remove_directory, directory.fd, name, fd, node)
+            finally:
+                os.close(fd)
+
+    async def _require_no_own_drafts(self, directory: Node, caller: Caller) -> None:
+        for draft in self.fs.drafts.below(directory):
+            if draft.created and await self._own_draft(directory, draft.name, caller):
+                raise failure(errno.ENOTEMPTY)
+
+    def _remove_directory(self, directory: int, name: bytes, fd: int, node: Node | None) -> None:
+        try:
+            os.rmdir(name, dir_fd=directory)
+            return
+        except OSError as error:
+            if error.errno != errno.ENOTEMPTY:
+                raise
+            hidden = backing.hidden_entries(fd)
+            if not hidden:
+                raise
+        self.fs.publisher.displace(fd, hidden, self.fs.drafts.below(node) if node is not None else [])
+        os.rmdir(name, dir_fd=directory)
+
+    # ------------------------------------------------------------- rename
+
+    async def rename(
+        self, old_id: int, name: bytes, new_id: int, new_name: bytes, flags: int, caller: Caller
+    ) -> None:
+        """rename(2) and renameat2(2); of an open draft by its family: publishes it under the new name."""
+        fs = self.fs
+        old, new = fs.node(old_id), fs.node(new_id)
+        if self._reserved(old, name):
+            raise failure(errno.ENOENT)
+        self._require_free(new, new_name)
+        await fs.wait_turn(caller)
+        await fs.ordering.wait_name(old, name)
+        await fs.ordering.wait_name(new, new_name)
+        own = await self._own_draft(old, name, caller)
+        overwritten = await self._own_draft(new, new_name, caller)
+        if overwritten is own:
+            overwritten = None
+        async with fs.pinned(old, new):
+            if flags & RENAME_EXCHANGE:
+                for draft in (own, overwritten):
+                    if draft is not None:
+                        await fs.publisher.publish(draft)
+                await fs.backing.run(caller, backing.rename, old.fd, name, new.fd, new_name, flags)
+                return
+            if overwritten is not None and flags & RENAME_NOREPLACE:
+                raise failure(errno.EEXIST)
+            await self._rename(own, old, name, new, new_name, flags, caller)
+        if overwritten is not None and not overwritten.discarded:
+            await self._cancel(overwritten)
+            await fs.end_draft(overwritten)
+
+    async def _rename(
+        self, own: Draft | None, old: Node, name: bytes, new: Node, new_name: bytes, flags: int, caller: Caller
+    ) -> None:
+        fs = self.fs
+        if own is not None and own.pending and own.base is None:
+            # Never published: it appears under its new name only.
+            await fs.publisher.publish(own, target=new, name=new_name, replace=not flags & RENAME_NOREPLACE)
+        else:
+            if own is not None:
+                await fs.publisher.publish(own)
+            status = await fs.backing.run(caller, self._rename_entry, old.fd, name, new.fd, new_name, flags)
+            moved = fs.nodes.find(backing.identity_of(status))
+            if moved is not None and moved is not fs.root:
+                moved.parent, moved.name = new.nodeid, new_name
+        if own is not None:
+            fs.rename_draft(own, new, new_name)
+
+    @staticmethod
+    def _rename_entry(old: int, name: bytes, new: int, new_name: bytes, flags: int) -> os.stat_result:
+        status = os.stat(name, dir_fd=old, follow_symlinks=False)
+        backing.rename(old, name, new, new_name, flags)
+        return status
+
+    # -------------------------------------------------------- directories
+
+    async def opendir(self, nodeid: int, caller: Caller) -> int:
+        fs = self.fs
+        node = fs.node(nodeid)
+        async with fs.pinned(node):
+            fd = await fs.backing.run(caller, backing.open_directory, node.fd)
+        opened = OpenDirectory(node, fd)
+        for draft in fs.drafts.below(node):
+            if draft.created and await fs.family_draft(node, draft.name, caller.pid) is draft:
+                opened.drafts.append((draft.name, draft.shown_ino))
+        self._last_directory += 1
+        self._directories[self._last_directory] = opened
+        node.opens += 1
+        return self._last_directory
+
+    def directory(self, number: int) -> OpenDirectory:
+        try:
+            return self._directories[number]
+        except KeyError:
+            raise failure(errno.EBADF) from None
+
+    async def readdir(self, number: int, offset: int, size: int) -> bytes:
+        fs = self.fs
+        opened = self.directory(number)
+        await fs.ordering.wait_directory(opened.node)
+        if offset >= 0:
+            state = backing.STATE_NAME if opened.node is fs.root else b""
+            answer = await fs.backing.run(DAEMON, backing.read_directory, opened.fd, offset, size, state)
+            if answer or not opened.drafts:
+                return answer
+            offset = FIRST_DRAFT_COOKIE
+        return self._draft_entries(opened, offset - FIRST_DRAFT_COOKIE, size)
+
+    @staticmethod
+    def _draft_entries(opened: OpenDirectory, index: int, size: int) -> bytes:
+        """struct fuse_dirent of the family's own drafts."""
+        answer = bytearray()
+        for position in range(index, len(opened.drafts)):
+            name, ino = opened.drafts[position]
+            entry = struct.pack("=QqII", ino, FIRST_DRAFT_COOKIE + position + 1, len(name), DT_REG) + name
+            entry += bytes(-len(entry) % 8)
+            if len(answer) + len(entry) > size:
+                break
+            answer += entry
+        return bytes(answer)
+
+    async def releasedir(self, number: int) -> None:
+        opened = self._directories.pop(number, None)
+        if opened is not None:
+            os.close(opened.fd)
+            opened.node.opens -= 1
+            close_all(self.fs.nodes.drop_if_idle(opened.node))
+
+    async def fsyncdir(self, number: int) -> None:
+        await self.fs.backing.run(DAEMON, backing.sync_open_directory, self.directory(number).fd)
+
+    async def statfs(self, caller: Caller) -> os.statvfs_result:
+        return await self.fs.backing.run(caller, os.statvfs, backing.proc_path(self.fs.backing.root_fd))
+
+    async def access(self, nodeid: int, mask: int, caller: Caller) -> bool:
+        def allowed(fd: int) -> bool:
+            return os.access(backing.proc_path(fd), mask, effective_ids=True)
+
+        async with self.fs.inode(self.fs.node(nodeid)) as fd:
+            return await self.fs.backing.run(caller, allowed, fd)
+
+    # --------------------------------------------------------------- xattr
+
+    async def setxattr(self, nodeid: int, name: bytes, value: bytes, flags: int, caller: Caller) -> None:
+        await self._on_inode(nodeid, caller, os.setxattr, name, value, flags)
+
+    async def getxattr(self, nodeid: int, name: bytes, caller: Caller) -> bytes:
+        return await self._on_inode(nodeid, caller, os.getxattr, name)
+
+    async def removexattr(self, nodeid: int, name: bytes, caller: Caller) -> None:
+        await self._on_inode(nodeid, caller, os.removexattr, name)
+
+    async def listxattr(self, nodeid: int, caller: Caller) -> list[bytes]:
+        return [os.fsencode(name) for name in await self._on_inode(nodeid, caller, os.listxattr)]
+
+    async def _on_inode(self, nodeid: int, caller: Caller, function: Callable[..., T], *arguments: object) -> T:
+        node = self.fs.node(nodeid)
+        draft = node.draft
+        if draft is None:
+            async with self.fs.pinned(node):
+                return await self.fs.backing.run(caller, function, backing.proc_path(node.fd), *arguments)
+        async with draft.gate.passing():
+            path = backing.proc_path(self.fs.content_fd(draft))
+            return await self.fs.backing.run(caller, function, path, *arguments)

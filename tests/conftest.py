@@ -1,0 +1,47 @@
+"""Fixtures: a fresh backing directory, one mount of it, and two mounts that stand for two nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.support.mounting import Mount, mounted
+
+MountFactory = Callable[..., Mount]
+
+
+@pytest.fixture
+def backing(tmp_path: Path) -> Path:
+    """An empty directory on the machine's own filesystem."""
+    directory = tmp_path / "backing"
+    directory.mkdir()
+    return directory
+
+
+@pytest.fixture
+def make_mount(tmp_path: Path, backing: Path) -> Iterator[MountFactory]:
+    """Mount `backing` (or another directory) as often as wanted; everything is unmounted at the end."""
+    with ExitStack() as stack:
+        count = 0
+
+        def make(*arguments: str, backing: Path = backing, **options: object) -> Mount:
+            nonlocal count
+            count += 1
+            return stack.enter_context(mounted(backing, tmp_path / f"mnt{count}", *arguments, **options))
+
+        yield make
+
+
+@pytest.fixture
+def mount(make_mount: MountFactory) -> Mount:
+    """One mount of the backing directory."""
+    return make_mount()
+
+
+@pytest.fixture
+def two_mounts(make_mount: MountFactory) -> tuple[Mount, Mount]:
+    """Two mounts of one backing directory: two nodes."""
+    return make_mount(), make_mount()

@@ -1,0 +1,1 @@
+"""What the tests share: real mounts, clients in C, and small helpers."""
