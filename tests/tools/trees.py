@@ -37,6 +37,7 @@ class Rules:
     mtimes: bool = False
 
 
+ANY_TIME = Rules()
 EXACT = Rules(mtimes=True)
 
 
@@ -78,8 +79,5 @@ def _entry(path: Path, key: str, rules: Rules) -> Entry:
 
 def differences(one: dict[str, Entry], other: dict[str, Entry]) -> list[str]:
     """What differs, a line per name."""
-    lines = []
-    for key in sorted(one.keys() | other.keys()):
-        if one.get(key) != other.get(key):
-            lines.append(f"{key}: {one.get(key)} != {other.get(key)}")
-    return lines
+    names = sorted(one.keys() | other.keys())
+    return [f"{key}: {one.get(key)} != {other.get(key)}" for key in names if one.get(key) != other.get(key)]
