@@ -90,15 +90,14 @@ def _is_within(path: Path, directory: Path) -> bool:
 def check_device(privileged: bool) -> None:
     if not os.path.exists("/dev/fuse"):
         raise SafefsError("/dev/fuse is missing: load the kernel module with: modprobe fuse", errno.ENODEV)
-    if not privileged:
-        # fusermount3 opens the device with root's rights.
-        if shutil.which("fusermount3") is None:
-            raise SafefsError("fusermount3 is missing: install the package fuse3", errno.ENOENT)
-        return
+    if not privileged and shutil.which("fusermount3") is None:
+        raise SafefsError("fusermount3 is missing: install the package fuse3", errno.ENOENT)
     try:
+        # fusermount3, too, opens the device with the rights of its caller.
         os.close(os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC))
     except OSError as error:
-        text = f"/dev/fuse cannot be opened ({error.strerror}): give this machine or container the device"
+        remedy = "give this machine or container the device" if privileged else "as root: chmod 666 /dev/fuse"
+        text = f"/dev/fuse cannot be opened ({error.strerror}): {remedy}"
         raise SafefsError(text, error.errno or errno.EIO) from None
 
 

@@ -20,7 +20,8 @@ from safefs.cli.unmounting import unmount
 from safefs.config import known_options
 from safefs.errors import SafefsError
 
-_PATH = click.Path(path_type=Path)
+# Whether a path can be used is checked later, where the answer can say what to do.
+_PATH = click.Path(path_type=Path, readable=False)
 
 
 class _Group(click.Group):

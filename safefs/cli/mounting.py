@@ -21,7 +21,6 @@ import safefs
 from safefs.cli.checks import check_mount, in_initial_pid_namespace
 from safefs.cli.logs import default_log_file, set_up_logging
 from safefs.config import Option, Settings, has_option, load_settings, parse_options
-from safefs.control import sd_notify
 from safefs.errors import SafefsError
 
 START_SECONDS = 60.0
@@ -97,7 +96,7 @@ def _serve(settings: Settings, ready: Callable[[], None]) -> None:
 
 
 class _Report:
-    """Who is told how the start went: systemd, and a parent at the other end of the pipe; one line, once."""
+    """The daemon's end of the pipe: one line, once."""
 
     def __init__(self, ready_fd: int | None) -> None:
         self._fd = ready_fd
@@ -105,7 +104,6 @@ class _Report:
             os.set_inheritable(ready_fd, False)
 
     def ready(self) -> None:
-        sd_notify("READY=1")
         self._send("ready")
 
     def failed(self, message: str) -> None:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import errno
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import click
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from safefs.control import LiveMount, find_mount, find_mounts, request
 from safefs.errors import SafefsError
 
-_HEAD_KEYS = ("mountpoint", "source", "state", "problem")
+PIPE_COLUMNS = 10_000
+_HEAD_KEYS = ("mountpoint", "source", "live", "problem")
 
 
 def show_status(mountpoint: Path | None, *, as_json: bool) -> None:
@@ -29,38 +31,45 @@ def show_status(mountpoint: Path | None, *, as_json: bool) -> None:
         raise SafefsError(f"{mountpoint}: no safefs mount here", errno.EINVAL)
     report = describe(mount)
     click.echo(json.dumps(report, indent=2)) if as_json else _print_details(report)
-    if report["state"] != "live":
+    if not report["live"]:
         raise SafefsError(f"{mountpoint}: {report['problem']}", errno.ENOTCONN)
 
 
 def describe(mount: LiveMount) -> dict[str, Any]:
-    """One mount as a flat report; `state` is live, or unknown with the `problem`."""
+    """One mount as a flat report; where `live` is false, the daemon does not answer, and `problem` says how."""
     report: dict[str, Any] = {"mountpoint": os.fspath(mount.mountpoint), "source": mount.source}
     try:
         answer = request(mount.socket_path, {"op": "status"})
     except SafefsError as error:
-        return {**report, "state": "unknown", "problem": error.message}
-    return {**report, "state": "live", **answer}
+        return {**report, "live": False, "problem": error.message}
+    return {**report, "live": True, **answer}
 
 
 def _print_table(reports: list[dict[str, Any]]) -> None:
     if not reports:
         click.echo("no safefs mounts")
         return
-    table = Table("mountpoint", "source", "state", "pid", "drafts", box=None, pad_edge=False)
+    columns = (Column(name, overflow="fold") for name in ("mountpoint", "source", "daemon", "pid", "drafts"))
+    table = Table(*columns, box=None, pad_edge=False)
     for report in reports:
-        state = report.get("problem", report["state"])
-        cells = (report["mountpoint"], report["source"], state, report.get("pid", ""), report.get("drafts", ""))
+        daemon = "live" if report["live"] else report["problem"]
+        cells = (report["mountpoint"], report["source"], daemon, report.get("pid", ""), report.get("drafts", ""))
         table.add_row(*(_printable(cell) for cell in cells))
-    Console(soft_wrap=True, highlight=False, markup=False).print(table)
+    _print(table)
 
 
 def _print_details(report: dict[str, Any]) -> None:
-    table = Table(box=None, show_header=False, pad_edge=False)
+    table = Table("key", Column("value", overflow="fold"), box=None, show_header=False, pad_edge=False)
     for key in (*_HEAD_KEYS, *(key for key in report if key not in _HEAD_KEYS)):
         if key in report:
             table.add_row(key, _printable(report[key]))
-    Console(soft_wrap=True, highlight=False, markup=False).print(table)
+    _print(table)
+
+
+def _print(table: Table) -> None:
+    """A terminal's lines are folded; in a pipe a line is a mount, however long."""
+    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else PIPE_COLUMNS)
+    console.print(table)
 
 
 def _printable(value: object) -> str:

@@ -323,7 +323,7 @@ class TestStatus:
         monkeypatch.setattr(status, "find_mounts", lambda: [LIVE])
         monkeypatch.setattr(status, "request", lambda path, message: {"pid": 42, "drafts": 3})
         assert "/nowhere/backing" in run("status").output
-        report = {"mountpoint": "/nowhere/mnt", "source": "/nowhere/backing", "state": "live", "pid": 42, "drafts": 3}
+        report = {"mountpoint": "/nowhere/mnt", "source": "/nowhere/backing", "live": True, "pid": 42, "drafts": 3}
         assert json.loads(run("status", "--json").output) == [report]
 
     def test_a_mount_whose_daemon_is_gone(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -333,7 +333,7 @@ class TestStatus:
         assert "no daemon listens" in run("status").output
         one = run("status", "/nowhere/mnt", "--json")
         assert one.exit_code == 1
-        assert json.loads(one.stdout)["state"] == "unknown"
+        assert json.loads(one.stdout)["live"] is False
 
 
 class TestRules:

@@ -1,0 +1,234 @@
+"""The commands against live mounts: what an administrator types, and what is left when it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import pwd
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from safefs.control import find_mount
+from tests.conftest import MountFactory
+from tests.support.mounting import Mount, safefs_command, wait_until
+
+COMMAND_SECONDS = 90
+
+
+def safefs(
+    *arguments: str | Path, prefix: tuple[str, ...] = (), cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*prefix, *safefs_command(*arguments)],
+        capture_output=True,
+        text=True,
+        timeout=COMMAND_SECONDS,
+        cwd=cwd,
+        check=False,
+    )
+
+
+def one_line(done: subprocess.CompletedProcess[str]) -> str:
+    """The error of a command that failed as all commands do."""
+    assert done.returncode == 1, done
+    assert done.stderr.startswith("safefs: ") and done.stderr.count("\n") == 1, done
+    return done.stderr
+
+
+@pytest.fixture
+def background(backing: Path, tmp_path: Path) -> Iterator[Path]:
+    """A mount that went to the background; yields the mountpoint, its log is `log` beside it."""
+    mountpoint = tmp_path / "mnt"
+    mountpoint.mkdir()
+    done = safefs("mount", backing, mountpoint, "--log-file", tmp_path / "log", "-o", "noatime")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    yield mountpoint
+    if find_mount(mountpoint):
+        assert safefs("umount", mountpoint).returncode == 0
+
+
+def daemon_pid(mountpoint: Path) -> int:
+    return int(json.loads(safefs("status", mountpoint, "--json").stdout)["pid"])
+
+
+def has_ended(pid: int) -> bool:
+    """Gone, or a zombie that init has not collected yet."""
+    try:
+        return "State:\tZ" in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return True
+
+
+def test_mount_returns_when_the_mount_is_live(background: Path, backing: Path) -> None:
+    (background / "file").write_text("hello")
+    assert (backing / "file").read_text() == "hello"
+
+
+def test_the_daemon_is_on_its_own(background: Path) -> None:
+    """It survives the terminal, holds no directory, and logs to its file."""
+    pid = daemon_pid(background)
+    assert os.getsid(pid) == pid != os.getsid(0)
+    assert os.readlink(f"/proc/{pid}/cwd") == "/"
+    assert os.readlink(f"/proc/{pid}/fd/0") == "/dev/null"
+    assert " INFO safefs.daemon: mounted " in (background.parent / "log").read_text()
+
+
+def test_umount_waits_for_the_daemon(background: Path) -> None:
+    pid = daemon_pid(background)
+    assert safefs("umount", background).returncode == 0
+    assert has_ended(pid)
+    assert find_mount(background) is None
+
+
+def test_umount_of_a_busy_mount_names_the_holder(background: Path) -> None:
+    with subprocess.Popen(["sleep", "60"], cwd=background) as sleeper:
+        message = one_line(safefs("umount", background))
+        sleeper.kill()
+    assert "busy" in message and f"sleep (pid {sleeper.pid})" in message
+
+
+def test_mounting_twice_on_one_mountpoint(background: Path, backing: Path) -> None:
+    assert "already mounted" in one_line(safefs("mount", backing, background))
+
+
+def test_a_mount_of_a_mount(background: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    assert "itself on a safefs mount" in one_line(safefs("mount", background, tmp_path / "other"))
+
+
+def test_a_dead_mount_is_named_and_can_be_removed(background: Path, backing: Path) -> None:
+    pid = daemon_pid(background)
+    os.kill(pid, 9)
+    assert wait_until(lambda: has_ended(pid))
+    report = safefs("status", background, "--json")
+    assert report.returncode == 1 and json.loads(report.stdout)["live"] is False
+    assert "already mounted; unmount it with" in one_line(safefs("mount", backing, background))
+    assert safefs("umount", background).returncode == 0
+    assert safefs("mount", backing, background, "--log-file", background.parent / "log").returncode == 0
+
+
+@pytest.mark.parametrize("number", [2, 15])
+def test_a_signal_unmounts_in_order(make_mount: MountFactory, number: int) -> None:
+    mount = make_mount()
+    (mount / "file").write_text("whole")
+    mount.process.send_signal(number)
+    assert mount.process.wait(30) == 0
+    assert not mount.is_mounted()
+    assert (mount.backing / "file").read_text() == "whole"
+
+
+def test_status(two_mounts: tuple[Mount, Mount]) -> None:
+    listed = json.loads(safefs("status", "--json").stdout)
+    for mount in two_mounts:
+        (report,) = [entry for entry in listed if entry["mountpoint"] == str(mount.path)]
+        assert (report["source"], report["live"], report["pid"]) == (str(mount.backing), True, mount.process.pid)
+        details = safefs("status", mount.path)
+        assert details.returncode == 0 and str(mount.process.pid) in details.stdout
+
+
+def test_status_counts_drafts(mount: Mount) -> None:
+    def drafts() -> int:
+        return int(json.loads(safefs("status", mount.path, "--json").stdout)["drafts"])
+
+    with open(mount / "file", "w") as file:
+        file.write("x")
+        file.flush()
+        assert drafts() == 1
+    assert drafts() == 0
+
+
+def test_rules_of_the_mount_that_is_asked(make_mount: MountFactory, tmp_path: Path) -> None:
+    config = tmp_path / "rules.toml"
+    config.write_text('[[rule]]\nclass = "shared"\nmatch = "live/*.csv"\nreason = "a dashboard reads them"\n')
+    mount = make_mount("--config", str(config))
+    done = safefs("rules", mount / "live/loss.csv")
+    assert done.stderr == ""
+    assert done.stdout == f"live/loss.csv: shared ({config}:1, glob live/*.csv): a dashboard reads them\n"
+    (mount / "live").mkdir()
+    with open(mount / "live/loss.csv", "w") as file:
+        file.write("1,2\n")
+        file.flush()
+        assert (mount.backing / "live/loss.csv").read_text() == "1,2\n"
+
+
+def test_options_reach_the_kernel(make_mount: MountFactory) -> None:
+    mount = make_mount("-o", "noexec,noatime,fsname=the hub")
+    with open("/proc/self/mountinfo") as lines:
+        (fields,) = [line.split() for line in lines if line.split()[4] == str(mount.path)]
+    assert {"nosuid", "nodev", "noexec", "noatime"} <= set(fields[5].split(","))
+    separator = fields.index("-")
+    assert fields[separator + 1 : separator + 3] == ["fuse.safefs", "the\\040hub"]
+
+
+def test_a_read_only_mount(make_mount: MountFactory, backing: Path) -> None:
+    (backing / "file").write_text("x")
+    mount = make_mount("-o", "ro")
+    assert (mount / "file").read_text() == "x"
+    with pytest.raises(OSError, match="Read-only"):
+        (mount / "new").touch()
+
+
+NOBODY = pwd.getpwnam("nobody")
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """A directory that `nobody` owns and can reach, which pytest's own are not."""
+    path = Path(tempfile.mkdtemp(prefix="safefs-user-", dir="/tmp"))
+    for name in ("backing", "mnt"):
+        (path / name).mkdir()
+    for directory in (path, *path.iterdir()):
+        os.chown(directory, NOBODY.pw_uid, NOBODY.pw_gid)
+    yield path
+    subprocess.run(["umount", "-l", path / "mnt"], check=False, capture_output=True)
+    shutil.rmtree(path)
+
+
+def as_nobody(place: Path) -> tuple[str, ...]:
+    user = ("setpriv", f"--reuid={NOBODY.pw_uid}", f"--regid={NOBODY.pw_gid}", "--clear-groups")
+    return (*user, "env", "-u", "XDG_RUNTIME_DIR", f"HOME={place}", f"XDG_STATE_HOME={place}")
+
+
+def test_a_user_mounts_for_himself(place: Path) -> None:
+    prefix = as_nobody(place)
+    done = safefs("mount", place / "backing", place / "mnt", prefix=prefix, cwd=Path("/"))
+    assert (done.returncode, done.stderr) == (0, "")
+    script = f"echo hello > {place}/mnt/file && cat {place}/mnt/file"
+    written = subprocess.run([*prefix, "sh", "-c", script], capture_output=True, text=True, timeout=30, check=True)
+    assert written.stdout == "hello\n"
+    assert safefs("status", place / "mnt", prefix=prefix, cwd=Path("/")).returncode == 0
+    assert safefs("umount", place / "mnt", prefix=prefix, cwd=Path("/")).returncode == 0
+    assert (place / "backing/file").stat().st_uid == NOBODY.pw_uid
+
+
+def test_a_user_cannot_ask_roots_mount(mount: Mount, place: Path) -> None:
+    done = safefs("status", prefix=as_nobody(place), cwd=Path("/"))
+    assert done.returncode == 0 and "belongs to another user" in done.stdout
+
+
+def test_mount_helper_of_fstab(backing: Path, tmp_path: Path) -> None:
+    """What mount(8) runs as /sbin/mount.fuse.safefs."""
+    mountpoint, log = tmp_path / "mnt", tmp_path / "log"
+    mountpoint.mkdir()
+    helper = "from safefs.cli.main import mount_main; mount_main()"
+    command = [*safefs_command()[:1], "-c", helper, backing, mountpoint, "-o", f"rw,_netdev,log_file={log}"]
+    assert subprocess.run(command, timeout=COMMAND_SECONDS, check=False).returncode == 0
+    assert find_mount(mountpoint)
+    assert safefs("umount", mountpoint).returncode == 0
+
+
+def test_a_start_that_fails_leaves_nothing(backing: Path, tmp_path: Path) -> None:
+    mountpoint = tmp_path / "mnt"
+    mountpoint.mkdir()
+    (tmp_path / "state").write_text("not a directory")
+    begin = time.monotonic()
+    done = safefs("mount", backing, mountpoint, "--log-file", tmp_path / "log", "-o", f"state={tmp_path}/state")
+    assert "state" in one_line(done)
+    assert time.monotonic() - begin < 30
+    assert find_mount(mountpoint) is None
