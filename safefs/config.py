@@ -124,8 +124,8 @@ class Settings:
     allow_other: bool
     default_permissions: bool = True
     mount_flags: int = MS_NOSUID | MS_NODEV
-    entry_timeout_seconds: float = 1.0
-    attr_timeout_seconds: float = 1.0
+    entry_timeout_seconds: float = 0.0
+    attr_timeout_seconds: float = 0.0
     drain_seconds: float = 30.0
     max_threads: int = 256
     max_descriptors: int | None = None

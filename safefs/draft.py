@@ -127,7 +127,7 @@ class Decision(Enum):
 
     PUBLISH = auto()
     WAIT = auto()  # not provably the last close: a later FLUSH or RELEASE decides
-    LOOK_AGAIN = auto()  # a descendant may be about to lose its copy in execve
+    LOOK_AGAIN = auto()  # a descendant has a copy, which it may be about to lose in execve
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +138,7 @@ class FlushFacts:
     is_opener: bool  # the process that opened this handle closes
     other_writers: bool  # another open handle of the draft can write
     holds_another: bool = False  # the process has another writable descriptor on the file
-    descendant_holds: bool = False  # a descendant has one that survives execve
+    descendant_holds: bool = False  # a descendant has one
 
 
 def decide_flush(facts: FlushFacts) -> Decision:

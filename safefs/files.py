@@ -126,7 +126,7 @@ class Files:
     async def _open_draft(self, draft: Draft, flags: int, caller: Caller) -> Opened:
         fs = self.fs
         fs.end_ticket(fs.tickets.take(caller.pid))
-        writable = bool(flags & os.O_ACCMODE)
+        writable = wants_write(flags)
         draft.handles += 1
         draft.writers += writable
         try:
@@ -499,7 +499,7 @@ class Files:
 
     @staticmethod
     def _look_around(tgid: int, ino: int, alive: bool) -> tuple[bool, bool]:
-        if alive and processes.writable_descriptors(tgid, ino):
+        if alive and processes.holds_writable(tgid, ino):
             return True, False
         return False, processes.descendant_holds(tgid, ino)
 

@@ -88,26 +88,24 @@ def _exit_code_visible(tid: int) -> bool:
     return _read(f"/proc/{tid}/syscall") is not None
 
 
-def writable_descriptors(tgid: int, ino: int) -> list[bool]:
-    """For each writable descriptor of the process on a file with this st_ino: whether execve closes it.
+def holds_writable(tgid: int, ino: int) -> bool:
+    """Whether the process has a writable descriptor on a file with this st_ino.
 
-    A file of another filesystem with the same number is counted too; the only harm is a publish that comes later.
+    A file of another filesystem with the same number counts too; the only harm is a publish that comes later.
     """
-    found: list[bool] = []
     directory = f"/proc/{tgid}/fdinfo"
     try:
         names = os.listdir(directory)
     except OSError:
-        return found
+        return False
     wanted = f"ino:\t{ino}\n"
     for name in names:
         text = _read(f"{directory}/{name}")
-        if text is None or wanted not in text:
-            continue
-        flags = int(text.partition("flags:")[2].split(None, 1)[0], 8)
-        if flags & os.O_ACCMODE:
-            found.append(bool(flags & os.O_CLOEXEC))
-    return found
+        if text is not None and wanted in text:
+            flags = int(text.partition("flags:")[2].split(None, 1)[0], 8)
+            if flags & os.O_ACCMODE:
+                return True
+    return False
 
 
 def descendants(tgid: int) -> Iterator[int]:
@@ -127,8 +125,12 @@ def descendants(tgid: int) -> Iterator[int]:
 
 
 def descendant_holds(tgid: int, ino: int) -> bool:
-    """Whether a descendant has a writable descriptor on the file that survives execve."""
-    return any(not closes for child in descendants(tgid) for closes in writable_descriptors(child, ino))
+    """Whether a descendant has a writable descriptor on the file.
+
+    A close-on-exec descriptor counts as well: a forked worker keeps it.  In a child that is on its way through execve
+    it is gone some milliseconds later, so a positive answer is worth a second look.
+    """
+    return any(holds_writable(child, ino) for child in descendants(tgid))
 
 
 def is_alive(pidfd: int) -> bool:
