@@ -80,6 +80,15 @@ class Backing:
                 raise
         return await self.run(DAEMON, function, *args)
 
+    async def run_or_caller(self, caller: Caller, function: Callable[..., T], *args: object) -> T:
+        """As the daemon, and where the backing refuses root (root_squash) as the caller."""
+        try:
+            return await self.run(DAEMON, function, *args)
+        except OSError as error:
+            if error.errno not in REFUSED or not self.impersonate or caller.uid == 0:
+                raise
+        return await self.run(caller, function, *args)
+
     def _as_caller(self, caller: Caller, function: Callable[..., T], args: tuple[object, ...]) -> T:
         native.private_umask(caller.umask)
         if not self.impersonate or (caller.uid == 0 and caller.gid == 0):
@@ -413,34 +422,41 @@ def place(
     """Make `name` in `target` show the draft's inode, in one step that no reader can see half of.
 
     `directory` is where a draft with a `temp_name` lies.  Raises FileExistsError where `replace` is false and the
-    name is taken.  A draft without a name is linked; to replace with it, it is linked as `hidden` first.
+    name is taken.
     """
     if temp_name is None:
-        if not replace or identity_at(target, name) is None:
-            try:
-                link_inode(fd, target, name)
-                return
-            except FileExistsError:
-                if not replace:
-                    raise
-        link_inode(fd, target, hidden)
-        directory, temp_name = target, hidden
-        try:
-            rename(directory, temp_name, target, name, 0)
-        except OSError:
-            with suppress(OSError):
-                unlink(directory, hidden)
-            raise
-        return
-    if replace:
+        _place_nameless(fd, target, name, replace=replace, hidden=hidden)
+    elif replace:
         rename(directory, temp_name, target, name, 0)
-        return
+    else:
+        _place_without_replacing(fd, temp_name, directory, target, name)
+
+
+def _place_nameless(fd: int, target: int, name: bytes, *, replace: bool, hidden: bytes) -> None:
+    """linkat(2) never replaces: to do that an O_TMPFILE inode is linked as `hidden` first."""
+    if not replace or identity_at(target, name) is None:
+        try:
+            link_inode(fd, target, name)
+            return
+        except FileExistsError:
+            if not replace:
+                raise
+    link_inode(fd, target, hidden)
+    try:
+        rename(target, hidden, target, name, 0)
+    except OSError:
+        with suppress(OSError):
+            unlink(target, hidden)
+        raise
+
+
+def _place_without_replacing(fd: int, temp_name: bytes, directory: int, target: int, name: bytes) -> None:
     try:
         rename(directory, temp_name, target, name, RENAME_NOREPLACE)
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
             raise
-        # link(2) never replaces either.  NFS can say EEXIST of its own repeated request: the link count tells.
+        # link(2) never replaces either.  NFS can say EEXIST of its own repeated request: the inode tells.
         try:
             os.link(temp_name, name, src_dir_fd=directory, dst_dir_fd=target, follow_symlinks=False)
         except FileExistsError:

@@ -207,9 +207,7 @@ def _parse_request(line: bytes) -> dict[str, Any]:
     return message
 
 
-def request(
-    socket_path: Path, message: Mapping[str, Any], timeout_seconds: float = CLIENT_SECONDS
-) -> dict[str, Any]:
+def request(socket_path: Path, message: Mapping[str, Any], timeout_seconds: float = CLIENT_SECONDS) -> dict[str, Any]:
     """Ask a daemon; SafefsError when there is none, it does not answer in time, or its answer is an error."""
     with _connect(socket_path, timeout_seconds) as connection:
         try:

@@ -111,6 +111,7 @@ class Daemon:
         self.fs = FileSystem(settings, self.backing, self.publisher, node_cache_size(settings, limit))
         self.connection: mount.Connection | None = None
         self.stopping = False
+        self.serving = False
 
     async def run(self, ready: Callable[[], None]) -> None:
         """Mount, serve, and return once the mount is gone and everything is settled."""
@@ -127,9 +128,11 @@ class Daemon:
                 ready()
                 sd_notify("READY=1")
                 log.info("mounted %s on %s", self.settings.backing, self.settings.mountpoint)
+                self.serving = True
                 try:
                     await pyfuse3.main(MIN_TASKS, MAX_TASKS)
                 finally:
+                    self.serving = False
                     with trio.CancelScope(shield=True):
                         await self._end(files)
                 requests.cancel_scope.cancel()
@@ -163,7 +166,8 @@ class Daemon:
                 await trio.to_thread.run_sync(
                     mount.umount, self.settings.mountpoint, self.settings.privileged, MNT_DETACH, abandon_on_cancel=True
                 )
-                pyfuse3.terminate()
+                if self.serving:  # open files keep the connection up after the mount is gone
+                    pyfuse3.terminate()
 
     async def _drain(self, files: Files, *, all_closed: bool) -> None:
         self.fs.accepting = False
@@ -189,8 +193,14 @@ class Daemon:
     # --------------------------------------------------------------- status
 
     async def _answer(self, question: dict[str, Any]) -> dict[str, Any]:
-        if question.get("op") != "status":
-            raise SafefsError(f"unknown request {question.get('op')!r}", errno.EINVAL)
+        operation = question.get("op")
+        if operation == "rules":
+            return dict(self.settings.rules.explain(os.fsencode(str(question.get("path")))))
+        if operation != "status":
+            raise SafefsError(f"unknown request {operation!r}", errno.EINVAL)
+        return await self._status()
+
+    async def _status(self) -> dict[str, Any]:
         fs, connection = self.fs, self.connection
         return {
             "version": __version__,

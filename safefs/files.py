@@ -15,7 +15,7 @@ from safefs import backing, processes
 from safefs.backing import DAEMON, AttributeChange
 from safefs.draft import Base, Decision, Draft, DraftEvent, DraftState, FlushFacts, decide_flush
 from safefs.errors import SafefsError
-from safefs.filesystem import Entry, FileSystem, Handle, close_all, failure
+from safefs.filesystem import Entry, FileSystem, Handle, failure
 from safefs.gate import Gate
 from safefs.model import Caller, Closer, Process
 from safefs.namespace import Node, Ticket
@@ -144,7 +144,9 @@ class Files:
 
     # ------------------------------------------------------------- create
 
-    async def create(self, directory_id: int, name: bytes, mode: int, flags: int, caller: Caller) -> tuple[Opened, Entry]:
+    async def create(
+        self, directory_id: int, name: bytes, mode: int, flags: int, caller: Caller
+    ) -> tuple[Opened, Entry]:
         fs = self.fs
         directory = fs.node(directory_id)
         if backing.is_hidden(name) or (directory is fs.root and name == backing.STATE_NAME):
@@ -250,7 +252,7 @@ class Files:
         )
         fs.list_draft(draft)
         found = await fs.look(self._introduce, caller.pid)
-        if isinstance(found, tuple):
+        if found is not None:
             draft.opener, draft.pidfd = found
         return draft
 
@@ -296,8 +298,7 @@ class Files:
         handle = self.fs.handle(number)
         draft = handle.draft
         if draft is None:
-            written = await self.fs.backing.run(handle.caller, backing.write_all, handle.fd, data, offset)
-            return written
+            return await self.fs.backing.run(handle.caller, backing.write_all, handle.fd, data, offset)
         async with draft.gate.passing():
             await self._prepare(draft)
             try:
@@ -337,7 +338,7 @@ class Files:
             return
         if not fresh and draft.name_class is NameClass.PARTIAL and await self._take_over(draft, base):
             return
-        await self.fs.backing.run_or_daemon(draft.caller, self._fill_from_base, draft, base, fresh)
+        await self.fs.backing.run_or_caller(draft.caller, self._fill_from_base, draft, base, fresh)
         draft.size = 0 if fresh else os.fstat(draft.fd).st_size
 
     @staticmethod
@@ -473,7 +474,7 @@ class Files:
     async def _flush_pending(self, handle: Handle, draft: Draft, tid: int) -> None:
         fs = self.fs
         seen = await fs.look(processes.closer_of, tid)
-        tgid, draft.closer = seen if isinstance(seen, tuple) else (0, Closer.UNKNOWN)
+        tgid, draft.closer = seen if seen is not None else (0, Closer.UNKNOWN)
         if draft.closer in (Closer.ALIVE, Closer.EXITED):
             draft.flushed = True
         decision = await self._decide(handle, draft, tgid)
@@ -492,7 +493,7 @@ class Files:
         if decide_flush(facts) is Decision.WAIT:
             return Decision.WAIT
         seen = await self.fs.look(self._look_around, tgid, draft.shown_ino, closer is Closer.ALIVE)
-        if not isinstance(seen, tuple):
+        if seen is None:
             return Decision.WAIT
         holds_another, descendant_holds = seen
         return decide_flush(FlushFacts(closer, is_opener, draft.writers > 1, holds_another, descendant_holds))

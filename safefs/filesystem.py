@@ -10,9 +10,10 @@ import errno
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from typing import TypeVar
 
 import trio
 
@@ -29,8 +30,13 @@ from safefs.rules import Match
 
 log = logging.getLogger(__name__)
 
-PROCESS_LOOK_SECONDS = 2.0  # how long a look at /proc may take before its result is given up
+T = TypeVar("T")
+
+PROCESS_LOOK_SECONDS = 20.0  # how long a look at /proc may take; what is unknown after that is not published
 TICKET_SWEEP_SECONDS = 1.0
+# Every change of a name would be preceded by a GETATTR of its directory otherwise.  The kernel drops a directory's
+# attributes itself when a change goes through this mount.
+DIRECTORY_ATTR_SECONDS = 1.0
 
 
 def failure(number: int) -> OSError:
@@ -203,8 +209,12 @@ class FileSystem:
 
     def entry(self, node: Node, status: os.stat_result, *, cached: bool = True) -> Entry:
         """A version, directory or other inode."""
-        seconds = (self.settings.entry_timeout_seconds, self.settings.attr_timeout_seconds) if cached else (0.0, 0.0)
-        return Entry(node.nodeid, status, status.st_ino, status.st_nlink, *seconds)
+        settings = self.settings
+        entry_seconds = settings.entry_timeout_seconds if cached else 0.0
+        attr_seconds = settings.attr_timeout_seconds if cached else 0.0
+        if node.is_directory:
+            attr_seconds = max(attr_seconds, DIRECTORY_ATTR_SECONDS)
+        return Entry(node.nodeid, status, status.st_ino, status.st_nlink, entry_seconds, attr_seconds)
 
     def draft_entry(self, draft: Draft, status: os.stat_result) -> Entry:
         """A draft: never cached, always the same st_ino, and a link count as if it had its name."""
@@ -217,17 +227,14 @@ class FileSystem:
 
     # ---------------------------------------------------------- families
 
-    async def look(self, function: object, *arguments: object) -> object:
+    async def look(self, function: Callable[..., T], *arguments: object) -> T | None:
         """Look at a process in a thread; None when that takes too long."""
         with trio.move_on_after(PROCESS_LOOK_SECONDS):
-            return await trio.to_thread.run_sync(
-                function, *arguments, abandon_on_cancel=True, limiter=self.looks  # type: ignore[arg-type]
-            )
+            return await trio.to_thread.run_sync(function, *arguments, abandon_on_cancel=True, limiter=self.looks)
         return None
 
     async def identify(self, tid: int) -> Process | None:
-        found = await self.look(processes.identify, tid)
-        return found if isinstance(found, Process) else None
+        return await self.look(processes.identify, tid)
 
     async def family_draft(self, directory: Node, name: bytes, tid: int) -> Draft | None:
         """The draft of this name that belongs to the family of the calling thread."""
@@ -235,7 +242,7 @@ class FileSystem:
         if not drafts:
             return None
         chain = await self.look(processes.ancestry, tid)
-        if not isinstance(chain, list):
+        if chain is None:
             return None
         for draft in reversed(drafts):
             opener = draft.opener
@@ -364,5 +371,3 @@ class FileSystem:
                 self.end_ticket(ticket)
                 if ticket.draft is not None:
                     await self.end_draft(ticket.draft)
-
-

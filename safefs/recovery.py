@@ -75,7 +75,7 @@ class Recovery:
             return True
         if identity.get("pid_namespace") != me["pid_namespace"]:
             return None
-        return start_time(identity["pid"]) != identity["start"]
+        return bool(start_time(identity["pid"]) != identity["start"])
 
     def _has_stopped_beating(self, path: Path) -> bool:
         try:

@@ -226,9 +226,7 @@ class Tree:
 
     # ------------------------------------------------------------- rename
 
-    async def rename(
-        self, old_id: int, name: bytes, new_id: int, new_name: bytes, flags: int, caller: Caller
-    ) -> None:
+    async def rename(self, old_id: int, name: bytes, new_id: int, new_name: bytes, flags: int, caller: Caller) -> None:
         """rename(2) and renameat2(2); of an open draft by its family: publishes it under the new name."""
         fs = self.fs
         old, new = fs.node(old_id), fs.node(new_id)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -46,7 +46,7 @@ def error_number(error: BaseException, operation: str) -> int:
     return errno.EIO
 
 
-def translated(handler: Callable[P, Awaitable[R]]) -> Callable[P, Awaitable[R]]:
+def translated(handler: Callable[P, Coroutine[Any, Any, R]]) -> Callable[P, Coroutine[Any, Any, R]]:
     """The error boundary of handlers that pyfuse3 calls."""
 
     @wraps(handler)
@@ -55,7 +55,7 @@ def translated(handler: Callable[P, Awaitable[R]]) -> Callable[P, Awaitable[R]]:
             return await handler(*args, **kwargs)
         except pyfuse3.FUSEError:
             raise
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - the boundary: whatever left would end the mount
             raise pyfuse3.FUSEError(error_number(error, handler.__name__)) from None
 
     return bounded
@@ -110,7 +110,9 @@ def file_info(opened: Opened) -> pyfuse3.FileInfo:
     if not opened.handle.writable:
         number |= native.FH_NOFLUSH
     return pyfuse3.FileInfo(
-        fh=pyfuse3.FileHandleT(number), direct_io=opened.direct_io, keep_cache=opened.keep_cache and not opened.direct_io
+        fh=pyfuse3.FileHandleT(number),
+        direct_io=opened.direct_io,
+        keep_cache=opened.keep_cache and not opened.direct_io,
     )
 
 
@@ -260,7 +262,7 @@ class Operations(pyfuse3.Operations):
     ) -> None:
         try:
             await work(request, *arguments)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - the same boundary, for requests of the C extension
             number = error_number(error, work.__name__)
             if not request.answered:
                 request.reply_err(number)
@@ -356,15 +358,18 @@ class Operations(pyfuse3.Operations):
         request.reply_offset(await self._files.lseek(number, offset, whence))
 
     def on_copy_file_range(
-        self, request: native.Request, source: int, source_offset: int, target: int, target_offset: int,
-        length: int, flags: int,
+        self,
+        request: native.Request,
+        source: int,
+        source_offset: int,
+        target: int,
+        target_offset: int,
+        length: int,
+        flags: int,
     ) -> None:
         self._start(request, self._copy_file_range, source, source_offset, target, target_offset, length)
 
     async def _copy_file_range(
         self, request: native.Request, source: int, source_offset: int, target: int, target_offset: int, length: int
     ) -> None:
-        request.reply_count(
-            await self._files.copy_file_range(source, source_offset, target, target_offset, length)
-        )
-
+        request.reply_count(await self._files.copy_file_range(source, source_offset, target, target_offset, length))
