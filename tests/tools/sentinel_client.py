@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 FILES = 20
-SECONDS = 300.0
+SECONDS = 540.0
 HEADER = 32
 
 
