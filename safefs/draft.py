@@ -81,7 +81,7 @@ class Draft:
     pidfd: int  # of the opener; -1 when it could not be had
     fd: int  # the private inode, open for reading and writing
     temp_name: bytes | None  # its hidden name, None for O_TMPFILE
-    shown_ino: int  # st_ino while it is a draft: never changes, so that descriptors can be recognised by it
+    shown_ino: int  # st_ino while it is a draft (its base's, if any): descriptors are recognised by it
     gate: Gate
     base: Base | None = None
     created: bool = False  # by O_CREAT of a missing name

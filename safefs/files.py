@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 FMODE_EXEC = 0x20  # include/linux/fs.h: the open is for execve
 LOOK_AGAIN_SECONDS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032)
-RECENT_PARTIAL_SECONDS = 5.0
+RECENT_PARTIAL_SECONDS = 1.0
 
 
 @dataclass(slots=True)
@@ -132,6 +132,8 @@ class Files:
         try:
             if flags & os.O_TRUNC:
                 await self._truncate(draft, 0)
+            elif writable and draft.name_class is NameClass.PARTIAL:
+                await self._continue_partial(draft)
             process = await fs.identify(caller.pid) if writable else None
         except BaseException:
             draft.handles -= 1
@@ -246,7 +248,7 @@ class Files:
             pidfd=-1,
             fd=staged.fd,
             temp_name=staged.temp_name,
-            shown_ino=staged.ino,
+            shown_ino=base.identity.ino if base else staged.ino,
             gate=Gate(),
             base=base,
         )
@@ -336,9 +338,9 @@ class Files:
         base = draft.base
         if base is None:
             return
-        if not fresh and draft.name_class is NameClass.PARTIAL and await self._take_over(draft, base):
-            return
         await self.fs.backing.run_or_caller(draft.caller, self._fill_from_base, draft, base, fresh)
+        if draft.name_class is NameClass.PARTIAL:
+            draft.fresh = True  # a download of its own from here on, which no other's progress can conflict with
         draft.size = 0 if fresh else os.fstat(draft.fd).st_size
 
     @staticmethod
@@ -347,8 +349,16 @@ class Files:
             backing.copy_contents(base.fd, draft.fd)
         backing.copy_metadata(base.fd, draft.fd)
 
+    async def _continue_partial(self, draft: Draft) -> None:
+        """A download goes on where it stopped: its file becomes the draft, and is published again by any close."""
+        async with draft.gate.preparing:
+            if draft.state is not DraftState.WRITING or draft.prepared or draft.base is None:
+                return
+            if await self._take_over(draft, draft.base):
+                draft.prepared = draft.modified = True
+
     async def _take_over(self, draft: Draft, base: Base) -> bool:
-        """Rename a partial file into the draft instead of copying it, when nobody else is about to rename it."""
+        """Rename a partial file into the draft instead of copying it, unless somebody else may be about to rename it."""
         fs = self.fs
         hidden = fs.backing.hidden_name(b"p")
         fd = await fs.backing.run_or_daemon(draft.caller, self._take_over_file, draft, base, hidden)
@@ -362,14 +372,25 @@ class Files:
         return True
 
     def _take_over_file(self, draft: Draft, base: Base, hidden: bytes) -> int | None:
-        # A file that was published a moment ago may be on its way to its final name: its downloader would miss it.
-        # Both times are the backing's own, so no clocks are compared.
-        os.utime(draft.fd)
-        age_ns = os.fstat(draft.fd).st_ctime_ns - os.fstat(base.fd).st_ctime_ns
-        if age_ns < RECENT_PARTIAL_SECONDS * 1e9:
+        if not self._is_abandoned(draft, base):
             return None
         self.fs.publisher.note_partial(draft.directory.fd, hidden, draft.name)
         return backing.take_over(base.fd, base.identity, draft.directory.fd, draft.name, hidden)
+
+    def _is_abandoned(self, draft: Draft, base: Base) -> bool:
+        """Whether the partial file's last writer is not about to rename it to its final name.
+
+        A finished download is closed under its partial name first; taken away at that moment, its downloader would
+        miss it.  On this node it is known who published it; for others it has to have been there for a moment, by the
+        backing's own clock.
+        """
+        publisher = self.fs.publisher.partial_publisher(base.identity)
+        if publisher is not None:
+            mine = draft.opener is not None and publisher == draft.opener.tgid
+            return mine or publisher == 0 or processes.identify(publisher) is None
+        os.utime(draft.fd)
+        age_ns = os.fstat(draft.fd).st_ctime_ns - os.fstat(base.fd).st_ctime_ns
+        return age_ns >= RECENT_PARTIAL_SECONDS * 1e9
 
     async def _truncate(self, draft: Draft, size: int) -> None:
         async with draft.gate.passing():
@@ -550,6 +571,8 @@ class Files:
                 continue
             if draft.flushed and (all_closed or not draft.writers):
                 await self.settle(draft)
+            elif draft.name_class is NameClass.PARTIAL:
+                await self.fs.publisher.end_killed(draft)
             else:
                 await self.fs.publisher.refuse(draft, "safefs was stopped before its writer closed it", errno.EIO)
 
