@@ -284,7 +284,10 @@ def path_below(root: bytes, fd: int) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class AttributeChange:
-    """What a SETATTR asks for; None leaves a value as it is.  Times are (seconds, nanoseconds or UTIME_*)."""
+    """What a SETATTR asks for; None leaves a value as it is.  Times are (seconds, nanoseconds or UTIME_*).
+
+    `strip_privileges` is carried out by the caller of change_attributes, with other rights.
+    """
 
     mode: int | None = None
     uid: int | None = None
@@ -300,8 +303,6 @@ UTIME_OMIT = (0, (1 << 30) - 2)
 
 def change_attributes(fd: int, change: AttributeChange) -> None:
     """chmod, chown and utimensat of an inode, in the order in which the kernel itself applies them."""
-    if change.strip_privileges:
-        strip_privileges(fd)
     if change.uid is not None or change.gid is not None:
         keep = 0xFFFFFFFF
         native.fchown(fd, keep if change.uid is None else change.uid, keep if change.gid is None else change.gid)

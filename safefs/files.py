@@ -7,7 +7,7 @@ import logging
 import os
 import secrets
 import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import trio
 
@@ -474,11 +474,19 @@ class Files:
         draft = node.draft
         if draft is None:
             async with self.fs.pinned(node):
-                await self.fs.backing.run(caller, backing.change_attributes, node.fd, change)
+                await self._change(node.fd, change, caller)
             return
         async with draft.gate.passing():
             fd = self.fs.content_fd(draft)
-            await self.fs.backing.run(caller, backing.change_attributes, fd, change)
+            if fd != draft.fd:  # the first write will strip the draft; the version stays as it is
+                change = replace(change, strip_privileges=False)
+            await self._change(fd, change, caller)
+
+    async def _change(self, fd: int, change: AttributeChange, caller: Caller) -> None:
+        if change.strip_privileges:
+            # The kernel asks for it on behalf of a writer, who need not own the file.
+            await self.fs.backing.run(DAEMON, backing.strip_privileges, fd)
+        await self.fs.backing.run(caller, backing.change_attributes, fd, change)
 
     # -------------------------------------------------------------- close
 

@@ -128,9 +128,10 @@ def descendant_holds(tgid: int, ino: int) -> bool:
     """Whether a descendant has a writable descriptor on the file.
 
     A close-on-exec descriptor counts as well: a forked worker keeps it.  In a child that is on its way through execve
-    it is gone some milliseconds later, so a positive answer is worth a second look.
+    it is gone some milliseconds later, so a positive answer is worth a second look.  The daemon itself, which has the
+    draft's inode open, can be a descendant too: of the shell that started it.
     """
-    return any(holds_writable(child, ino) for child in descendants(tgid))
+    return any(holds_writable(child, ino) for child in descendants(tgid) if child != os.getpid())
 
 
 def is_alive(pidfd: int) -> bool:

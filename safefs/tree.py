@@ -284,6 +284,7 @@ class Tree:
         node = fs.node(nodeid)
         async with fs.pinned(node):
             fd = await fs.backing.run(caller, backing.open_directory, node.fd)
+        await fs.ordering.wait_directory(node)
         opened = OpenDirectory(node, fd)
         for draft in fs.drafts.below(node):
             if draft.created and await fs.family_draft(node, draft.name, caller.pid) is draft:
