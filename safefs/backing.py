@@ -36,8 +36,8 @@ RENAME_NOREPLACE = 1
 RENAME_EXCHANGE = 2
 FICLONE = 0x40049409  # linux/fs.h
 COPY_CHUNK_BYTES = 1 << 20
-NO_GROUPS_CHANGE = (0xFFFFFFFF, 0xFFFFFFFF)
 OTHER_FILESYSTEM = (errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS)
+NO_TMPFILE = (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT)  # open(2), O_TMPFILE
 REFUSED = (errno.EACCES, errno.EPERM)
 
 DAEMON = Caller(0, 0)
@@ -116,9 +116,9 @@ class Backing:
                 fd = os.open(b".", os.O_TMPFILE | os.O_RDWR, mode, dir_fd=directory)
                 return fd, None, os.fstat(fd)
             except OSError as error:
-                if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT):
-                    raise
-                if error.errno == errno.ENOENT and is_removed(directory):
+                if is_removed(directory):  # ext4 says EPERM then, others ENOENT
+                    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)) from None
+                if error.errno not in NO_TMPFILE:
                     raise
                 self._tmpfile = False
         fd = os.open(hidden, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_NOFOLLOW, mode, dir_fd=directory)

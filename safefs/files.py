@@ -358,7 +358,7 @@ class Files:
                 draft.prepared = draft.modified = True
 
     async def _take_over(self, draft: Draft, base: Base) -> bool:
-        """Rename a partial file into the draft instead of copying it, unless somebody else may be about to rename it."""
+        """Rename a partial file into the draft instead of copying it, unless its writer may be about to rename it."""
         fs = self.fs
         hidden = fs.backing.hidden_name(b"p")
         fd = await fs.backing.run_or_daemon(draft.caller, self._take_over_file, draft, base, hidden)

@@ -55,7 +55,7 @@ def check_size(draft: Draft) -> None:
 def may_replace(order: Order) -> bool:
     """Whether the draft may take the place of what its name shows now (docs/semantics.md, "Conflicts")."""
     draft = order.draft
-    if draft.exclusive or not order.may_replace:
+    if not order.may_replace:
         return False
     if draft.fresh or draft.base is None:
         return True
@@ -71,6 +71,8 @@ def may_replace(order: Order) -> bool:
 def carry_out(order: Order) -> None:
     """Seal, check, rename, and make the name durable.  Blocks; runs as the caller."""
     draft = order.draft
+    if backing.is_removed(order.target):
+        raise PublishRefusedError("its directory was removed", errno.ENOENT)
     check_size(draft)
     os.fsync(draft.fd)
     replace = may_replace(order)
@@ -105,6 +107,8 @@ class Publisher:
 
         Descriptors of `draft.directory` and `target` are pinned by the caller.  Raises PublishRefusedError.
         """
+        if draft.exclusive and target is None:
+            replace = False  # O_EXCL is about the name that was opened, not about one that it is renamed to
         target, name = target or draft.directory, draft.name if name is None else name
         async with draft.gate.closed():
             if not draft.pending:
