@@ -17,7 +17,7 @@ from typing import Self
 
 import pytest
 
-from tests.mount.actors import SYSTEM_PYTHON, actor
+from tests.mount.actors import SYSTEM_PYTHON, Actor, actor
 from tests.mount.places import (
     PIECE,
     WHOLE,
@@ -85,8 +85,29 @@ def duplicated_high(stage: Stage) -> None:
         stage.published(WHOLE)
 
 
+def inheritable(parent: Actor, path: Path) -> int:
+    """Open for write without close-on-exec, as C programs and shells do."""
+    fd = parent.open(path, CREATE)
+    parent("os.set_inheritable(fd, True)", fd=fd)
+    return fd
+
+
 def fork_parent_closes_first(stage: Stage) -> None:
     """A forked child writes on after its parent closed: the child's close is the one that counts."""
+    with actor() as parent:
+        fd = inheritable(parent, stage.path)
+        parent.write(fd, A)
+        child = parent.fork()
+        parent.closefd(fd)
+        stage.absent()
+        child.write(fd, B)
+        stage.absent()
+        child.closefd(fd)
+        stage.published(WHOLE, everywhere_at_once=False)
+
+
+def fork_cloexec_parent_closes_first(stage: Stage) -> None:
+    """The same with a close-on-exec descriptor, as Python opens files: a child that does not exec holds it."""
     with actor() as parent:
         fd = parent.open(stage.path, CREATE)
         parent.write(fd, A)
@@ -102,7 +123,7 @@ def fork_parent_closes_first(stage: Stage) -> None:
 def fork_child_exits_last(stage: Stage) -> None:
     """The same, but the child ends without a close."""
     with actor() as parent:
-        fd = parent.open(stage.path, CREATE)
+        fd = inheritable(parent, stage.path)
         parent.write(fd, A)
         child = parent.fork()
         parent.closefd(fd)
@@ -132,7 +153,7 @@ def fork_child_closes_first(stage: Stage) -> None:
 def grandchild_writes_last(stage: Stage) -> None:
     """Three generations; the parent and the child close, the grandchild goes on while the child lives."""
     with actor() as parent:
-        fd = parent.open(stage.path, CREATE)
+        fd = inheritable(parent, stage.path)
         parent.write(fd, A)
         child = parent.fork()
         grandchild = child.fork()
@@ -447,6 +468,7 @@ PUBLISHED: dict[str, tuple[Scenario, bytes]] = {
     "dup": (duplicated, WHOLE),
     "dup-high": (duplicated_high, WHOLE),
     "fork-parent-closes-first": (fork_parent_closes_first, WHOLE),
+    "fork-cloexec-parent-closes-first": (fork_cloexec_parent_closes_first, WHOLE),
     "fork-child-exits-last": (fork_child_exits_last, WHOLE),
     "fork-child-closes-first": (fork_child_closes_first, WHOLE),
     "grandchild-writes-last": (grandchild_writes_last, WHOLE),
@@ -630,7 +652,7 @@ def test_an_empty_draft_of_a_killed_writer(two_mounts: tuple[Mount, Mount]) -> N
 def last_closer_child_killed(stage: Stage) -> None:
     """The parent closes first; the child writes on and is killed."""
     with actor() as parent:
-        fd = parent.open(stage.path, CREATE)
+        fd = inheritable(parent, stage.path)
         parent.write(fd, A)
         child = parent.fork()
         parent.closefd(fd)

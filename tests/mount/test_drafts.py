@@ -346,7 +346,7 @@ def test_a_draft_can_be_opened_again_through_its_descriptor(mount: Mount, writer
 
 def test_shell_redirection_through_dev_stdout(mount: Mount) -> None:
     """The shell's form of the same."""
-    subprocess.run(["bash", "-c", f"{{ echo one; echo two > /dev/stdout; }} >> {mount / 'file'}"], check=True)
+    subprocess.run(["bash", "-c", f"{{ echo one; echo two >> /dev/stdout; }} > {mount / 'file'}"], check=True)
     assert content(mount / "file") == b"one\ntwo\n"
 
 

@@ -18,7 +18,7 @@ from tests.conftest import MountFactory
 from tests.mount.actors import Actor, actor
 from tests.mount.conftest import both_temps
 from tests.mount.places import A, B, content
-from tests.support.mounting import Mount, abort_connection, wait_until
+from tests.support.mounting import Mount, wait_until
 
 Nodes = tuple[Mount, Mount]
 CREATE = os.O_CREAT | os.O_TRUNC | os.O_WRONLY
@@ -307,7 +307,6 @@ def kill_daemon(mount: Mount) -> None:
     """kill -9 of the daemon, and the dead mount taken away."""
     mount.process.kill()
     mount.process.wait(30)
-    abort_connection(mount.path)
     subprocess.run(["umount", "-l", mount.path], check=True, timeout=30)
 
 

@@ -139,6 +139,7 @@ int main(int count, char **values) {
         spin(NULL);
     }
     if (!strcmp(name, "spin_threads")) {  // all threads write, the main thread too
+        piece('x', 0);
         for (int i = 0; i < THREADS; i++) thread(spin, NULL);
         step("half");
         spin(NULL);
@@ -150,6 +151,7 @@ int main(int count, char **values) {
         spin(NULL);
     }
     if (!strcmp(name, "spin_worker")) {  // a worker writes, the main thread is idle
+        piece('x', 0);
         thread(spin, NULL);
         step("half");
         idle(NULL);
