@@ -1,0 +1,334 @@
+"""What a dead daemon left behind is settled once, and a living daemon's work is never touched."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from safefs import backing, recovery
+from safefs.backing import Backing
+from safefs.recovery import DEAD_AFTER_SECONDS, Recovery
+from safefs.state import RECORD_VERSION, DaemonRecord, StateDirectory, host_identity
+
+OTHER = "0badcafe"
+HIDDEN = f".safefs~{OTHER}~d~1"
+DEAD_HERE = {"start": 1}  # this process's number, taken by another before it
+ELSEWHERE = {"machine": "another", "host": "another"}
+
+
+@dataclass
+class Clock:
+    """time.monotonic, by hand."""
+
+    now: float = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@dataclass
+class Node:
+    """This daemon, with another daemon's record beside its own."""
+
+    root: Path
+    state: StateDirectory
+    record: DaemonRecord
+    recovery: Recovery
+
+    @property
+    def daemons(self) -> list[str]:
+        return sorted(os.listdir(self.state.path / "daemons"))
+
+    @property
+    def settled(self) -> bool:
+        return self.daemons == [self.record.path.name]
+
+    def kept(self) -> dict[str, bytes]:
+        """The quarantine: reason and bytes."""
+        directory = self.state.path / "quarantine"
+        return {
+            json.loads(path.read_text())["reason"]: path.with_suffix("").read_bytes()
+            for path in directory.glob("*.json")
+        }
+
+    def other(self, identity: dict[str, Any] | str | None, *journal: dict[str, str] | str, name: str = OTHER) -> Path:
+        """The record that another daemon left; `identity` is what differs from a daemon of this process."""
+        path = self.state.path / "daemons" / name
+        path.mkdir()
+        if isinstance(identity, str):
+            (path / "identity.json").write_text(identity)
+        elif identity is not None:
+            (path / "identity.json").write_text(json.dumps({**host_identity(), **identity}))
+        (path / "heartbeat").write_text("1\n")
+        lines = [line if isinstance(line, str) else json.dumps(line) + "\n" for line in journal]
+        (path / "journal").write_text("".join(lines))
+        return path
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    hand = Clock()
+    monkeypatch.setattr(time, "monotonic", hand)
+    return hand
+
+
+@pytest.fixture
+def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Node]:
+    me = {**host_identity(), "machine": "0123456789abcdef"}  # a test machine need not have a machine-id
+    monkeypatch.setattr(recovery, "host_identity", lambda: dict(me))
+    monkeypatch.setitem(globals(), "host_identity", lambda: dict(me))
+    store = Backing(tmp_path, impersonate=False, max_threads=2)
+    state = StateDirectory(tmp_path / ".safefs")
+    record = DaemonRecord(state, store.node_id)
+    yield Node(tmp_path, state, record, Recovery(store, state, record))
+    record.remove()
+    os.close(state.quarantine_fd)
+    os.close(store.root_fd)
+
+
+# ------------------------------------------------------------- who is dead
+
+
+@pytest.mark.parametrize(
+    "identity",
+    [DEAD_HERE, {"boot": "before"}, {"boot": "before", "pid_namespace": 1}],
+    ids=["another process has its number", "booted again", "booted again, a container"],
+)
+def test_a_daemon_that_is_known_to_be_dead_is_settled_at_once(node: Node, identity: dict[str, Any]) -> None:
+    node.other(identity, {"directory": ""})
+    (node.root / HIDDEN).write_bytes(b"left")
+    node.recovery.settle_dead()
+    assert node.settled
+    assert not (node.root / HIDDEN).exists()
+    assert node.kept() == {"its daemon ended before it was published": b"left"}
+
+
+def test_a_living_daemon_of_this_host_is_left_alone_however_slow_its_heart(node: Node, clock: Clock) -> None:
+    node.other({}, {"directory": ""})
+    (node.root / HIDDEN).write_bytes(b"being written")
+    node.recovery.settle_dead()
+    clock.now += 10 * DEAD_AFTER_SECONDS
+    node.recovery.settle_dead()
+    assert OTHER in node.daemons
+    assert (node.root / HIDDEN).read_bytes() == b"being written"
+    assert node.kept() == {}
+
+
+@pytest.mark.parametrize(
+    "identity",
+    [ELSEWHERE, {"host": "another"}, {"machine": "another"}, {"pid_namespace": 1}, '{"vers', None],
+    ids=["elsewhere", "other name", "other machine", "a container", "cut short", "being made"],
+)
+def test_what_cannot_be_known_is_judged_by_the_heartbeat(
+    node: Node, clock: Clock, identity: dict[str, Any] | str | None
+) -> None:
+    other = node.other(identity, {"directory": ""})
+    (node.root / HIDDEN).write_bytes(b"left")
+    node.recovery.settle_dead()
+    clock.now += DEAD_AFTER_SECONDS
+    node.recovery.settle_dead()
+    assert OTHER in node.daemons
+    (other / "heartbeat").write_text("2\n")
+    clock.now += 1
+    node.recovery.settle_dead()
+    clock.now += DEAD_AFTER_SECONDS
+    node.recovery.settle_dead()
+    assert OTHER in node.daemons
+    assert (node.root / HIDDEN).exists()
+    clock.now += 1
+    node.recovery.settle_dead()
+    assert node.settled
+    assert list(node.kept().values()) == [b"left"]
+
+
+def test_a_record_without_a_heartbeat_is_given_its_time(node: Node, clock: Clock) -> None:
+    (node.other(ELSEWHERE) / "heartbeat").unlink()
+    node.recovery.settle_dead()
+    clock.now += DEAD_AFTER_SECONDS
+    node.recovery.settle_dead()
+    assert OTHER in node.daemons
+    clock.now += 1
+    node.recovery.settle_dead()
+    assert node.settled
+
+
+def test_a_machine_without_an_id_judges_by_the_heartbeat(node: Node, clock: Clock) -> None:
+    node.recovery._me["machine"] = ""
+    node.other({"machine": "", **DEAD_HERE})
+    node.recovery.settle_dead()
+    assert OTHER in node.daemons
+    clock.now += DEAD_AFTER_SECONDS + 1
+    node.recovery.settle_dead()
+    assert node.settled
+
+
+@pytest.mark.parametrize("identity", [DEAD_HERE, ELSEWHERE])
+def test_a_record_of_an_unknown_version_is_left_alone(node: Node, clock: Clock, identity: dict[str, Any]) -> None:
+    node.other({**identity, "version": RECORD_VERSION + 1}, {"directory": ""})
+    (node.root / HIDDEN).write_bytes(b"left")
+    node.recovery.settle_dead()
+    clock.now += 10 * DEAD_AFTER_SECONDS
+    node.recovery.settle_dead()
+    assert OTHER in node.daemons
+    assert (node.root / HIDDEN).exists()
+
+
+def test_its_own_record_is_never_settled(node: Node, clock: Clock) -> None:
+    clock.now += 10 * DEAD_AFTER_SECONDS
+    node.recovery.settle_dead()
+    assert node.settled
+    node.record.beat()
+    assert (node.record.path / "heartbeat").read_text() == "2\n"
+
+
+def test_a_settling_that_was_cut_short_is_taken_up(node: Node) -> None:
+    """The record goes by the name of its settler; the hidden names still bear the dead daemon's."""
+    node.other(DEAD_HERE, {"directory": ""}, name=f"{OTHER}.settling-11111111")
+    (node.root / HIDDEN).write_bytes(b"left")
+    node.recovery.settle_dead()
+    assert node.settled
+    assert list(node.kept().values()) == [b"left"]
+
+
+def test_another_settler_may_be_quicker(node: Node) -> None:
+    path = node.other(DEAD_HERE, {"directory": ""})
+    (node.root / HIDDEN).write_bytes(b"left")
+    path.rename(node.root / "taken")
+    node.recovery._settle(path)
+    assert (node.root / HIDDEN).exists()
+
+
+# ------------------------------------------------------- what it left behind
+
+
+def test_leftovers_of_every_directory_are_kept_and_empty_ones_removed(node: Node) -> None:
+    (node.root / "a" / "b").mkdir(parents=True)
+    node.other(DEAD_HERE, {"directory": "a/b"}, {"directory": "a"}, {"directory": "gone"}, {"directory": ""})
+    (node.root / "a" / "b" / HIDDEN).write_bytes(b"deep")
+    (node.root / "a" / HIDDEN).touch()
+    mine = node.root / "a" / f".safefs~{node.record.path.name}~d~1"
+    others = node.root / "a" / ".safefs~0badcafe2~d~1"
+    for path in (mine, others, node.root / "a" / "name"):
+        path.write_bytes(b"not its own")
+    node.recovery.settle_dead()
+    assert node.settled
+    assert list(node.kept().values()) == [b"deep"]
+    assert os.listdir(node.root / "a" / "b") == []
+    assert sorted(os.listdir(node.root / "a")) == sorted([mine.name, others.name, "b", "name"])
+
+
+def test_a_directory_that_became_something_else_is_passed_over(node: Node) -> None:
+    node.other(DEAD_HERE, {"directory": "file"}, {"directory": ""})
+    (node.root / "file").touch()
+    (node.root / HIDDEN).write_bytes(b"left")
+    node.recovery.settle_dead()
+    assert node.settled
+    assert list(node.kept().values()) == [b"left"]
+
+
+def test_a_symbolic_link_in_a_directorys_place_leads_nowhere(
+    node: Node, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    outside = tmp_path_factory.mktemp("outside")
+    (outside / HIDDEN).write_bytes(b"outside")
+    node.other(DEAD_HERE, {"directory": "swapped"}, {"directory": ""})
+    (node.root / "swapped").symlink_to(outside)
+    (node.root / HIDDEN).write_bytes(b"left")
+    node.recovery.settle_dead()
+    assert (outside / HIDDEN).read_bytes() == b"outside"
+    assert node.settled
+    assert list(node.kept().values()) == [b"left"]
+
+
+def test_a_symbolic_link_on_the_way_to_a_directory_leads_nowhere(
+    node: Node, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    outside = tmp_path_factory.mktemp("outside")
+    (outside / "sub").mkdir()
+    (outside / "sub" / HIDDEN).write_bytes(b"outside")
+    node.other(DEAD_HERE, {"directory": "swapped/sub"})
+    (node.root / "swapped").symlink_to(outside)
+    node.recovery.settle_dead()
+    assert (outside / "sub" / HIDDEN).read_bytes() == b"outside"
+    assert node.settled
+
+
+def test_a_journal_that_was_cut_short_counts_as_far_as_it_goes(node: Node) -> None:
+    (node.root / "a").mkdir()
+    node.other(DEAD_HERE, {"directory": "a"}, '{"directory": "b')
+    (node.root / "a" / HIDDEN).write_bytes(b"left")
+    node.recovery.settle_dead()
+    assert node.settled
+    assert list(node.kept().values()) == [b"left"]
+
+
+def test_a_record_without_a_journal_is_removed(node: Node) -> None:
+    (node.other(DEAD_HERE) / "journal").unlink()
+    node.recovery.settle_dead()
+    assert node.settled
+
+
+def test_names_need_not_be_utf8(node: Node) -> None:
+    name = os.fsdecode(b"d\xff")
+    (node.root / name).mkdir()
+    node.other(DEAD_HERE, {"directory": name})
+    (node.root / name / HIDDEN).write_bytes(b"left")
+    node.recovery.settle_dead()
+    assert list(node.kept().values()) == [b"left"]
+
+
+# ------------------------------------------------------------ partial files
+
+PARTIAL = f".safefs~{OTHER}~p~7"
+NOTE = {"directory": "", "hidden": PARTIAL, "name": "x.part"}
+
+
+@pytest.mark.parametrize("journal", [(NOTE,), ({"directory": ""}, NOTE), (NOTE, {"directory": ""})])
+def test_a_partial_file_goes_back_under_its_name(node: Node, journal: tuple[dict[str, str], ...]) -> None:
+    node.other(DEAD_HERE, *journal)
+    (node.root / PARTIAL).write_bytes(b"half")
+    node.recovery.settle_dead()
+    assert (node.root / "x.part").read_bytes() == b"half"
+    assert not (node.root / PARTIAL).exists()
+    assert node.kept() == {}
+    assert node.settled
+
+
+def test_a_partial_file_whose_name_is_taken_is_kept(node: Node) -> None:
+    node.other(DEAD_HERE, NOTE)
+    (node.root / PARTIAL).write_bytes(b"half")
+    (node.root / "x.part").write_bytes(b"a new download")
+    node.recovery.settle_dead()
+    assert (node.root / "x.part").read_bytes() == b"a new download"
+    assert node.kept() == {"its daemon ended, and its name has a new file": b"half"}
+    assert not (node.root / PARTIAL).exists()
+
+
+def test_a_partial_file_that_was_published_again_is_not_missed(node: Node) -> None:
+    node.other(DEAD_HERE, NOTE)
+    (node.root / "x.part").write_bytes(b"whole")
+    node.recovery.settle_dead()
+    assert (node.root / "x.part").read_bytes() == b"whole"
+    assert node.kept() == {}
+    assert node.settled
+
+
+# ---------------------------------------------------- what records it writes
+
+
+def test_what_a_daemon_notes_is_what_its_successor_reads(node: Node) -> None:
+    node.record.note_directory(b"a")
+    node.record.note_directory(b"a")
+    node.record.note_partial(b"", b"hid\xffden", b"name")
+    assert Recovery._journal(node.record.path / "journal") == [
+        {"directory": "", "hidden": os.fsdecode(b"hid\xffden"), "name": "name"},
+        {"directory": "a"},
+    ]
+    assert backing.HIDDEN_PREFIX.decode() in HIDDEN
