@@ -120,7 +120,7 @@ class Daemon:
             helpers.start_soon(recovery.run)
             helpers.start_soon(self.fs.sweep_tickets)
             async with trio.open_nursery() as requests:
-                files = Files(self.fs, requests)
+                files = Files(self.fs)
                 tree = Tree(self.fs, files, refresh_misses=self._refreshes_misses())
                 self._mount(Operations(self.fs, tree, files, requests))
                 await helpers.start(serve_control, control_socket(self.settings.mountpoint), self._answer)
@@ -148,6 +148,10 @@ class Daemon:
         try:
             acl = settings.default_permissions and has_posix_acl(settings.backing)
             self.connection = mount.connect(operations, fd, mount.Features(posix_acl=acl))
+            mounted = find_mount(settings.mountpoint)
+            if mounted is None:
+                raise SafefsError(f"{settings.mountpoint} was unmounted while it was being mounted")
+            self.fs.device = f"{os.major(mounted.device)}:{os.minor(mounted.device)}"
         except BaseException:
             mount.umount(settings.mountpoint, settings.privileged, MNT_DETACH)
             raise

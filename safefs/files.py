@@ -26,7 +26,6 @@ log = logging.getLogger(__name__)
 
 FMODE_EXEC = 0x20  # include/linux/fs.h: the open is for execve
 LOOK_AGAIN_SECONDS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032)
-RECENT_PARTIAL_SECONDS = 1.0
 
 
 @dataclass(slots=True)
@@ -62,9 +61,8 @@ class Staged:
 class Files:
     """Open files and drafts of one mount."""
 
-    def __init__(self, filesystem: FileSystem, nursery: trio.Nursery) -> None:
+    def __init__(self, filesystem: FileSystem) -> None:
         self.fs = filesystem
-        self._nursery = nursery
 
     # --------------------------------------------------------------- open
 
@@ -132,8 +130,6 @@ class Files:
         try:
             if flags & os.O_TRUNC:
                 await self._truncate(draft, 0)
-            elif writable and draft.name_class is NameClass.PARTIAL:
-                await self._continue_partial(draft)
             process = await fs.identify(caller.pid) if writable else None
         except BaseException:
             draft.handles -= 1
@@ -338,6 +334,8 @@ class Files:
         base = draft.base
         if base is None:
             return
+        if not fresh and draft.name_class is NameClass.PARTIAL and await self._take_over(draft, base):
+            return
         await self.fs.backing.run_or_caller(draft.caller, self._fill_from_base, draft, base, fresh)
         if draft.name_class is NameClass.PARTIAL:
             draft.fresh = True  # a download of its own from here on, which no other's progress can conflict with
@@ -349,16 +347,8 @@ class Files:
             backing.copy_contents(base.fd, draft.fd)
         backing.copy_metadata(base.fd, draft.fd)
 
-    async def _continue_partial(self, draft: Draft) -> None:
-        """A download goes on where it stopped: its file becomes the draft, and is published again by any close."""
-        async with draft.gate.preparing:
-            if draft.state is not DraftState.WRITING or draft.prepared or draft.base is None:
-                return
-            if await self._take_over(draft, draft.base):
-                draft.prepared = draft.modified = True
-
     async def _take_over(self, draft: Draft, base: Base) -> bool:
-        """Rename a partial file into the draft instead of copying it, unless its writer may be about to rename it."""
+        """Rename a partial file into the draft instead of copying it: a download goes on where it stopped."""
         fs = self.fs
         hidden = fs.backing.hidden_name(b"p")
         fd = await fs.backing.run_or_daemon(draft.caller, self._take_over_file, draft, base, hidden)
@@ -372,30 +362,18 @@ class Files:
         return True
 
     def _take_over_file(self, draft: Draft, base: Base, hidden: bytes) -> int | None:
-        if not self._is_abandoned(draft, base):
-            return None
         self.fs.publisher.note_partial(draft.directory.fd, hidden, draft.name)
         return backing.take_over(base.fd, base.identity, draft.directory.fd, draft.name, hidden)
 
-    def _is_abandoned(self, draft: Draft, base: Base) -> bool:
-        """Whether the partial file's last writer is not about to rename it to its final name.
-
-        A finished download is closed under its partial name first; taken away at that moment, its downloader would
-        miss it.  On this node it is known who published it; for others it has to have been there for a moment, by the
-        backing's own clock.
-        """
-        publisher = self.fs.publisher.partial_publisher(base.identity)
-        if publisher is not None:
-            mine = draft.opener is not None and publisher == draft.opener.tgid
-            return mine or publisher == 0 or processes.identify(publisher) is None
-        os.utime(draft.fd)
-        age_ns = os.fstat(draft.fd).st_ctime_ns - os.fstat(base.fd).st_ctime_ns
-        return age_ns >= RECENT_PARTIAL_SECONDS * 1e9
-
     async def _truncate(self, draft: Draft, size: int) -> None:
         async with draft.gate.passing():
+            modified = draft.modified
             await self._prepare(draft, fresh=size == 0)
-            await self.fs.backing.run(DAEMON, os.ftruncate, draft.fd, size)
+            try:
+                await self.fs.backing.run(DAEMON, os.ftruncate, draft.fd, size)
+            except OSError:
+                draft.modified = modified  # EFBIG and the like: nothing has changed
+                raise
             draft.size = size
             if size == 0:
                 draft.fresh = True
@@ -458,16 +436,11 @@ class Files:
 
     async def _truncate_draft(self, draft: Draft, size: int, by_handle: bool, caller: Caller) -> None:
         fs = self.fs
-        fs.end_ticket(fs.tickets.take(caller.pid))
-        draft.reserved += 1
-        try:
+        async with fs.held(draft):
+            fs.end_ticket(fs.tickets.take(caller.pid))
             await self._truncate(draft, size)
             if not by_handle and not draft.writers:
                 await fs.publisher.publish(draft)
-        finally:
-            draft.reserved -= 1
-            if not draft.writers:
-                self._nursery.start_soon(fs.end_draft, draft)
 
     async def change_attributes(self, node: Node, change: AttributeChange, caller: Caller) -> None:
         """chmod, chown and utimens; before the first write they are meant for the version."""
@@ -476,7 +449,7 @@ class Files:
             async with self.fs.pinned(node):
                 await self._change(node.fd, change, caller)
             return
-        async with draft.gate.passing():
+        async with self.fs.held(draft), draft.gate.passing():
             fd = self.fs.content_fd(draft)
             if fd != draft.fd:  # the first write will strip the draft; the version stays as it is
                 change = replace(change, strip_privileges=False)
@@ -521,17 +494,17 @@ class Files:
         facts = FlushFacts(closer, is_opener, draft.writers > 1)
         if decide_flush(facts) is Decision.WAIT:
             return Decision.WAIT
-        seen = await self.fs.look(self._look_around, tgid, draft.shown_ino, closer is Closer.ALIVE)
+        seen = await self.fs.look(self._look_around, tgid, draft.shown_ino, closer is Closer.ALIVE, self.fs.device)
         if seen is None:
             return Decision.WAIT
         holds_another, descendant_holds = seen
         return decide_flush(FlushFacts(closer, is_opener, draft.writers > 1, holds_another, descendant_holds))
 
     @staticmethod
-    def _look_around(tgid: int, ino: int, alive: bool) -> tuple[bool, bool]:
-        if alive and processes.holds_writable(tgid, ino):
+    def _look_around(tgid: int, ino: int, alive: bool, device: str) -> tuple[bool, bool]:
+        if alive and processes.holds_writable(tgid, ino, device):
             return True, False
-        return False, processes.descendant_holds(tgid, ino)
+        return False, processes.descendant_holds(tgid, ino, device)
 
     def begin_release(self, handle: Handle) -> Publishing | None:
         """The synchronous half of RELEASE, run when the request is received: later requests must not overtake it."""

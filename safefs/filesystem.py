@@ -86,6 +86,7 @@ class FileSystem:
         self.tickets = Tickets()
         self.ordering = Ordering()
         self.handles: dict[int, Handle] = {}
+        self.device = ""  # major:minor of the mount, once it is mounted
         self.accepting = True  # False while the daemon drains: no new writers
         self.looks = trio.CapacityLimiter(64)  # threads that look at /proc
         self._last_handle = 0
@@ -247,7 +248,8 @@ class FileSystem:
         for draft in reversed(drafts):
             opener = draft.opener
             if opener is not None and opener.tgid in chain and processes.is_alive(draft.pidfd):
-                return draft if draft.visible_to_family else None
+                # It may have ended, or been cancelled, during the look.
+                return draft if draft.visible_to_family and draft.node.draft is draft else None
         return None
 
     async def wait_turn(self, caller: Caller) -> None:
@@ -306,10 +308,27 @@ class FileSystem:
     async def inode(self, node: Node) -> AsyncIterator[int]:
         """A descriptor of what a node shows, be it a draft or not."""
         if node.draft is not None:
-            yield self.content_fd(node.draft)
+            async with self.held(node.draft):
+                yield self.content_fd(node.draft)
+        else:
+            async with self.pinned(node):
+                yield node.fd
+
+    @asynccontextmanager
+    async def held(self, draft: Draft | None) -> AsyncIterator[None]:
+        """Keep a draft and its descriptors for the length of a request that has no handle of it."""
+        if draft is None:
+            yield
             return
-        async with self.pinned(node):
-            yield node.fd
+        draft.reserved += 1
+        draft.handles += 1
+        try:
+            yield
+        finally:
+            draft.reserved -= 1
+            draft.handles -= 1
+            with trio.CancelScope(shield=True):
+                await self.end_draft(draft)
 
     def _is_done(self, draft: Draft) -> bool:
         busy = draft.writers or draft.reserved or draft.pending or draft.state is DraftState.PUBLISHING

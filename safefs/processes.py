@@ -88,10 +88,11 @@ def _exit_code_visible(tid: int) -> bool:
     return _read(f"/proc/{tid}/syscall") is not None
 
 
-def holds_writable(tgid: int, ino: int) -> bool:
-    """Whether the process has a writable descriptor on a file with this st_ino.
+def holds_writable(tgid: int, ino: int, device: str) -> bool:
+    """Whether the process has a writable descriptor on the file with this st_ino on this filesystem (major:minor).
 
-    A file of another filesystem with the same number counts too; the only harm is a publish that comes later.
+    /proc/PID/fdinfo names the mount of a descriptor, not its filesystem.  A mount that is not in the daemon's own list
+    may be ours in another mount namespace (a container), so it counts; the only harm is a publish that comes later.
     """
     directory = f"/proc/{tgid}/fdinfo"
     try:
@@ -102,10 +103,23 @@ def holds_writable(tgid: int, ino: int) -> bool:
     for name in names:
         text = _read(f"{directory}/{name}")
         if text is not None and wanted in text:
-            flags = int(text.partition("flags:")[2].split(None, 1)[0], 8)
-            if flags & os.O_ACCMODE:
+            flags = int(_info(text, "flags"), 8)
+            if flags & os.O_ACCMODE and mounted_device(_info(text, "mnt_id")) in (device, None):
                 return True
     return False
+
+
+def _info(fdinfo: str, name: str) -> str:
+    return fdinfo.partition(f"{name}:")[2].split(None, 1)[0]
+
+
+def mounted_device(mount_id: str) -> str | None:
+    """The filesystem (major:minor) of a mount; None when it is not in this mount namespace."""
+    for line in (_read("/proc/self/mountinfo") or "").splitlines():
+        fields = line.split(" ", 3)
+        if fields[0] == mount_id:
+            return fields[2]
+    return None
 
 
 def descendants(tgid: int) -> Iterator[int]:
@@ -124,14 +138,13 @@ def descendants(tgid: int) -> Iterator[int]:
                 yield int(child)
 
 
-def descendant_holds(tgid: int, ino: int) -> bool:
+def descendant_holds(tgid: int, ino: int, device: str) -> bool:
     """Whether a descendant has a writable descriptor on the file.
 
     A close-on-exec descriptor counts as well: a forked worker keeps it.  In a child that is on its way through execve
-    it is gone some milliseconds later, so a positive answer is worth a second look.  The daemon itself, which has the
-    draft's inode open, can be a descendant too: of the shell that started it.
+    it is gone some milliseconds later, so a positive answer is worth a second look.
     """
-    return any(holds_writable(child, ino) for child in descendants(tgid) if child != os.getpid())
+    return any(holds_writable(child, ino, device) for child in descendants(tgid))
 
 
 def is_alive(pidfd: int) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections import Counter, OrderedDict
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +25,6 @@ from safefs.rules import NameClass
 from safefs.state import DaemonRecord, StateDirectory
 
 log = logging.getLogger(__name__)
-
-REMEMBERED_PARTIALS = 4096
 
 
 class PublishRefusedError(SafefsError):
@@ -97,7 +95,6 @@ class Publisher:
         self._record = record
         self._names = KeyedLocks()
         self._noted: set[Identity] = set()
-        self._partials: OrderedDict[Identity, int] = OrderedDict()
         self.counts: Counter[str] = Counter()
 
     async def publish(
@@ -141,21 +138,8 @@ class Publisher:
         if draft.base is not None:
             draft.spare_fds.append(draft.base.fd)
         draft.base = Base(os.dup(draft.fd), backing.identity_of(status))
-        if draft.name_class is NameClass.PARTIAL:
-            self._remember_partial(draft, draft.base.identity)
         self.counts["published"] += 1
         log.debug("published %r (%d bytes)", name, status.st_size)
-
-    def _remember_partial(self, draft: Draft, identity: Identity) -> None:
-        killed = draft.closer is Closer.KILLED
-        self._partials[identity] = draft.opener.tgid if draft.opener and not killed else 0
-        self._partials.move_to_end(identity)
-        if len(self._partials) > REMEMBERED_PARTIALS:
-            self._partials.popitem(last=False)
-
-    def partial_publisher(self, identity: Identity) -> int | None:
-        """Thread group id of the process that published a partial file, 0 if it was killed, None if not known here."""
-        return self._partials.get(identity)
 
     async def note_directory(self, directory: Node) -> None:
         """Put on record that a hidden name may appear in a directory, once each."""

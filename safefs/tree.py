@@ -140,11 +140,13 @@ class Tree:
         fs = self.fs
         node, directory = fs.node(nodeid), fs.node(directory_id)
         self._require_free(directory, name)
-        if node.draft is not None and node.draft.pending:
-            await fs.wait_turn(caller)
-            await fs.publisher.publish(node.draft)
-        async with fs.inode(node) as fd:
-            return await self._make_link(fd, directory_id, name, caller)
+        draft = node.draft
+        async with fs.held(draft):
+            if draft is not None and draft.pending:
+                await fs.wait_turn(caller)
+                await fs.publisher.publish(draft)
+            async with fs.inode(node) as fd:
+                return await self._make_link(fd, directory_id, name, caller)
 
     async def _make_link(self, fd: int, directory_id: int, name: bytes, caller: Caller) -> Entry:
         def make_link(directory: int, new_name: bytes) -> Found:
@@ -163,7 +165,7 @@ class Tree:
         await fs.wait_turn(caller)
         await fs.ordering.wait_name(directory, name)
         own = await self._own_draft(directory, name, caller)
-        async with fs.pinned(directory):
+        async with fs.held(own), fs.pinned(directory):
             if own is None:
                 await fs.backing.run(caller, backing.unlink, directory.fd, name)
                 return
@@ -172,7 +174,6 @@ class Tree:
             if has_version:
                 with suppress(FileNotFoundError):
                     await fs.backing.run(caller, backing.unlink, directory.fd, name)
-        await fs.end_draft(own)
 
     async def _cancel(self, draft: Draft) -> None:
         """Deleted on purpose: what was written goes, descriptors go on working on an inode without a name."""
@@ -237,22 +238,27 @@ class Tree:
         await fs.ordering.wait_name(old, name)
         await fs.ordering.wait_name(new, new_name)
         own = await self._own_draft(old, name, caller)
-        overwritten = await self._own_draft(new, new_name, caller)
-        if overwritten is own:
-            overwritten = None
-        async with fs.pinned(old, new):
-            if flags & RENAME_EXCHANGE:
-                for draft in (own, overwritten):
-                    if draft is not None:
-                        await fs.publisher.publish(draft)
-                await fs.backing.run(caller, backing.rename, old.fd, name, new.fd, new_name, flags)
-                return
-            if overwritten is not None and flags & RENAME_NOREPLACE:
-                raise failure(errno.EEXIST)
-            await self._rename(own, old, name, new, new_name, flags, caller)
-        if overwritten is not None and not overwritten.discarded:
-            await self._cancel(overwritten)
-            await fs.end_draft(overwritten)
+        async with fs.held(own):
+            overwritten = await self._own_draft(new, new_name, caller)
+            overwritten = None if overwritten is own else overwritten
+            async with fs.held(overwritten), fs.pinned(old, new):
+                if flags & RENAME_EXCHANGE:
+                    await self._exchange((own, overwritten), old, name, new, new_name, caller)
+                    return
+                if overwritten is not None and flags & RENAME_NOREPLACE:
+                    raise failure(errno.EEXIST)
+                await self._rename(own, old, name, new, new_name, flags, caller)
+                if overwritten is not None:
+                    await self._cancel(overwritten)
+
+    async def _exchange(
+        self, drafts: tuple[Draft | None, ...], old: Node, name: bytes, new: Node, new_name: bytes, caller: Caller
+    ) -> None:
+        """RENAME_EXCHANGE, of what the family's drafts have published."""
+        for draft in drafts:
+            if draft is not None:
+                await self.fs.publisher.publish(draft)
+        await self.fs.backing.run(caller, backing.rename, old.fd, name, new.fd, new_name, RENAME_EXCHANGE)
 
     async def _rename(
         self, own: Draft | None, old: Node, name: bytes, new: Node, new_name: bytes, flags: int, caller: Caller
@@ -283,7 +289,7 @@ class Tree:
         fs = self.fs
         node = fs.node(nodeid)
         async with fs.pinned(node):
-            fd = await fs.backing.run(caller, backing.open_directory, node.fd)
+            fd = await fs.backing.run(caller, backing.reopen, node.fd, os.O_RDONLY | os.O_DIRECTORY)
         await fs.ordering.wait_directory(node)
         opened = OpenDirectory(node, fd)
         for draft in fs.drafts.below(node):
@@ -365,6 +371,6 @@ class Tree:
         if draft is None:
             async with self.fs.pinned(node):
                 return await self.fs.backing.run(caller, function, backing.proc_path(node.fd), *arguments)
-        async with draft.gate.passing():
+        async with self.fs.held(draft), draft.gate.passing():
             path = backing.proc_path(self.fs.content_fd(draft))
             return await self.fs.backing.run(caller, function, path, *arguments)
