@@ -12,7 +12,7 @@ from POSIX, and all of it is in `Reference`:
 The errno of a change of names is POSIX's own: for the time of the call the family's new files lie in the plain
 directory as placeholders.
 
-`SAFEFS_MODEL_EXAMPLES` says how many examples are tried.
+`SAFEFS_MODEL_EXAMPLES` says how many examples are tried, `SAFEFS_MODEL_STEPS` how long they are.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from tests.mount.actors import Actor, actor
 from tests.support.mounting import mounted
 
 EXAMPLES = int(os.environ.get("SAFEFS_MODEL_EXAMPLES", "100"))
-STEPS = 14
+STEPS = int(os.environ.get("SAFEFS_MODEL_STEPS", "14"))
 UMASK = 0o022
 SIZE_LIMIT = 1 << 20
 
@@ -82,8 +82,16 @@ def attempt(function, *arguments):
 observe: dict[str, Any] = {}
 exec(OBSERVE, observe)
 
-NAMES = ["a", "b", "c", "p", "q", "p/a", "p/b", "q/a", "q/p"]
-paths = st.sampled_from(NAMES)
+NAMES = ["a", "b", "p", "q", "p/a", "p/b", "q/a", "q/p"]
+anywhere = st.sampled_from(NAMES)
+# Most of the time a name that is there, or the name of a draft.
+there = st.runner().flatmap(lambda machine: st.sampled_from(machine.family_names() or NAMES))
+drafts = st.runner().flatmap(lambda machine: st.sampled_from(sorted(machine.reference.drafts) or NAMES))
+missing = st.runner().flatmap(
+    lambda machine: st.sampled_from([name for name in NAMES if name not in machine.family_names()] or NAMES)
+)
+directories = st.sampled_from(["p", "q", "q/p"])
+paths = st.one_of(there, anywhere, drafts)
 payloads = st.one_of(
     st.binary(min_size=1, max_size=12),
     st.builds(lambda byte, count: bytes([byte]) * count, st.integers(1, 255), st.sampled_from([4096, 5000, 70000])),
@@ -274,9 +282,9 @@ class OneMount(RuleBasedStateMachine):
         value, number = self.writer(f"attempt(os.{call}, *arguments)", arguments=arguments)
         return value, number
 
-    @initialize(made=st.sets(st.sampled_from(["p", "q"])), files=st.sets(st.sampled_from(["a", "p/a", "q/a"])))
-    def begin(self, made: set[str], files: set[str]) -> None:
-        for path in sorted(made):
+    @initialize(files=st.sets(st.sampled_from(["a", "p/a", "q/a"]), max_size=2))
+    def begin(self, files: set[str]) -> None:
+        for path in ("p", "q"):
             self.mkdir(path)
         for path in sorted(files):
             handle = self._open(path, os.O_WRONLY | os.O_CREAT, 0o644)
@@ -327,6 +335,13 @@ class OneMount(RuleBasedStateMachine):
     )
     def open(self, path: str, access: int, how: int, mode: int) -> Handle | None:
         return self._open(path, access | how, mode)
+
+    @rule(target=handles, path=missing, how=st.sampled_from([os.O_EXCL, os.O_TRUNC]), data=payloads)
+    def begin_a_new_file(self, path: str, how: int, data: bytes) -> Handle | None:
+        handle = self._open(path, os.O_RDWR | os.O_CREAT | how, 0o644)
+        if handle is not None:
+            self._write(handle, 0, data)
+        return handle
 
     @rule(handle=handles, offset=offsets, data=payloads)
     def pwrite(self, handle: Handle | None, offset: int, data: bytes) -> None:
@@ -394,7 +409,7 @@ class OneMount(RuleBasedStateMachine):
 
     # --------------------------------------------------------------- names
 
-    @rule(path=paths)
+    @rule(path=anywhere)
     def mkdir(self, path: str) -> None:
         expected = self.reference.change(os.mkdir, self.reference.at(path), 0o755)
         assert self.do("mkdir", self.at(path), 0o755)[1] == expected
@@ -404,7 +419,7 @@ class OneMount(RuleBasedStateMachine):
         expected = self.reference.change(os.rmdir, self.reference.at(path))
         assert self.do("rmdir", self.at(path))[1] == expected
 
-    @rule(path=paths)
+    @rule(path=anywhere)
     def symlink(self, path: str) -> None:
         expected = self.reference.change(os.symlink, "nowhere/at/all", self.reference.at(path))
         assert self.do("symlink", "nowhere/at/all", self.at(path))[1] == expected
@@ -446,13 +461,23 @@ class OneMount(RuleBasedStateMachine):
         expected = reference.change(os.link, reference.at(source), reference.at(path))
         assert self.do("link", self.at(source), self.at(path))[1] == expected
 
+    def family_names(self) -> list[str]:
+        return sorted(path for path in self.reference.seen_by_family() if path)
+
     def _same_file(self, source: str, path: str) -> bool:
         with contextlib.suppress(OSError):
             return os.path.samestat(os.lstat(self.reference.at(source)), os.lstat(self.reference.at(path)))
         return False
 
+    @rule(source=directories, path=directories)
+    def rename_directory(self, source: str, path: str) -> None:
+        self._rename(source, path)
+
     @rule(source=paths, path=paths)
     def rename(self, source: str, path: str) -> None:
+        self._rename(source, path)
+
+    def _rename(self, source: str, path: str) -> None:
         reference = self.reference
         moved, replaced = reference.drafts.get(source), reference.drafts.get(path)
         if source == path or ((moved or replaced) and self._same_file(source, path)):
@@ -540,6 +565,7 @@ def test_one_mount_agrees_with_the_reference(shared: Setup) -> None:
             stateful_step_count=STEPS,
             deadline=None,
             database=None,
+            derandomize="SAFEFS_MODEL_EXAMPLES" not in os.environ,
             suppress_health_check=list(HealthCheck),
         ),
     )
