@@ -245,6 +245,19 @@ def open_directory(directory: int) -> int:
     return os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=directory)
 
 
+def open_below(root: int, path: bytes) -> int:
+    """A directory below the root, by a path of which no component may be a symbolic link: users can make those."""
+    fd = open_directory(root)
+    for component in path.split(b"/"):
+        if component:
+            try:
+                below = os.open(component, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
+            finally:
+                os.close(fd)
+            fd = below
+    return fd
+
+
 def sync_directory(directory: int) -> None:
     """Make the names of a directory durable (an O_PATH descriptor cannot be synced)."""
     fd = open_directory(directory)

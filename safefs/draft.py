@@ -97,7 +97,7 @@ class Draft:
     handles: int = 0  # open handles of any kind
     reserved: int = 0  # opens on their way: a LOOKUP was answered with the draft, its OPEN has not come yet
     listed: bool = False  # in the table of drafts
-    spare_fds: list[int] = field(default_factory=list)  # inodes of earlier rounds that handles may still read
+    spare_fds: list[int] = field(default_factory=list)  # given up within a round, until its publish
     state: DraftState = DraftState.WRITING
 
     def move(self, event: DraftEvent) -> None:

@@ -285,12 +285,8 @@ class Files:
     # ------------------------------------------------------ read and write
 
     async def read(self, number: int, offset: int, size: int) -> bytes:
-        handle = self.fs.handle(number)
-        fd = self._readable(handle)
-        return await self.fs.backing.run(DAEMON, backing.read_full, fd, size, offset)
-
-    def _readable(self, handle: Handle) -> int:
-        return handle.fd if handle.draft is None else self.fs.content_fd(handle.draft)
+        async with self.fs.readable(self.fs.handle(number)) as fd:
+            return await self.fs.backing.run(DAEMON, backing.read_full, fd, size, offset)
 
     async def write(self, number: int, offset: int, data: bytes) -> int:
         handle = self.fs.handle(number)
@@ -324,8 +320,7 @@ class Files:
     async def _next_round(self, draft: Draft) -> None:
         """A descriptor outlived the publish and is used again: on top of what was published, in a new inode."""
         staged = await self._make_temp(draft.directory, 0o600, draft.caller, replaces=True)
-        draft.spare_fds.append(draft.fd)
-        draft.fd, draft.temp_name = staged.fd, staged.temp_name
+        draft.fd, draft.temp_name = staged.fd, staged.temp_name  # what was published is the base now
         draft.write_id = secrets.token_hex(8)
         draft.prepared = False
         draft.move(DraftEvent.WRITTEN)
@@ -390,8 +385,8 @@ class Files:
             draft.size = os.fstat(draft.fd).st_size
 
     async def lseek(self, number: int, offset: int, whence: int) -> int:
-        handle = self.fs.handle(number)
-        return await self.fs.backing.run(DAEMON, os.lseek, self._readable(handle), offset, whence)
+        async with self.fs.readable(self.fs.handle(number)) as fd:
+            return await self.fs.backing.run(DAEMON, os.lseek, fd, offset, whence)
 
     async def copy_file_range(
         self, source: int, source_offset: int, target: int, target_offset: int, length: int
@@ -400,22 +395,22 @@ class Files:
         reading, writing = fs.handle(source), fs.handle(target)
         draft = writing.draft
         if draft is None:
-            fd_in = self._readable(reading)
-            return await fs.backing.run(
-                writing.caller, os.copy_file_range, fd_in, writing.fd, length, source_offset, target_offset
-            )
+            async with fs.readable(reading) as fd_in:
+                return await fs.backing.run(
+                    writing.caller, os.copy_file_range, fd_in, writing.fd, length, source_offset, target_offset
+                )
         async with draft.gate.passing():
             await self._prepare(draft)
-            fd_in = self._readable(reading)
-            count = await fs.backing.run(
-                DAEMON, os.copy_file_range, fd_in, draft.fd, length, source_offset, target_offset
-            )
+            async with fs.readable(reading) as fd_in:
+                count = await fs.backing.run(
+                    DAEMON, os.copy_file_range, fd_in, draft.fd, length, source_offset, target_offset
+                )
             draft.size = max(draft.size, target_offset + count)
             return count
 
     async def fsync(self, number: int, datasync: bool) -> None:
-        handle = self.fs.handle(number)
-        await self.fs.backing.run(DAEMON, os.fdatasync if datasync else os.fsync, self._readable(handle))
+        async with self.fs.readable(self.fs.handle(number)) as fd:
+            await self.fs.backing.run(DAEMON, os.fdatasync if datasync else os.fsync, fd)
 
     # --------------------------------------------------------- attributes
 

@@ -222,6 +222,16 @@ class FileSystem:
         nlink = 0 if draft.discarded else max(1, status.st_nlink if draft.state is DraftState.PUBLISHED else 1)
         return Entry(draft.node.nodeid, status, draft.shown_ino, nlink, 0.0, 0.0)
 
+    @asynccontextmanager
+    async def readable(self, handle: Handle) -> AsyncIterator[int]:
+        """A descriptor to read an open file by."""
+        draft = handle.draft
+        if draft is None:
+            yield handle.fd
+        else:
+            async with draft.gate.passing():
+                yield self.content_fd(draft)
+
     def content_fd(self, draft: Draft) -> int:
         """Where a draft's content is: its own inode, or its base until the first write."""
         return draft.fd if draft.prepared or draft.base is None else draft.base.fd
@@ -358,7 +368,7 @@ class FileSystem:
     async def _close_draft(self, draft: Draft) -> None:
         if draft.fd < 0:
             return
-        descriptors = [draft.fd, draft.pidfd, *draft.spare_fds, *([draft.base.fd] if draft.base else [])]
+        descriptors = {draft.fd, draft.pidfd, *draft.spare_fds, *([draft.base.fd] if draft.base else [])}
         draft.fd = draft.pidfd = -1
         try:
             if draft.temp_name is not None:  # an empty hidden temp: nothing was ever written to it

@@ -135,9 +135,11 @@ class Publisher:
         draft.modified = draft.created = draft.exclusive = draft.fresh = False
         draft.temp_name = None
         status = os.fstat(draft.fd)  # of an inode that this daemon has just written: answered from memory
-        if draft.base is not None:
-            draft.spare_fds.append(draft.base.fd)
-        draft.base = Base(os.dup(draft.fd), backing.identity_of(status))
+        # Whoever uses a descriptor of the draft passes its gate, which is closed now.
+        for fd in {*draft.spare_fds, *([draft.base.fd] if draft.base else [])} - {draft.fd}:
+            os.close(fd)
+        draft.spare_fds.clear()
+        draft.base = Base(draft.fd, backing.identity_of(status))
         self.counts["published"] += 1
         log.debug("published %r (%d bytes)", name, status.st_size)
 

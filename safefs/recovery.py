@@ -99,8 +99,12 @@ class Recovery:
         self._beats.pop(path.name, None)
         settled = 0
         for entry in self._journal(mine / "journal"):
-            with suppress(FileNotFoundError, NotADirectoryError):
+            try:
                 settled += self._settle_directory(entry, path.name.partition(".")[0])
+            except (FileNotFoundError, NotADirectoryError):
+                pass  # the directory is gone, and what was in it went to quarantine with its rmdir
+            except OSError as error:
+                log.warning("leftovers in %r could not be settled: %s", entry["directory"], error)
         shutil.rmtree(mine)
         log.info("settled what the dead daemon %s left behind: %d files", path.name, settled)
 
@@ -118,8 +122,7 @@ class Recovery:
         return sorted(entries, key=lambda entry: "hidden" not in entry)
 
     def _settle_directory(self, entry: dict[str, str], node_id: str) -> int:
-        path = os.fsencode(entry["directory"])
-        fd = os.open(path or b".", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=self._backing.root_fd)
+        fd = backing.open_below(self._backing.root_fd, os.fsencode(entry["directory"]))
         try:
             if "hidden" in entry:
                 return self._put_back(fd, os.fsencode(entry["hidden"]), os.fsencode(entry["name"]))

@@ -247,9 +247,19 @@ class Tree:
                     return
                 if overwritten is not None and flags & RENAME_NOREPLACE:
                     raise failure(errno.EEXIST)
+                await self._require_empty(new, new_name, caller)
                 await self._rename(own, old, name, new, new_name, flags, caller)
                 if overwritten is not None:
                     await self._cancel(overwritten)
+
+    async def _require_empty(self, directory: Node, name: bytes, caller: Caller) -> None:
+        """A directory that holds the family's own new files is not empty, though the backing thinks so."""
+        if not len(self.fs.drafts):
+            return
+        identity = await self.fs.backing.run(DAEMON, backing.identity_at, directory.fd, name)
+        node = self.fs.nodes.find(identity) if identity is not None else None
+        if node is not None and node.is_directory:
+            await self._require_no_own_drafts(node, caller)
 
     async def _exchange(
         self, drafts: tuple[Draft | None, ...], old: Node, name: bytes, new: Node, new_name: bytes, caller: Caller
