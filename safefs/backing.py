@@ -37,6 +37,8 @@ RENAME_EXCHANGE = 2
 FICLONE = 0x40049409  # linux/fs.h
 COPY_CHUNK_BYTES = 1 << 20
 OTHER_FILESYSTEM = (errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS)
+POSIX_ACL = "system.posix_acl_access"
+CAPABILITY = "security.capability"
 NO_TMPFILE = (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT)  # open(2), O_TMPFILE
 REFUSED = (errno.EACCES, errno.EPERM)
 
@@ -334,7 +336,7 @@ def strip_privileges(fd: int) -> None:
     if kept != mode:
         os.chmod(proc_path(fd), stat.S_IMODE(kept))
     with suppress(OSError):
-        os.removexattr(proc_path(fd), "security.capability")
+        os.removexattr(proc_path(fd), CAPABILITY)
 
 
 def copy_metadata(source: int, target: int) -> None:
@@ -344,6 +346,8 @@ def copy_metadata(source: int, target: int) -> None:
         # A root-squashing server refuses root: then the file belongs to whoever wrote it.
         with suppress(PermissionError):
             os.chown(target, want.st_uid, want.st_gid)
+    with suppress(OSError):
+        os.removexattr(target, POSIX_ACL)  # what it inherited from the directory's default ACL
     os.fchmod(target, stat.S_IMODE(want.st_mode))
     path = proc_path(source)
     try:
@@ -351,6 +355,8 @@ def copy_metadata(source: int, target: int) -> None:
     except OSError:
         return
     for name in names:
+        if name == CAPABILITY:  # a write takes it away, whoever writes
+            continue
         # A namespace that only root may write (trusted, security) stays behind for other daemons.
         with suppress(OSError):
             os.setxattr(target, name, os.getxattr(path, name))
