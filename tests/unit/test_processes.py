@@ -102,9 +102,9 @@ def test_what_cannot_be_seen_is_nobody(tid: int) -> None:
     assert processes.groups(tid) == ()
     assert processes.ancestry(tid) == []
     assert processes.closer_of(tid) == (0, Closer.UNKNOWN)
-    assert not processes.holds_writable(tid, 1)
+    assert not processes.holds_writable(tid, 1, "8:1")
     assert list(processes.descendants(tid)) == []
-    assert not processes.descendant_holds(tid, 1)
+    assert not processes.descendant_holds(tid, 1, "8:1")
 
 
 def test_groups_are_the_supplementary_ones(stack: ExitStack) -> None:
@@ -179,6 +179,11 @@ def test_a_process_name_cannot_forge_a_field(monkeypatch: pytest.MonkeyPatch) ->
 # -------------------------------------------------------- open descriptors
 
 
+def device_of(path: Path) -> str:
+    device = path.stat().st_dev
+    return f"{os.major(device)}:{os.minor(device)}"
+
+
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     path = tmp_path / "file"
@@ -193,19 +198,19 @@ def file(tmp_path: Path) -> Path:
 def test_only_a_writable_descriptor_counts(child: Child, file: Path, flags: str, writable: bool) -> None:
     ino = file.stat().st_ino
     fd = child(f"os.open({os.fspath(file)!r}, {flags})")
-    assert processes.holds_writable(child.pid, ino) == writable
-    assert not processes.holds_writable(child.pid, ino + 1)
-    assert not processes.descendant_holds(child.pid, ino)
-    assert processes.descendant_holds(os.getpid(), ino) == writable
+    assert processes.holds_writable(child.pid, ino, device_of(file)) == writable
+    assert not processes.holds_writable(child.pid, ino + 1, device_of(file))
+    assert not processes.descendant_holds(child.pid, ino, device_of(file))
+    assert processes.descendant_holds(os.getpid(), ino, device_of(file)) == writable
     child(f"os.close({fd}) or 0")
-    assert not processes.holds_writable(child.pid, ino)
+    assert not processes.holds_writable(child.pid, ino, device_of(file))
 
 
 def test_one_writable_descriptor_among_readers_counts(child: Child, file: Path) -> None:
     ino = file.stat().st_ino
     for flags in ("os.O_RDONLY", "os.O_WRONLY", "os.O_RDONLY"):
         child(f"os.open({os.fspath(file)!r}, {flags})")
-    assert processes.holds_writable(child.pid, ino)
+    assert processes.holds_writable(child.pid, ino, device_of(file))
 
 
 def test_a_descendant_holds_what_it_inherited(child: Child, file: Path) -> None:
@@ -213,30 +218,46 @@ def test_a_descendant_holds_what_it_inherited(child: Child, file: Path) -> None:
     fd = child(f"os.open({os.fspath(file)!r}, os.O_WRONLY)")
     grandchild = child.fork()
     child(f"os.close({fd}) or 0")
-    assert not processes.holds_writable(child.pid, ino)
-    assert processes.holds_writable(grandchild, ino)
-    assert processes.descendant_holds(child.pid, ino)
+    assert not processes.holds_writable(child.pid, ino, device_of(file))
+    assert processes.holds_writable(grandchild, ino, device_of(file))
+    assert processes.descendant_holds(child.pid, ino, device_of(file))
     assert list(processes.descendants(child.pid)) == [grandchild]
     os.kill(grandchild, signal.SIGKILL)
     assert child(f"os.waitpid({grandchild}, 0)[0]") == grandchild
-    assert not processes.descendant_holds(child.pid, ino)
+    assert not processes.descendant_holds(child.pid, ino, device_of(file))
     assert list(processes.descendants(child.pid)) == []
 
 
 def test_a_zombie_holds_nothing(child: Child, file: Path) -> None:
     ino = file.stat().st_ino
     pid = child.zombie(f"[os.open({os.fspath(file)!r}, os.O_WRONLY), os._exit(0)]")
-    assert not processes.holds_writable(pid, ino)
-    assert not processes.descendant_holds(child.pid, ino)
+    assert not processes.holds_writable(pid, ino, device_of(file))
+    assert not processes.descendant_holds(child.pid, ino, device_of(file))
 
 
-def test_the_daemon_is_not_one_of_the_writers_descendants(file: Path) -> None:
-    fd = os.open(file, os.O_WRONLY)
-    try:
-        assert processes.holds_writable(os.getpid(), file.stat().st_ino)
-        assert not processes.descendant_holds(os.getppid(), file.stat().st_ino)
-    finally:
-        os.close(fd)
+def test_a_file_of_another_filesystem_with_that_number_does_not_count(child: Child, file: Path) -> None:
+    """The daemon's own descriptor of a draft, on the backing, is not a copy of the one that its writer has."""
+    ino = file.stat().st_ino
+    child(f"os.open({os.fspath(file)!r}, os.O_WRONLY)")
+    assert processes.holds_writable(child.pid, ino, device_of(file))
+    assert not processes.holds_writable(child.pid, ino, "0:999999")
+    assert not processes.descendant_holds(os.getpid(), ino, "0:999999")
+
+
+def test_a_mount_that_is_not_known_here_counts(child: Child, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ino = file.stat().st_ino
+    child(f"os.open({os.fspath(file)!r}, os.O_WRONLY)")
+    monkeypatch.setattr(processes, "mounted_device", lambda _: None)
+    assert processes.holds_writable(child.pid, ino, "0:999999")
+
+
+def test_the_filesystem_of_a_mount_is_found_by_its_number() -> None:
+    with open("/proc/self/mountinfo", encoding="utf-8") as mounts:
+        for line in mounts:
+            number, _, device, _ = line.split(" ", 3)
+            assert processes.mounted_device(number) == device
+    assert processes.mounted_device("999999999") is None
+    assert processes.mounted_device("") is None
 
 
 # ------------------------------------------------------------------ pidfds
