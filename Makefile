@@ -11,7 +11,7 @@ demo:
 
 test:
 	@scripts/setup test
-	@.venv/bin/python -m pytest
+	@.venv/bin/python -m pytest -n 3 --dist worksteal --durations 15
 
 check:
 	@scripts/setup build

@@ -6,11 +6,14 @@ written goes to quarantine; the mount is taken away; the record of this daemon i
 
 from __future__ import annotations
 
+import atexit
 import errno
 import logging
 import os
 import resource
+import shutil
 import signal
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -105,13 +108,19 @@ class Daemon:
             max_threads=settings.max_threads,
             temp=settings.temp,
         )
-        self.state = StateDirectory(settings.state)
+        self.state = StateDirectory(self._scratch() if settings.read_only else settings.state)
         self.record = DaemonRecord(self.state, self.backing.node_id)
         self.publisher = Publisher(self.backing, self.state, self.record)
         self.fs = FileSystem(settings, self.backing, self.publisher, node_cache_size(settings, limit))
         self.connection: mount.Connection | None = None
         self.stopping = False
         self.serving = False
+
+    def _scratch(self) -> Path:
+        """A read-only mount leaves the backing as it is; there is nothing to keep either."""
+        directory = Path(tempfile.mkdtemp(prefix="safefs-"))
+        atexit.register(shutil.rmtree, directory, ignore_errors=True)
+        return directory
 
     async def run(self, ready: Callable[[], None]) -> None:
         """Mount, serve, and return once the mount is gone and everything is settled."""

@@ -13,6 +13,7 @@ import select
 from collections.abc import Iterator
 
 from safefs.model import Closer, Process
+from safefs.native import native
 
 PF_SIGNALED = 0x400  # include/linux/sched.h
 MAX_DEPTH = 128
@@ -94,30 +95,14 @@ def holds_writable(tgid: int, ino: int, device: str) -> bool:
     /proc/PID/fdinfo names the mount of a descriptor, not its filesystem.  A mount that is not in the daemon's own list
     may be ours in another mount namespace (a container), so it counts; the only harm is a publish that comes later.
     """
-    directory = f"/proc/{tgid}/fdinfo"
-    try:
-        names = os.listdir(directory)
-    except OSError:
-        return False
-    wanted = f"ino:\t{ino}\n"
-    for name in names:
-        text = _read(f"{directory}/{name}")
-        if text is not None and wanted in text:
-            flags = int(_info(text, "flags"), 8)
-            if flags & os.O_ACCMODE and mounted_device(_info(text, "mnt_id")) in (device, None):
-                return True
-    return False
+    return any(mounted_device(mount) in (device, None) for mount in native.writable_mounts(tgid, ino))
 
 
-def _info(fdinfo: str, name: str) -> str:
-    return fdinfo.partition(f"{name}:")[2].split(None, 1)[0]
-
-
-def mounted_device(mount_id: str) -> str | None:
+def mounted_device(mount_id: int) -> str | None:
     """The filesystem (major:minor) of a mount; None when it is not in this mount namespace."""
     for line in (_read("/proc/self/mountinfo") or "").splitlines():
         fields = line.split(" ", 3)
-        if fields[0] == mount_id:
+        if int(fields[0]) == mount_id:
             return fields[2]
     return None
 

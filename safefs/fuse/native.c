@@ -25,6 +25,7 @@
 #include <linux/capability.h>
 #include <linux/fuse.h>
 #include <linux/fs.h>
+#include <dirent.h>
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -798,6 +799,49 @@ static PyObject *native_read_directory(PyObject *module, PyObject *args)
 	return answer;
 }
 
+/* The number behind `name` in the text of /proc/PID/fdinfo/N; -1 where there is none. */
+static long long fdinfo_number(const char *text, const char *name, int base)
+{
+	const char *found = strstr(text, name);
+	return found ? strtoll(found + strlen(name), NULL, base) : -1;
+}
+
+/* Mount ids of the writable descriptors that a process has on files with this st_ino.  In C, because a process can
+ * have thousands of descriptors and all of them are looked at for one close.  The files read here are safe to read of
+ * a process in execve (safefs/processes.py). */
+static PyObject *native_writable_mounts(PyObject *module, PyObject *args)
+{
+	(void)module;
+	int tgid, count = 0;
+	unsigned long long ino;
+	if (!PyArg_ParseTuple(args, "iK", &tgid, &ino))
+		return NULL;
+	long long mounts[64]; /* more copies than these tell nothing new */
+	char path[64], text[1024];
+	snprintf(path, sizeof path, "/proc/%d/fdinfo", tgid);
+	Py_BEGIN_ALLOW_THREADS DIR *directory = opendir(path);
+	struct dirent *entry;
+	while (directory && count < 64 && (entry = readdir(directory))) {
+		int fd = openat(dirfd(directory), entry->d_name, O_RDONLY | O_CLOEXEC);
+		if (fd < 0)
+			continue;
+		ssize_t length = read(fd, text, sizeof text - 1);
+		close(fd);
+		if (length <= 0)
+			continue;
+		text[length] = 0;
+		if ((unsigned long long)fdinfo_number(text, "\nino:", 10) == ino &&
+		    (fdinfo_number(text, "\nflags:", 8) & O_ACCMODE) != O_RDONLY)
+			mounts[count++] = fdinfo_number(text, "\nmnt_id:", 10);
+	}
+	if (directory)
+		closedir(directory);
+	Py_END_ALLOW_THREADS PyObject *list = PyList_New(count);
+	for (int i = 0; list && i < count; i++)
+		PyList_SET_ITEM(list, i, PyLong_FromLongLong(mounts[i]));
+	return list;
+}
+
 static PyMethodDef native_methods[] = {
 	{"install", native_install, METH_O, "Set the object whose on_* methods get our requests, before pyfuse3.init."},
 	{"process_one", native_process_one, METH_NOARGS, "Receive and process one waiting request."},
@@ -815,6 +859,7 @@ static PyMethodDef native_methods[] = {
 	{"fchown", native_fchown, METH_VARARGS, "fchownat(2) of a descriptor, O_PATH and symbolic links included"},
 	{"name_to_handle", native_name_to_handle, METH_O, "name_to_handle_at(2) of a descriptor"},
 	{"open_by_handle", native_open_by_handle, METH_VARARGS, "open_by_handle_at(2)"},
+	{"writable_mounts", native_writable_mounts, METH_VARARGS, "Mounts of a process's writable copies of a file."},
 	{"read_directory", native_read_directory, METH_VARARGS, "One READDIR answer from getdents64(2)."},
 	{NULL}};
 

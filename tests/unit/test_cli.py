@@ -74,9 +74,7 @@ class TestMountRefuses:
         (backing.parent / "alias").symlink_to(backing)
         assert "is the backing directory itself" in failure("mount", backing, backing.parent / "alias")
 
-    def test_what_is_mounted_already(
-        self, backing: Path, mountpoint: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_what_is_mounted_already(self, backing: Path, mountpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(checks, "find_mount", lambda path: LIVE if path == mountpoint else None)
         message = failure("mount", backing, mountpoint)
         assert "already mounted" in message and f"safefs umount {mountpoint}" in message

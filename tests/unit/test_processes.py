@@ -255,9 +255,8 @@ def test_the_filesystem_of_a_mount_is_found_by_its_number() -> None:
     with open("/proc/self/mountinfo", encoding="utf-8") as mounts:
         for line in mounts:
             number, _, device, _ = line.split(" ", 3)
-            assert processes.mounted_device(number) == device
-    assert processes.mounted_device("999999999") is None
-    assert processes.mounted_device("") is None
+            assert processes.mounted_device(int(number)) == device
+    assert processes.mounted_device(999999999) is None
 
 
 # ------------------------------------------------------------------ pidfds
