@@ -69,10 +69,11 @@ class Recovery:
     def _known_dead(self, identity: dict[str, Any]) -> bool | None:
         """Whether the daemon is dead, where this host can know it."""
         me = self._me
-        if not me["machine"] or identity.get("machine") != me["machine"] or identity.get("host") != me["host"]:
+        if identity.get("machine") != me["machine"] or identity.get("host") != me["host"]:
             return None
         if identity.get("boot") != me["boot"]:
-            return True
+            # Without a machine-id two hosts of one name would look like one that has booted again.
+            return True if me["machine"] else None
         if identity.get("pid_namespace") != me["pid_namespace"]:
             return None
         return bool(start_time(identity["pid"]) != identity["start"])

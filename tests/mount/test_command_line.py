@@ -4,32 +4,33 @@ from __future__ import annotations
 
 import json
 import os
-import pwd
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 from safefs.control import find_mount
 from tests.conftest import MountFactory
+from tests.mount.user_python import NOBODY, as_nobody, user_python
 from tests.support.mounting import Mount, safefs_command, wait_until
 
 COMMAND_SECONDS = 90
 
 
 def safefs(
-    *arguments: str | Path, prefix: tuple[str, ...] = (), cwd: Path | None = None
+    *arguments: str | Path, prefix: Sequence[str] = (), python: str = sys.executable
 ) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*prefix, *safefs_command(*arguments)],
+        [*prefix, *safefs_command(*arguments, python=python)],
         capture_output=True,
         text=True,
         timeout=COMMAND_SECONDS,
-        cwd=cwd,
+        cwd="/",
         check=False,
     )
 
@@ -174,9 +175,6 @@ def test_a_read_only_mount(make_mount: MountFactory, backing: Path) -> None:
         (mount / "new").touch()
 
 
-NOBODY = pwd.getpwnam("nobody")
-
-
 @pytest.fixture
 def place() -> Iterator[Path]:
     """A directory that `nobody` owns and can reach, which pytest's own are not."""
@@ -184,31 +182,30 @@ def place() -> Iterator[Path]:
     for name in ("backing", "mnt"):
         (path / name).mkdir()
     for directory in (path, *path.iterdir()):
-        os.chown(directory, NOBODY.pw_uid, NOBODY.pw_gid)
+        os.chown(directory, NOBODY, NOBODY)
     yield path
     subprocess.run(["umount", "-l", path / "mnt"], check=False, capture_output=True)
     shutil.rmtree(path)
 
 
-def as_nobody(place: Path) -> tuple[str, ...]:
-    user = ("setpriv", f"--reuid={NOBODY.pw_uid}", f"--regid={NOBODY.pw_gid}", "--clear-groups")
-    return (*user, "env", "-u", "XDG_RUNTIME_DIR", f"HOME={place}", f"XDG_STATE_HOME={place}")
+def home_of_nobody(place: Path) -> list[str]:
+    return as_nobody("env", "-u", "XDG_RUNTIME_DIR", f"HOME={place}", f"XDG_STATE_HOME={place}")
 
 
 def test_a_user_mounts_for_himself(place: Path) -> None:
-    prefix = as_nobody(place)
-    done = safefs("mount", place / "backing", place / "mnt", prefix=prefix, cwd=Path("/"))
+    prefix, python = home_of_nobody(place), user_python()
+    done = safefs("mount", place / "backing", place / "mnt", prefix=prefix, python=python)
     assert (done.returncode, done.stderr) == (0, "")
     script = f"echo hello > {place}/mnt/file && cat {place}/mnt/file"
     written = subprocess.run([*prefix, "sh", "-c", script], capture_output=True, text=True, timeout=30, check=True)
     assert written.stdout == "hello\n"
-    assert safefs("status", place / "mnt", prefix=prefix, cwd=Path("/")).returncode == 0
-    assert safefs("umount", place / "mnt", prefix=prefix, cwd=Path("/")).returncode == 0
-    assert (place / "backing/file").stat().st_uid == NOBODY.pw_uid
+    assert safefs("status", place / "mnt", prefix=prefix, python=python).returncode == 0
+    assert safefs("umount", place / "mnt", prefix=prefix, python=python).returncode == 0
+    assert (place / "backing/file").stat().st_uid == NOBODY
 
 
 def test_a_user_cannot_ask_roots_mount(mount: Mount, place: Path) -> None:
-    done = safefs("status", prefix=as_nobody(place), cwd=Path("/"))
+    done = safefs("status", prefix=home_of_nobody(place), python=user_python())
     assert done.returncode == 0 and "belongs to another user" in done.stdout
 
 

@@ -136,17 +136,11 @@ def reachable() -> Iterator[Path]:
         shutil.rmtree(base)
 
 
-# The harness puts the tests' own interpreter behind the prefix: this drops it for the one that nobody can run.
-_SHIM = "import os, sys; os.execv(sys.executable, [sys.executable, *sys.argv[2:]])"
-
-
 @pytest.fixture
 def users_mount(reachable: Path) -> Iterator[Mount]:
     """A mount made by nobody, through fusermount3."""
-    prefix = as_nobody(user_python(), "-c", _SHIM)
-    with mounted(
-        reachable / "backing", reachable / "mnt", prefix=prefix, environment={"HOME": "/nonexistent"}
-    ) as mount:
+    places = reachable / "backing", reachable / "mnt"
+    with mounted(*places, prefix=as_nobody(), python=user_python(), environment={"HOME": "/nonexistent"}) as mount:
         yield mount
 
 
@@ -206,8 +200,7 @@ def test_a_users_killed_writer(users_mount: Mount, nobody: Actor) -> None:
 
 def test_a_user_unmounts(reachable: Path) -> None:
     """fusermount3 -u by the user ends the daemon in order."""
-    prefix = as_nobody(user_python(), "-c", _SHIM)
-    with mounted(reachable / "backing", reachable / "mnt", prefix=prefix) as mount:
+    with mounted(reachable / "backing", reachable / "mnt", prefix=as_nobody(), python=user_python()) as mount:
         subprocess.run(as_nobody("fusermount3", "-u", mount.path), check=True, cwd="/")
         assert mount.process.wait(30) == 0
         assert not mount.is_mounted()

@@ -21,9 +21,9 @@ START_SECONDS = 30
 STOP_SECONDS = 30
 
 
-def safefs_command(*arguments: str | os.PathLike[str]) -> list[str]:
-    """The argv of a safefs command run by this test's own interpreter."""
-    return [sys.executable, "-m", "safefs", *map(os.fspath, arguments)]
+def safefs_command(*arguments: str | os.PathLike[str], python: str = sys.executable) -> list[str]:
+    """The argv of a safefs command, run by this test's own interpreter or another one."""
+    return [python, "-m", "safefs", *(os.fspath(argument) for argument in arguments)]
 
 
 @dataclass
@@ -102,6 +102,7 @@ def start_mount(
     log: Path | None = None,
     environment: dict[str, str] | None = None,
     prefix: list[str] | None = None,
+    python: str = sys.executable,
 ) -> Mount:
     """Start a daemon in the foreground and return once its mount is live."""
     backing.mkdir(parents=True, exist_ok=True)
@@ -112,7 +113,9 @@ def start_mount(
         process = subprocess.Popen(
             [
                 *(prefix or []),
-                *safefs_command("mount", backing, path, "--foreground", "--ready-fd", str(ready_write), *arguments),
+                *safefs_command("mount", backing, path, "--foreground", python=python),
+                *("--ready-fd", str(ready_write)),
+                *arguments,
             ],
             stdin=subprocess.DEVNULL,
             stdout=output,

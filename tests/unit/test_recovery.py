@@ -159,9 +159,16 @@ def test_a_record_without_a_heartbeat_is_given_its_time(node: Node, clock: Clock
     assert node.settled
 
 
-def test_a_machine_without_an_id_judges_by_the_heartbeat(node: Node, clock: Clock) -> None:
+def test_a_machine_without_an_id_sees_the_end_of_its_own_processes(node: Node) -> None:
     node.recovery._me["machine"] = ""
     node.other({"machine": "", **DEAD_HERE})
+    node.recovery.settle_dead()
+    assert node.settled
+
+
+def test_a_machine_without_an_id_judges_another_boot_by_the_heartbeat(node: Node, clock: Clock) -> None:
+    node.recovery._me["machine"] = ""
+    node.other({"machine": "", "boot": "before"})
     node.recovery.settle_dead()
     assert OTHER in node.daemons
     clock.now += DEAD_AFTER_SECONDS + 1
