@@ -18,12 +18,15 @@ def pkg_config(flag: str) -> list[str]:
     return shlex.split(done.stdout)
 
 
+SOURCES = ("native", "hot_table", "hot_answers", "hot_readers", "hot_module")
+
 setup(
     ext_modules=[
         Extension(
             "safefs._native",
-            sources=["safefs/fuse/native.c"],
-            extra_compile_args=["-std=gnu11", "-O2", "-Wall", "-Wextra", *pkg_config("--cflags")],
+            sources=[f"safefs/fuse/{name}.c" for name in SOURCES],
+            depends=["safefs/fuse/hot.h"],
+            extra_compile_args=["-std=gnu11", "-O2", "-Wall", "-Wextra", "-fvisibility=hidden", "-pthread", *pkg_config("--cflags")],
             extra_link_args=pkg_config("--libs"),
             libraries=["dl"],
         )

@@ -124,13 +124,14 @@ class Settings:
     allow_other: bool
     default_permissions: bool = True
     mount_flags: int = MS_NOSUID | MS_NODEV
-    entry_timeout_seconds: float = 0.0
-    attr_timeout_seconds: float = 0.0
+    entry_timeout_seconds: float = 1.0
+    attr_timeout_seconds: float = 1.0
     drain_seconds: float = 30.0
     max_threads: int = 256
     max_descriptors: int | None = None
     negative_refresh: str = "auto"
     temp: str = "auto"
+    hot: bool = True
     log_file: Path | None = None
     log_level: str = "info"
 
@@ -220,7 +221,7 @@ _VALUE_OPTIONS: dict[str, tuple[str, Callable[[str], Any]]] = {
 }
 
 # Option -> field; each may be written NAME, noNAME or NAME=yes|no.
-_BOOLEAN_OPTIONS = {"allow_other": "allow_other", "default_permissions": "default_permissions"}
+_BOOLEAN_OPTIONS = {"allow_other": "allow_other", "default_permissions": "default_permissions", "hot": "hot"}
 
 
 def known_options() -> list[str]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import TYPE_CHECKING
 
+from safefs.hot import Cold
 from safefs.model import Caller, Closer, Identity, Process
 from safefs.rules import NameClass
 
@@ -153,7 +154,8 @@ def decide_flush(facts: FlushFacts) -> Decision:
 class DraftTable:
     """All live drafts, found by name and by directory."""
 
-    def __init__(self) -> None:
+    def __init__(self, hot: Cold | None = None) -> None:
+        self._hot = hot or Cold()
         self._by_name: dict[tuple[int, bytes], list[Draft]] = {}
         self._by_directory: dict[int, int] = {}
 
@@ -166,6 +168,7 @@ class DraftTable:
 
     def add(self, draft: Draft) -> None:
         nodeid = draft.directory.nodeid
+        self._hot.mark_name(nodeid, draft.name, 1)
         self._by_name.setdefault((nodeid, draft.name), []).append(draft)
         self._by_directory[nodeid] = self._by_directory.get(nodeid, 0) + 1
 
@@ -176,6 +179,7 @@ class DraftTable:
         if draft not in drafts:
             return
         drafts.remove(draft)
+        self._hot.mark_name(*key, -1)
         if not drafts:
             del self._by_name[key]
         left = self._by_directory[key[0]] - 1

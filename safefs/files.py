@@ -107,8 +107,7 @@ class Files:
         if opened is None:
             raise fs.redirect(node, caller, write=False)
         fd, status = opened
-        stamp = (status.st_size, status.st_mtime_ns)
-        unchanged, node.stamp = node.stamp in (None, stamp), stamp
+        unchanged = fs.seen(node, status)
         return Opened(fs.add_handle(node, fd, caller, writable=False), keep_cache=unchanged)
 
     async def _open_in_place(self, node: Node, flags: int, caller: Caller) -> Opened:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import stat
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
@@ -21,12 +22,13 @@ from safefs import backing, processes
 from safefs.backing import DAEMON, Backing
 from safefs.config import Settings
 from safefs.draft import Draft, DraftState, DraftTable
+from safefs.hot import Cold
 from safefs.model import Caller, Identity, Process
 from safefs.namespace import ROOT_NODEID, Namespace, Node, Ticket, Tickets
 from safefs.native import native
 from safefs.ordering import Ordering
 from safefs.publisher import Publisher
-from safefs.rules import Match
+from safefs.rules import Match, NameClass
 
 log = logging.getLogger(__name__)
 
@@ -77,13 +79,16 @@ class Handle:
 class FileSystem:
     """The tables of one mount."""
 
-    def __init__(self, settings: Settings, store: Backing, publisher: Publisher, max_descriptors: int) -> None:
+    def __init__(
+        self, settings: Settings, store: Backing, publisher: Publisher, max_descriptors: int, hot: Cold | None = None
+    ) -> None:
         self.settings = settings
         self.backing = store
         self.publisher = publisher
-        self.nodes = Namespace(max_descriptors)
-        self.drafts = DraftTable()
-        self.tickets = Tickets()
+        hot = hot or Cold()
+        self.nodes = Namespace(max_descriptors, hot)
+        self.drafts = DraftTable(hot)
+        self.tickets = Tickets(hot)
         self.ordering = Ordering()
         self.handles: dict[int, Handle] = {}
         self.device = ""  # major:minor of the mount, once it is mounted
@@ -94,6 +99,7 @@ class FileSystem:
         self.root = self.nodes.create(backing.identity_of(status), status.st_mode, shown=True)
         self.root.lookups = self.root.pins = 1
         self.nodes.attach(self.root, os.dup(store.root_fd))
+        self.nodes.offer(self.root)
 
     # ------------------------------------------------------------- nodes
 
@@ -135,6 +141,7 @@ class FileSystem:
             os.close(fd)  # another request was quicker
         else:
             close_all(self.nodes.attach(node, fd))
+            self.nodes.offer(node)
 
     async def _open_by_file_handle(self, node: Node) -> int:
         if node.file_handle is None:
@@ -175,7 +182,21 @@ class FileSystem:
         if node.nodeid != ROOT_NODEID:
             node.parent, node.name = parent.nodeid, name
         node.mode = status.st_mode
+        self.nodes.offer(node)
         return node
+
+    def moved(self, node: Node, parent: Node, name: bytes) -> None:
+        """A rename has given the node another place."""
+        node.parent, node.name = parent.nodeid, name
+        self.nodes.offer(node)
+
+    def seen(self, node: Node, status: os.stat_result) -> bool:
+        """Note what an open sees; whether the kernel may keep what it has cached since the open before."""
+        stamp = (status.st_size, status.st_mtime_ns)
+        unchanged = self.nodes.hot.unchanged(node.nodeid, stamp)
+        if unchanged is None:
+            unchanged, node.stamp = node.stamp in (None, stamp), stamp
+        return unchanged
 
     def _file_handle(self, fd: int) -> bytes | None:
         """A handle that survives the descriptor, where the backing makes them and the daemon may open them."""
@@ -211,11 +232,27 @@ class FileSystem:
     def entry(self, node: Node, status: os.stat_result, *, cached: bool = True) -> Entry:
         """A version, directory or other inode."""
         settings = self.settings
+        cached = cached and self._keeps(node, status)
         entry_seconds = settings.entry_timeout_seconds if cached else 0.0
         attr_seconds = settings.attr_timeout_seconds if cached else 0.0
         if node.is_directory:
             attr_seconds = max(attr_seconds, DIRECTORY_ATTR_SECONDS)
         return Entry(node.nodeid, status, status.st_ino, status.st_nlink, entry_seconds, attr_seconds)
+
+    def _keeps(self, node: Node, status: os.stat_result) -> bool:
+        """Whether an inode stays as it is unless the kernel hears of it.
+
+        What is written in place or may be taken over does not; nor does a file with further names: each of them can
+        get another version, which changes the link count that the others show.
+        """
+        if not node.is_regular:
+            return node.is_directory or stat.S_ISLNK(node.mode)
+        parent = self.nodes.get(node.parent)
+        return (
+            status.st_nlink == 1
+            and parent is not None
+            and self.classify(parent, node.name).name_class is NameClass.PRIVATE
+        )
 
     def draft_entry(self, draft: Draft, status: os.stat_result) -> Entry:
         """A draft: never cached, always the same st_ino, and a link count as if it had its name."""
@@ -277,6 +314,8 @@ class FileSystem:
         return handle
 
     def handle(self, number: int) -> Handle:
+        if number & native.FH_HOT:
+            return Handle(number, self.root, number & native.FH_HOT - 1, DAEMON, writable=False)
         try:
             return self.handles[number]
         except KeyError:
@@ -364,6 +403,7 @@ class FileSystem:
         if draft.state is DraftState.PUBLISHED:
             node.file_handle = self._file_handle(fd)
             self.nodes.show(node, backing.identity_of(os.fstat(fd)))
+            self.nodes.offer(node)
 
     async def _close_draft(self, draft: Draft) -> None:
         if draft.fd < 0:

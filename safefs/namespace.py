@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from safefs.hot import Born, Cold, Settled, Stamp
 from safefs.model import Identity
 
 if TYPE_CHECKING:
@@ -45,13 +46,15 @@ class Node:
         self.identity = identity
         self.mode = mode
         self.fd = -1
-        self.lookups = 0  # references that the kernel holds (FUSE_FORGET gives them back)
+        # References that the kernel holds (FUSE_FORGET gives them back), without those that the C extension has counted
+        # and not given back yet: it can be negative.
+        self.lookups = 0
         self.opens = 0  # open handles
         self.pins = 0  # requests and drafts that need the descriptor
         self.parent = 0  # nodeid of the directory it was last found in
         self.name = b""
         self.file_handle: bytes | None = None
-        self.stamp: tuple[int, int] | None = None  # size and mtime_ns at the last open: changed by whom?
+        self.stamp: Stamp | None = None  # at the last open that Python answered: changed by whom?
         self.draft: Draft | None = None
 
     @property
@@ -64,18 +67,18 @@ class Node:
 
     @property
     def idle(self) -> bool:
-        return not (self.lookups or self.opens or self.pins or self.draft)
+        return not (self.lookups > 0 or self.opens or self.pins or self.draft)
 
 
 class Namespace:
     """The table of nodes.  Methods return the descriptors that the caller must close."""
 
-    def __init__(self, max_descriptors: int) -> None:
+    def __init__(self, max_descriptors: int, hot: Cold | None = None) -> None:
         self.max_descriptors = max_descriptors
+        self.hot = hot or Cold()
         self._nodes: dict[int, Node] = {}
         self._by_identity: dict[Identity, Node] = {}
         self._recent: OrderedDict[int, Node] = OrderedDict()  # nodes with a descriptor, least recently used first
-        self._next = ROOT_NODEID
 
     def __len__(self) -> int:
         return len(self._nodes)
@@ -88,30 +91,65 @@ class Namespace:
         return len(self._recent)
 
     def get(self, nodeid: int) -> Node | None:
-        return self._nodes.get(nodeid)
+        return self._nodes.get(nodeid) or self._adopt(self.hot.adopt(nodeid))
 
     def find(self, identity: Identity) -> Node | None:
         """The node that shows this inode to everybody, if the kernel knows one."""
-        return self._by_identity.get(identity)
+        return self._by_identity.get(identity) or self._adopt(self.hot.adopt_inode(identity))
 
     def create(self, identity: Identity, mode: int, *, shown: bool) -> Node:
-        """A new node; `shown` makes it the one that lookups of this inode find."""
-        node = Node(self._next, identity, mode)
-        self._next += 1
+        """A new node; `shown` makes it the one that lookups of this inode find.
+
+        Between the caller's `find` and this the C extension can have made a node of the inode: then it is that one.
+        """
+        while not (nodeid := self.hot.register(0, identity) if shown else self.hot.new_nodeid()):
+            found = self.find(identity)
+            if found is not None:
+                return found
+        return self._add(Node(nodeid, identity, mode), shown=shown)
+
+    def _add(self, node: Node, *, shown: bool) -> Node:
         self._nodes[node.nodeid] = node
         if shown:
-            self._by_identity[identity] = node
+            self._by_identity[node.identity] = node
         return node
+
+    def _adopt(self, born: Born | None) -> Node | None:
+        """Take over a node that the C extension has made; the budget counts its descriptor from now on."""
+        if born is None:
+            return None
+        node = self._add(Node(born.nodeid, born.identity, born.mode), shown=True)
+        node.fd, node.parent, node.name = born.fd, born.parent, born.name
+        node.stamp, node.file_handle = born.stamp, born.file_handle
+        if node.fd >= 0:
+            self._recent[node.nodeid] = node
+        return node
+
+    def offer(self, node: Node) -> None:
+        """Let the C extension answer for a node that has a descriptor and was just found in its place."""
+        if node.fd >= 0 and self._by_identity.get(node.identity) is node:
+            self.hot.offer(node.nodeid, node.mode, node.fd, node.parent, node.name, node.stamp)
 
     def show(self, node: Node, identity: Identity) -> None:
         """A draft's node becomes the version's node, unless lookups have made one already."""
         node.identity = identity
-        self._by_identity.setdefault(identity, node)
+        if self.find(identity) is None and self.hot.register(node.nodeid, identity):
+            self._by_identity[identity] = node
 
     def hide(self, node: Node) -> None:
         """Lookups of its inode find this node no more."""
         if self._by_identity.get(node.identity) is node:
             del self._by_identity[node.identity]
+            settled = self.hot.unregister(node.nodeid, 0, always=True)
+            if settled is not None:
+                self._settle(node, settled)
+
+    @staticmethod
+    def _settle(node: Node, settled: Settled) -> None:
+        node.lookups += settled.lookups
+        node.stamp = settled.stamp or node.stamp
+        if settled.keeps_descriptor:
+            node.fd = -1
 
     def attach(self, node: Node, fd: int) -> list[int]:
         """Give the node a descriptor; returns those that the budget pushes out."""
@@ -126,6 +164,7 @@ class Namespace:
     def detach(self, node: Node) -> list[int]:
         """Take the node's descriptor away."""
         self._recent.pop(node.nodeid, None)
+        self._settle(node, self.hot.withdraw(node.nodeid))
         fd, node.fd = node.fd, -1
         return [fd] if fd >= 0 else []
 
@@ -146,12 +185,16 @@ class Namespace:
         node = self._nodes.get(nodeid)
         if node is None or nodeid == ROOT_NODEID:
             return []
-        node.lookups = max(0, node.lookups - count)
+        node.lookups -= count
         return self.drop_if_idle(node)
 
     def drop_if_idle(self, node: Node) -> list[int]:
         if not node.idle or node.nodeid == ROOT_NODEID:
             return []
+        settled = self.hot.unregister(node.nodeid, node.lookups, always=False)
+        if settled is None:
+            return []  # the C extension has told the kernel of it again
+        self._settle(node, settled)
         self._nodes.pop(node.nodeid, None)
         self.hide(node)
         return self.detach(node)
@@ -174,13 +217,16 @@ class Ticket:
 class Tickets:
     """Open redirections by thread id (docs/semantics.md, "Opening")."""
 
-    def __init__(self) -> None:
+    def __init__(self, hot: Cold | None = None) -> None:
+        self._hot = hot or Cold()
         self._tickets: dict[int, Ticket] = {}
 
     def __len__(self) -> int:
         return len(self._tickets)
 
     def issue(self, tid: int, nodeid: int, *, write: bool, now: float) -> None:
+        if tid not in self._tickets:
+            self._hot.mark_thread(tid, 1)
         self._tickets[tid] = Ticket(nodeid, write, now + TICKET_SECONDS)
 
     def peek(self, tid: int, now: float) -> Ticket | None:
@@ -189,9 +235,12 @@ class Tickets:
 
     def take(self, tid: int) -> Ticket | None:
         """The thread's ticket, used up."""
-        return self._tickets.pop(tid, None)
+        ticket = self._tickets.pop(tid, None)
+        if ticket is not None:
+            self._hot.mark_thread(tid, -1)
+        return ticket
 
     def expire(self, now: float) -> list[Ticket]:
         """Tickets whose thread never came back."""
         gone = [tid for tid, ticket in self._tickets.items() if ticket.expires_at <= now]
-        return [self._tickets.pop(tid) for tid in gone]
+        return [ticket for tid in gone if (ticket := self.take(tid)) is not None]

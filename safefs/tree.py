@@ -17,7 +17,8 @@ from safefs.draft import Draft, DraftEvent
 from safefs.files import Files
 from safefs.filesystem import Entry, FileSystem, close_all, failure
 from safefs.model import Caller
-from safefs.namespace import Node, Ticket
+from safefs.namespace import ROOT_NODEID, Node, Ticket
+from safefs.native import native
 
 FIRST_DRAFT_COOKIE = -(1 << 63)  # offsets of a family's own drafts, after the backing's entries
 DT_REG = 8
@@ -64,6 +65,8 @@ class Tree:
         ticket = fs.ticket(caller)
         if ticket is not None:
             ticket.walked = True
+        # Asked before the backing is: a draft can end while it answers, with what the name showed before.
+        cached = ticket is None and not fs.drafts.has(directory, name)
         own = await self._own_draft(directory, name, caller)
         if own is not None:
             return self._show_draft(own, ticket)
@@ -77,7 +80,7 @@ class Tree:
                     return self._show_draft(draft, ticket)
             node = fs.intern(fd, status, directory, name)
         node.lookups += 1
-        return fs.entry(node, status, cached=ticket is None and not fs.drafts.has(directory, name))
+        return fs.entry(node, status, cached=cached and not fs.drafts.has(directory, name))
 
     async def _own_draft(self, directory: Node, name: bytes, caller: Caller) -> Draft | None:
         if not self.fs.drafts.has(directory, name):
@@ -283,7 +286,7 @@ class Tree:
             status = await fs.backing.run(caller, self._rename_entry, old.fd, name, new.fd, new_name, flags)
             moved = fs.nodes.find(backing.identity_of(status))
             if moved is not None and moved is not fs.root:
-                moved.parent, moved.name = new.nodeid, new_name
+                fs.moved(moved, new, new_name)
         if own is not None:
             fs.rename_draft(own, new, new_name)
 
@@ -310,15 +313,18 @@ class Tree:
         node.opens += 1
         return self._last_directory
 
-    def directory(self, number: int) -> OpenDirectory:
+    def directory(self, number: int, nodeid: int = ROOT_NODEID) -> OpenDirectory:
+        """An open directory; one that the C extension has opened is known by its nodeid, and had no drafts then."""
+        if number & native.FH_HOT:
+            return OpenDirectory(self.fs.node(nodeid), number & native.FH_HOT - 1)
         try:
             return self._directories[number]
         except KeyError:
             raise failure(errno.EBADF) from None
 
-    async def readdir(self, number: int, offset: int, size: int) -> bytes:
+    async def readdir(self, nodeid: int, number: int, offset: int, size: int) -> bytes:
         fs = self.fs
-        opened = self.directory(number)
+        opened = self.directory(number, nodeid)
         await fs.ordering.wait_directory(opened.node)
         if offset >= 0:
             state = backing.STATE_NAME if opened.node is fs.root else b""
@@ -343,6 +349,8 @@ class Tree:
 
     async def releasedir(self, number: int) -> None:
         opened = self._directories.pop(number, None)
+        if number & native.FH_HOT:
+            os.close(number & native.FH_HOT - 1)
         if opened is not None:
             os.close(opened.fd)
             opened.node.opens -= 1

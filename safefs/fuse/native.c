@@ -25,6 +25,7 @@
 #include <linux/capability.h>
 #include <linux/fuse.h>
 #include <linux/fs.h>
+#include "hot.h"
 #include <dirent.h>
 #include <dlfcn.h>
 #include <errno.h>
@@ -63,7 +64,7 @@ _Static_assert(sizeof(struct open_out) == sizeof(struct fuse_open_out), "fuse_op
 static struct fuse_session *session;
 static PyObject *handlers; /* the Python object whose methods get our requests */
 
-static void *libfuse_symbol(const char *name)
+void *libfuse_symbol(const char *name)
 {
 	static void *library;
 	if (!library)
@@ -301,8 +302,7 @@ static void on_release(fuse_req_t req, fuse_ino_t ino, struct fuse_file_info *fi
 
 static void on_readdir(fuse_req_t req, fuse_ino_t ino, size_t size, off_t off, struct fuse_file_info *fi)
 {
-	(void)ino;
-	dispatch(req, "on_readdir", "(KLn)", FH(fi), (long long)off, (Py_ssize_t)size);
+	dispatch(req, "on_readdir", "(KKLn)", (unsigned long long)ino, FH(fi), (long long)off, (Py_ssize_t)size);
 }
 
 static void on_setxattr(fuse_req_t req, fuse_ino_t ino, const char *name, const char *value, size_t size, int flags)
@@ -741,9 +741,46 @@ struct linux_dirent64 {
 	char name[];
 };
 
+static size_t put_dirent(char *out, const struct linux_dirent64 *entry)
+{
+	size_t length = strlen(entry->name), whole = FUSE_DIRENT_ALIGN(FUSE_NAME_OFFSET + length);
+	struct fuse_dirent dirent = {.ino = entry->ino,
+				     .off = (uint64_t)entry->off,
+				     .namelen = (uint32_t)length,
+				     .type = entry->type};
+	memcpy(out, &dirent, FUSE_NAME_OFFSET);
+	memcpy(out + FUSE_NAME_OFFSET, entry->name, length);
+	memset(out + FUSE_NAME_OFFSET + length, 0, whole - FUSE_NAME_OFFSET - length);
+	return whole;
+}
+
 /* One READDIR answer: entries of the open directory `fd` from `offset` on, as struct fuse_dirent, at most `size`
  * bytes, without names that start with `hidden` and without the name `state`.  Offsets are
  * the backing filesystem's own cookies, so they stay valid as long as it promises (seekdir(3)). */
+ssize_t read_directory(int fd, int64_t offset, char *out, char *buffer, size_t size, const char *hidden,
+		       const char *state)
+{
+	size_t used = 0, hidden_length = strlen(hidden);
+	if (lseek(fd, offset, SEEK_SET) < 0)
+		return -errno;
+	while (used == 0) { /* a chunk of nothing but hidden names is no end of the directory */
+		/* A fuse_dirent takes up to 8 bytes more than the Linux dirent (24 bytes at least) it is made of, so
+		 * what is asked for is so much less that all of it always fits: an entry once read must not be dropped. */
+		long count = syscall(SYS_getdents64, fd, buffer, size / 4 * 3);
+		if (count < 0)
+			return -errno;
+		if (count == 0)
+			break;
+		for (long at = 0; at < count;) {
+			struct linux_dirent64 *entry = (struct linux_dirent64 *)(buffer + at);
+			at += entry->reclen;
+			if (strncmp(entry->name, hidden, hidden_length) && strcmp(entry->name, state))
+				used += put_dirent(out + used, entry);
+		}
+	}
+	return (ssize_t)used;
+}
+
 static PyObject *native_read_directory(PyObject *module, PyObject *args)
 {
 	(void)module;
@@ -754,48 +791,22 @@ static PyObject *native_read_directory(PyObject *module, PyObject *args)
 	if (!PyArg_ParseTuple(args, "iLnyy", &fd, &offset, &size, &hidden, &state))
 		return NULL;
 	PyObject *answer = PyBytes_FromStringAndSize(NULL, size);
-	/* A fuse_dirent takes up to 8 bytes more than the Linux dirent (24 bytes at least) it is made of, so what is
-	 * asked for is so much less that all of it always fits: an entry once read must not be dropped. */
 	char *buffer = malloc((size_t)size);
 	if (!answer || !buffer) {
 		Py_XDECREF(answer);
 		free(buffer);
 		return PyErr_NoMemory();
 	}
-	char *out = PyBytes_AS_STRING(answer);
-	size_t used = 0, hidden_length = strlen(hidden);
-	int error = 0;
-	Py_BEGIN_ALLOW_THREADS if (lseek(fd, offset, SEEK_SET) < 0) error = errno;
-	while (!error && used == 0) { /* a chunk of nothing but hidden names is no end of the directory */
-		long count = syscall(SYS_getdents64, fd, buffer, (size_t)size / 4 * 3);
-		if (count <= 0) {
-			error = count < 0 ? errno : 0;
-			break;
-		}
-		for (long at = 0; at < count;) {
-			struct linux_dirent64 *entry = (struct linux_dirent64 *)(buffer + at);
-			at += entry->reclen;
-			if (!strncmp(entry->name, hidden, hidden_length) || !strcmp(entry->name, state))
-				continue;
-			size_t length = strlen(entry->name);
-			struct fuse_dirent dirent = {.ino = entry->ino,
-						     .off = (uint64_t)entry->off,
-						     .namelen = (uint32_t)length,
-						     .type = entry->type};
-			size_t whole = FUSE_DIRENT_ALIGN(FUSE_NAME_OFFSET + length);
-			memcpy(out + used, &dirent, FUSE_NAME_OFFSET);
-			memcpy(out + used + FUSE_NAME_OFFSET, entry->name, length);
-			memset(out + used + FUSE_NAME_OFFSET + length, 0, whole - FUSE_NAME_OFFSET - length);
-			used += whole;
-		}
-	}
+	ssize_t used;
+	Py_BEGIN_ALLOW_THREADS used =
+		read_directory(fd, offset, PyBytes_AS_STRING(answer), buffer, (size_t)size, hidden, state);
 	Py_END_ALLOW_THREADS free(buffer);
-	if (error) {
+	if (used < 0) {
 		Py_DECREF(answer);
-		errno = error;
+		errno = (int)-used;
 		return PyErr_SetFromErrno(PyExc_OSError);
 	}
-	_PyBytes_Resize(&answer, (Py_ssize_t)used);
+	_PyBytes_Resize(&answer, used);
 	return answer;
 }
 
@@ -873,6 +884,8 @@ PyMODINIT_FUNC PyInit__native(void)
 		return NULL;
 	Py_INCREF(&RequestType);
 	if (PyModule_AddObject(module, "Request", (PyObject *)&RequestType) < 0)
+		return NULL;
+	if (hot_add_to(module) < 0)
 		return NULL;
 	if (PyModule_AddObject(module, "FH_PASSTHROUGH", PyLong_FromUnsignedLongLong(FH_PASSTHROUGH)) < 0 ||
 	    PyModule_AddObject(module, "FH_NOFLUSH", PyLong_FromUnsignedLongLong(FH_NOFLUSH)) < 0 ||

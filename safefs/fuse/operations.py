@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
@@ -325,17 +326,19 @@ class Operations(pyfuse3.Operations):
     def on_release(self, request: native.Request, number: int) -> None:
         request.reply_err(0)
         handle = self._fs.handles.get(number)
+        if number & native.FH_HOT:  # when every thread of the C extension is busy
+            os.close(number & native.FH_HOT - 1)
         if handle is not None:
             self._start(request, self._release, handle, self._files.begin_release(handle))
 
     async def _release(self, request: native.Request, handle: Handle, publishing: Any) -> None:
         await self._files.release(handle, publishing)
 
-    def on_readdir(self, request: native.Request, number: int, offset: int, size: int) -> None:
-        self._start(request, self._readdir, number, offset, size)
+    def on_readdir(self, request: native.Request, nodeid: int, number: int, offset: int, size: int) -> None:
+        self._start(request, self._readdir, nodeid, number, offset, size)
 
-    async def _readdir(self, request: native.Request, number: int, offset: int, size: int) -> None:
-        request.reply_buffer(await self._tree.readdir(number, offset, size))
+    async def _readdir(self, request: native.Request, nodeid: int, number: int, offset: int, size: int) -> None:
+        request.reply_buffer(await self._tree.readdir(nodeid, number, offset, size))
 
     def on_setxattr(self, request: native.Request, nodeid: int, name: bytes, value: bytes, flags: int) -> None:
         self._start(request, self._setxattr, nodeid, name, value, flags)

@@ -1,0 +1,168 @@
+/* Hot requests: read requests that threads of this extension answer without the interpreter.
+ *
+ *   hot_table.c    what C may answer for: grants of nodes, marks, lookup counts (docs/decisions/0002-hot-requests.md)
+ *   hot_answers.c  the answers
+ *   hot_readers.c  the threads, the queue of what is left to Python, and the symbols of libfuse3 that hide both
+ *   hot_module.c   what Python calls
+ */
+#ifndef SAFEFS_HOT_H
+#define SAFEFS_HOT_H
+
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/stat.h>
+#include <sys/types.h>
+
+/* A file handle number with this bit is a descriptor that C has opened: handle and descriptor are the same number. */
+#define FH_HOT (1ULL << 39)
+#define ROOT_NODEID 1ULL
+#define OPCODES 64
+
+/* --------------------------------------------------------------- settings */
+
+struct hot_settings {
+	struct timespec entry_valid, attr_valid, directory_valid;
+	bool impersonate; /* act with the caller's filesystem identity */
+	bool believes_misses; /* a name that the backing does not find is answered with ENOENT */
+	size_t max_born; /* descriptors of nodes that Python has not heard of */
+	char hidden[32], state[32]; /* prefix of names that are never shown; such a name in the root */
+};
+extern struct hot_settings hot_settings;
+
+/* ------------------------------------------------------------------ table */
+
+struct identity {
+	uint64_t dev, ino;
+};
+
+struct stamp {
+	bool known;
+	int64_t size, mtime_ns; /* at the last open */
+};
+
+enum owner {
+	BORN, /* looked up by C: its number, descriptor and references are C's until Python adopts it */
+	KEPT, /* Python's; C only knows that this inode has a node */
+	GRANTED, /* Python's; C may answer for it */
+};
+
+/* name_to_handle_at(2): tells an inode from a later one with the same number. */
+struct handle {
+	uint32_t bytes;
+	int32_t type;
+	unsigned char data[];
+};
+#define HANDLE_BYTES 128 /* MAX_HANDLE_SZ */
+
+struct node {
+	struct node *next_by_number, *next_by_identity;
+	uint64_t nodeid, parent;
+	struct identity identity;
+	int64_t lookups; /* references that replies of C have given to the kernel */
+	struct stamp stamp;
+	mode_t mode;
+	int fd; /* O_PATH; Python's unless BORN.  -1 of a BORN node that has lost it to the budget */
+	struct node *older, *newer; /* BORN nodes that can lose their descriptor, by when they got it */
+	struct handle *handle; /* of BORN nodes, NULL where the backing makes none */
+	unsigned uses; /* threads that work with it right now */
+	uint8_t owner;
+	bool moved; /* Python found it elsewhere while threads used it: nobody begins to use it */
+	bool gone; /* not in the table any more: the last user frees it */
+	bool close_fd; /* ... and closes its descriptor */
+	uint16_t length;
+	char *name;
+};
+
+/* Every function of the table takes its lock for a moment and does no I/O under it, but for close(2) of O_PATH
+ * descriptors, which waits for nothing. */
+uint64_t table_new_number(void);
+uint64_t table_register(uint64_t nodeid, struct identity identity);
+bool table_offer(uint64_t nodeid, mode_t mode, int fd, uint64_t parent, const char *name, struct stamp stamp);
+
+/* What Python gets back when it takes a grant back; `descriptor_kept`: a thread uses the descriptor and closes it. */
+struct settled {
+	int64_t lookups;
+	struct stamp stamp;
+	bool descriptor_kept;
+};
+bool table_withdraw(uint64_t nodeid, struct settled *settled);
+bool table_unregister(uint64_t nodeid, int64_t own_lookups, bool always, struct settled *settled);
+
+struct node *table_adopt(uint64_t nodeid);
+struct node *table_adopt_identity(struct identity identity);
+int table_stamp(uint64_t nodeid, int64_t size, int64_t mtime_ns);
+size_t table_born(void);
+void free_adopted(struct node *node);
+
+/* The node if C may answer for it, to be given back with table_done. */
+struct node *table_use(uint64_t nodeid);
+void table_done(struct node *node);
+/* Note what an open saw; true when it is as the open before left it. */
+bool table_seen(struct node *node, const struct stat *status);
+
+/* A reference to the node that a lookup has found; NULL when only Python can tell, or when `*wants_descriptor` says
+ * that it takes an O_PATH descriptor and its handle (NULL: the backing makes none). */
+struct node *table_found(const struct stat *status, uint64_t parent, const char *name, bool *wants_descriptor);
+/* The same with a descriptor.  Taken over, as `node->fd` tells, when a node is born or had lost its own. */
+struct node *table_opened(const struct stat *status, uint64_t parent, const char *name, int fd,
+			  const struct handle *handle);
+void table_not_sent(struct node *node);
+/* True when the references were C's alone. */
+bool table_forget(uint64_t nodeid, uint64_t count);
+
+/* ------------------------------------------------------------------ marks */
+
+void mark_name(uint64_t parent, const char *name, int change);
+void mark_directory(uint64_t nodeid, int change);
+void mark_thread(uint32_t tid, int change);
+bool name_marked(uint64_t parent, const char *name);
+bool directory_marked(uint64_t nodeid);
+bool thread_marked(uint32_t tid);
+bool name_hidden(uint64_t parent, const char *name);
+
+/* Names that a rule could give another class than private. */
+bool doubts_add(const char *glob);
+bool name_doubtful(const char *name);
+
+/* ---------------------------------------------------------------- answers */
+
+struct reader {
+	int epoll_fd;
+	char *buffer; /* the request */
+	char *answer; /* room for the data of a reply */
+	uid_t uid; /* the filesystem identity that the thread has */
+	gid_t gid;
+};
+
+#define ANSWER_BYTES (1u << 20)
+
+/* Whether an answer by C can be tried; else the request goes to Python in its place in the order. */
+bool hot_candidate(const char *request, size_t size);
+/* False when the request is Python's after all. */
+bool hot_answer(struct reader *reader, char *request, size_t size);
+/* Take from a FORGET what is C's; returns how long the rest is that Python must see, 0 for nothing. */
+size_t hot_forget(char *request, size_t size);
+/* The thread's identity is the daemon's, with no supplementary groups. */
+void hot_reset_identity(struct reader *reader);
+
+/* ---------------------------------------------------------------- readers */
+
+extern atomic_ulong hot_answered[OPCODES], hot_passed[OPCODES];
+/* Send a reply; false when the kernel does not want it any more. */
+bool hot_reply(uint64_t unique, int error, const void *head, size_t head_size, const void *data, size_t data_size);
+int hot_prepare(void);
+int hot_start(int device);
+void hot_stop(void);
+size_t hot_threads(void);
+
+/* ------------------------------------------------------- shared with native.c */
+
+void *libfuse_symbol(const char *name);
+/* One READDIR answer in `out`; how long it is, or a negative errno. `buffer` has `size` bytes as well. */
+ssize_t read_directory(int fd, int64_t offset, char *out, char *buffer, size_t size, const char *hidden,
+		       const char *state);
+int hot_add_to(void *module);
+
+#endif

@@ -1,0 +1,278 @@
+/* What Python calls of the hot requests.  See hot.h. */
+#define PY_SSIZE_T_CLEAN
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+#include <Python.h>
+#include "hot.h"
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+static struct timespec timespec_of(double seconds)
+{
+	time_t whole = (time_t)seconds;
+	return (struct timespec){whole, (long)((seconds - (double)whole) * 1e9)};
+}
+
+static PyObject *hot_configure(PyObject *module, PyObject *args)
+{
+	(void)module;
+	double entry, attr, directory;
+	int impersonate, believes_misses;
+	Py_ssize_t max_born;
+	const char *hidden, *state;
+	PyObject *globs;
+	if (!PyArg_ParseTuple(args, "dddppnyyO!", &entry, &attr, &directory, &impersonate, &believes_misses, &max_born,
+			      &hidden, &state, &PyTuple_Type, &globs))
+		return NULL;
+	hot_settings = (struct hot_settings){timespec_of(entry), timespec_of(attr), timespec_of(directory),
+					     impersonate,        believes_misses,   (size_t)max_born,
+					     "",                 ""};
+	strncpy(hot_settings.hidden, hidden, sizeof hot_settings.hidden - 1);
+	strncpy(hot_settings.state, state, sizeof hot_settings.state - 1);
+	for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(globs); i++) {
+		const char *glob = PyBytes_AsString(PyTuple_GET_ITEM(globs, i));
+		if (!glob)
+			return NULL;
+		if (!doubts_add(glob))
+			return PyErr_NoMemory();
+	}
+	Py_RETURN_NONE;
+}
+
+static PyObject *none_or_errno(int result)
+{
+	if (result < 0)
+		return PyErr_SetFromErrno(PyExc_OSError);
+	Py_RETURN_NONE;
+}
+
+static PyObject *module_prepare(PyObject *module, PyObject *ignored)
+{
+	(void)module, (void)ignored;
+	return none_or_errno(hot_prepare());
+}
+
+static PyObject *module_start(PyObject *module, PyObject *arg)
+{
+	(void)module;
+	long fd = PyLong_AsLong(arg);
+	if (fd == -1 && PyErr_Occurred())
+		return NULL;
+	return none_or_errno(hot_start((int)fd));
+}
+
+static PyObject *module_stop(PyObject *module, PyObject *ignored)
+{
+	(void)module, (void)ignored;
+	Py_BEGIN_ALLOW_THREADS hot_stop();
+	Py_END_ALLOW_THREADS Py_RETURN_NONE;
+}
+
+static PyObject *counts(const atomic_ulong *counters)
+{
+	PyObject *result = PyDict_New();
+	for (int i = 0; result && i < OPCODES; i++) {
+		unsigned long count = atomic_load_explicit(&counters[i], memory_order_relaxed);
+		PyObject *key = count ? PyLong_FromLong(i) : NULL, *value = count ? PyLong_FromUnsignedLong(count) : NULL;
+		if (count && (!key || !value || PyDict_SetItem(result, key, value) < 0))
+			Py_CLEAR(result);
+		Py_XDECREF(key);
+		Py_XDECREF(value);
+	}
+	return result;
+}
+
+static PyObject *module_counters(PyObject *module, PyObject *ignored)
+{
+	(void)module, (void)ignored;
+	PyObject *answered = counts(hot_answered), *passed = counts(hot_passed);
+	if (!answered || !passed) {
+		Py_XDECREF(answered);
+		Py_XDECREF(passed);
+		return NULL;
+	}
+	return Py_BuildValue("{s:N,s:N,s:n,s:n}", "answered", answered, "passed", passed, "threads",
+			     (Py_ssize_t)hot_threads(), "born", (Py_ssize_t)table_born());
+}
+
+/* ------------------------------------------------------------------- marks */
+
+static PyObject *module_mark_name(PyObject *module, PyObject *args)
+{
+	(void)module;
+	unsigned long long parent;
+	const char *name;
+	int change;
+	if (!PyArg_ParseTuple(args, "Kyi", &parent, &name, &change))
+		return NULL;
+	mark_name(parent, name, change);
+	mark_directory(parent, change);
+	Py_RETURN_NONE;
+}
+
+static PyObject *module_mark_thread(PyObject *module, PyObject *args)
+{
+	(void)module;
+	unsigned int tid;
+	int change;
+	if (!PyArg_ParseTuple(args, "Ii", &tid, &change))
+		return NULL;
+	mark_thread(tid, change);
+	Py_RETURN_NONE;
+}
+
+/* ------------------------------------------------------------------- nodes */
+
+static PyObject *module_new_nodeid(PyObject *module, PyObject *ignored)
+{
+	(void)module, (void)ignored;
+	return PyLong_FromUnsignedLongLong(table_new_number());
+}
+
+static PyObject *module_register(PyObject *module, PyObject *args)
+{
+	(void)module;
+	unsigned long long nodeid, dev, ino;
+	if (!PyArg_ParseTuple(args, "KKK", &nodeid, &dev, &ino))
+		return NULL;
+	return PyLong_FromUnsignedLongLong(table_register(nodeid, (struct identity){dev, ino}));
+}
+
+static PyObject *stamp_object(struct stamp stamp)
+{
+	if (!stamp.known)
+		Py_RETURN_NONE;
+	return Py_BuildValue("(LL)", (long long)stamp.size, (long long)stamp.mtime_ns);
+}
+
+static PyObject *module_offer(PyObject *module, PyObject *args)
+{
+	(void)module;
+	unsigned long long nodeid, parent;
+	unsigned int mode;
+	int fd;
+	const char *name;
+	PyObject *seen;
+	if (!PyArg_ParseTuple(args, "KIiKyO", &nodeid, &mode, &fd, &parent, &name, &seen))
+		return NULL;
+	struct stamp stamp = {0};
+	long long size, mtime_ns;
+	if (seen != Py_None) {
+		if (!PyArg_ParseTuple(seen, "LL", &size, &mtime_ns))
+			return NULL;
+		stamp = (struct stamp){true, size, mtime_ns};
+	}
+	return PyBool_FromLong(table_offer(nodeid, mode, fd, parent, name, stamp));
+}
+
+static PyObject *settled_object(const struct settled *settled)
+{
+	PyObject *stamp = stamp_object(settled->stamp);
+	if (!stamp)
+		return NULL;
+	return Py_BuildValue("(LNO)", (long long)settled->lookups, stamp,
+			     settled->descriptor_kept ? Py_True : Py_False);
+}
+
+static PyObject *module_withdraw(PyObject *module, PyObject *arg)
+{
+	(void)module;
+	unsigned long long nodeid = PyLong_AsUnsignedLongLong(arg);
+	if (nodeid == (unsigned long long)-1 && PyErr_Occurred())
+		return NULL;
+	struct settled settled;
+	if (!table_withdraw(nodeid, &settled))
+		Py_RETURN_NONE;
+	return settled_object(&settled);
+}
+
+static PyObject *module_unregister(PyObject *module, PyObject *args)
+{
+	(void)module;
+	unsigned long long nodeid;
+	long long lookups;
+	int always;
+	if (!PyArg_ParseTuple(args, "KLp", &nodeid, &lookups, &always))
+		return NULL;
+	struct settled settled;
+	if (!table_unregister(nodeid, lookups, always, &settled))
+		Py_RETURN_NONE;
+	return settled_object(&settled);
+}
+
+static PyObject *adopted_object(struct node *node)
+{
+	if (!node)
+		Py_RETURN_NONE;
+	PyObject *stamp = stamp_object(node->stamp);
+	const struct handle *handle = node->handle;
+	Py_ssize_t handle_size = handle ? (Py_ssize_t)(sizeof *handle + handle->bytes) : 0;
+	PyObject *result = stamp ? Py_BuildValue("(KKKIiKyNy#)", (unsigned long long)node->nodeid,
+						 (unsigned long long)node->identity.dev,
+						 (unsigned long long)node->identity.ino, (unsigned)node->mode, node->fd,
+						 (unsigned long long)node->parent, node->name, stamp,
+						 (const char *)handle, handle_size)
+				 : NULL;
+	free_adopted(node);
+	return result;
+}
+
+static PyObject *module_adopt(PyObject *module, PyObject *arg)
+{
+	(void)module;
+	unsigned long long nodeid = PyLong_AsUnsignedLongLong(arg);
+	if (nodeid == (unsigned long long)-1 && PyErr_Occurred())
+		return NULL;
+	return adopted_object(table_adopt(nodeid));
+}
+
+static PyObject *module_adopt_inode(PyObject *module, PyObject *args)
+{
+	(void)module;
+	unsigned long long dev, ino;
+	if (!PyArg_ParseTuple(args, "KK", &dev, &ino))
+		return NULL;
+	return adopted_object(table_adopt_identity((struct identity){dev, ino}));
+}
+
+static PyObject *module_stamp(PyObject *module, PyObject *args)
+{
+	(void)module;
+	unsigned long long nodeid;
+	long long size, mtime_ns;
+	if (!PyArg_ParseTuple(args, "KLL", &nodeid, &size, &mtime_ns))
+		return NULL;
+	int same = table_stamp(nodeid, size, mtime_ns);
+	if (same < 0)
+		Py_RETURN_NONE;
+	return PyBool_FromLong(same);
+}
+
+static PyMethodDef hot_methods[] = {
+	{"hot_configure", hot_configure, METH_VARARGS, "Set what answers depend on, before anything else."},
+	{"hot_prepare", module_prepare, METH_NOARGS, "Have pyfuse3 wait for the queue, before pyfuse3.init."},
+	{"hot_start", module_start, METH_O, "Read requests from the kernel's descriptor, after INIT."},
+	{"hot_stop", module_stop, METH_NOARGS, "End the threads, before pyfuse3.close."},
+	{"hot_counters", module_counters, METH_NOARGS, "Requests answered and passed on by opcode, threads, nodes."},
+	{"hot_mark_name", module_mark_name, METH_VARARGS, "Add to the marks of a name and of its directory."},
+	{"hot_mark_thread", module_mark_thread, METH_VARARGS, "Add to the marks of a thread."},
+	{"hot_new_nodeid", module_new_nodeid, METH_NOARGS, "A nodeid that nobody has had."},
+	{"hot_register", module_register, METH_VARARGS, "Claim an inode for a node (0: a new one); 0 when it has one."},
+	{"hot_offer", module_offer, METH_VARARGS, "Let C answer for a node; whether it will."},
+	{"hot_withdraw", module_withdraw, METH_O, "Take the descriptor of a node back."},
+	{"hot_unregister", module_unregister, METH_VARARGS, "Take a node out, unless C has given references to it."},
+	{"hot_adopt", module_adopt, METH_O, "Take over a node that C has made."},
+	{"hot_adopt_inode", module_adopt_inode, METH_VARARGS, "Take over the node that C has made of an inode."},
+	{"hot_stamp", module_stamp, METH_VARARGS, "Whether an open sees what the one before saw; None: ask the node."},
+	{NULL}};
+
+int hot_add_to(void *module)
+{
+	return PyModule_AddFunctions(module, hot_methods) < 0 ||
+			       PyModule_AddObject(module, "FH_HOT", PyLong_FromUnsignedLongLong(FH_HOT)) < 0
+		       ? -1
+		       : 0;
+}

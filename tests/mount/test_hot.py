@@ -1,0 +1,316 @@
+"""Requests that the C extension answers: they must not differ from Python's, nor from the truth, in anything.
+
+Every mount of this file has `hot=on`, also where the rest of the run has it off.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import MountFactory
+from tests.mount.actors import actor
+from tests.mount.test_daemon import hanging_underlay, resources
+from tests.support.mounting import Mount, safefs_command, wait_until
+
+LOOKUP, FORGET, GETATTR, OPEN, READ, RELEASE = 1, 2, 3, 14, 15, 18
+SECONDS = float(os.environ.get("SAFEFS_HOT_SECONDS", "6"))
+
+
+@pytest.fixture
+def hot_mount(make_mount: MountFactory) -> Callable[..., Mount]:
+    return lambda *options: make_mount("-o", ",".join(("hot=on", *options)))
+
+
+def status(mount: Mount) -> dict[str, Any]:
+    done = subprocess.run(safefs_command("status", "--json", mount.path), check=True, capture_output=True, timeout=30)
+    found = json.loads(done.stdout)
+    return found[0] if isinstance(found, list) else found
+
+
+def answered(mount: Mount, opcode: int) -> int:
+    return status(mount)["hot"]["answered"].get(str(opcode), 0)
+
+
+def forget_everything() -> None:
+    """Have the kernel give back what it knows of names that nobody uses."""
+    Path("/proc/sys/vm/drop_caches").write_text("2")
+
+
+# What is answered by whom.
+
+
+def test_reading_needs_no_python(hot_mount: Callable[..., Mount], backing: Path) -> None:
+    """stat, open, read and close of a thousand files: all but a few requests are answered by the extension."""
+    for number in range(1000):
+        (backing / f"f{number}").write_bytes(b"%d" % number)
+    mount = hot_mount("entry_timeout=0,attr_timeout=0")
+    for number in range(1000):
+        path = mount / f"f{number}"
+        assert path.stat().st_size == len(str(number))
+        assert path.read_bytes() == b"%d" % number
+        assert path.stat().st_ino == (backing / f"f{number}").stat().st_ino
+    counts = status(mount)["hot"]
+    for opcode, at_least in ((LOOKUP, 1900), (OPEN, 990), (READ, 990), (RELEASE, 990)):
+        assert counts["answered"].get(str(opcode), 0) >= at_least, (opcode, counts)
+        assert counts["passed"].get(str(opcode), 0) <= 50, (opcode, counts)
+
+
+def test_off_means_off(make_mount: MountFactory) -> None:
+    mount = make_mount("-o", "hot=off")
+    (mount / "file").write_text("x")
+    assert (mount / "file").read_text() == "x"
+    assert status(mount)["hot"] is None
+
+
+@pytest.mark.parametrize("name", ["a.lock", "data.sqlite", "x.part", ".safefs~a", "ünï"])
+def test_names_that_only_python_can_judge(name: str, hot_mount: Callable[..., Mount], backing: Path) -> None:
+    """Names of another class, and those that a glob could mean, are neither answered by the extension nor cached."""
+    (backing / name).write_text("one")
+    mount = hot_mount("entry_timeout=60,attr_timeout=60")
+    path = mount / name
+    if name.startswith(".safefs~"):
+        assert not path.exists()
+        return
+    assert path.stat().st_size == 3
+    before = answered(mount, OPEN)
+    assert path.read_text() == "one"
+    assert answered(mount, OPEN) == before
+    if name != "ünï":
+        with open(backing / name, "a") as file:
+            file.write("two")
+        assert path.stat().st_size == 6
+
+
+def test_what_the_extension_opened_can_do_what_other_handles_can(hot_mount: Callable[..., Mount]) -> None:
+    """lseek(SEEK_DATA), copy_file_range, fsync, fstat, a map and reads past the end, on a handle of the extension."""
+    mount = hot_mount()
+    path = mount / "file"
+    with open(path, "wb") as file:
+        file.seek(1 << 20)
+        file.write(b"end")
+    before = answered(mount, OPEN)
+    with open(path, "rb") as file, open(mount / "copy", "wb") as copy:
+        assert answered(mount, OPEN) > before
+        fd = file.fileno()
+        assert os.lseek(fd, 0, os.SEEK_DATA) == 1 << 20
+        assert os.lseek(fd, 0, os.SEEK_HOLE) == 0
+        assert os.copy_file_range(fd, copy.fileno(), 3, 1 << 20, 0) == 3
+        os.fsync(fd)
+        assert os.fstat(fd).st_size == (1 << 20) + 3
+        assert os.pread(fd, 10, (1 << 20) + 3) == b""
+        assert os.pread(fd, 10, 1 << 20) == b"end"
+    assert (mount / "copy").read_bytes() == b"end"
+
+
+def test_a_file_with_two_names_is_never_stale(hot_mount: Callable[..., Mount], backing: Path) -> None:
+    mount = hot_mount("entry_timeout=60,attr_timeout=60")
+    (mount / "one").write_text("first")
+    os.link(mount / "one", mount / "two")
+    for _ in range(3):
+        assert (mount / "one").stat().st_nlink == (mount / "two").stat().st_nlink == 2
+        assert (mount / "one").read_text() == (mount / "two").read_text() == "first"
+    (backing / "new").write_text("second")
+    os.replace(backing / "new", backing / "two")  # by another node
+    assert (mount / "two").read_text() == "second"
+    assert (mount / "one").read_text() == "first"
+    assert (mount / "one").stat().st_nlink == 1
+
+
+def test_rights_are_the_callers(hot_mount: Callable[..., Mount], backing: Path) -> None:
+    """A user gets no further than the backing lets him, and as far as his supplementary groups let him."""
+    (backing / "secret").mkdir(mode=0o700)
+    (backing / "secret" / "file").write_text("x")
+    (backing / "file").write_text("x")
+    (backing / "file").chmod(0o600)
+    (backing / "grouped").write_text("x")
+    os.chown(backing / "grouped", 0, 4242)
+    (backing / "grouped").chmod(0o640)
+    mount = hot_mount("nodefault_permissions")  # so that nobody but the daemon checks
+    assert (mount / "secret" / "file").read_text() == (mount / "file").read_text() == "x"
+    with actor(uid=65534, gid=65534) as stranger, actor(uid=65534, gid=65534, groups=(4242,)) as member:
+        for name in ("secret/file", "file", "grouped"):
+            assert stranger.errno("open(p)", p=str(mount / name)) == errno.EACCES
+        assert member("open(p).read()", p=str(mount / "grouped")) == "x"
+        assert member.errno("open(p)", p=str(mount / "file")) == errno.EACCES
+
+
+# Coherence.
+
+WRITER = """
+import mmap, os, sys, time
+base, seconds, number, shared = sys.argv[1], float(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+page = mmap.mmap(os.open(shared, os.O_RDWR), 4096)
+path, version, end = f"{base}/f{number}", 0, time.monotonic() + seconds
+while time.monotonic() < end:
+    version += 1
+    data = b"%d " % version + b"x" * version
+    kind = version % 3
+    if kind == 0:
+        open(path, "wb").write(data)
+    elif kind == 1:
+        open(path + ".new", "wb").write(data)
+        os.replace(path + ".new", path)
+    else:
+        with open(path, "r+b") as file:
+            file.write(data)
+            file.truncate(len(data))
+    page[number * 8 : number * 8 + 8] = version.to_bytes(8, "little")
+    if version % 7 == 0:
+        gone = f"{base}/gone{number}"
+        open(gone, "w").close(); os.stat(gone)
+        os.unlink(gone)
+        assert not os.path.exists(gone), "unlinked and still there"
+        open(gone, "w").close()
+        os.rename(gone, gone + "2")
+        assert not os.path.exists(gone) and os.path.exists(gone + "2"), "renamed and still there"
+        os.unlink(gone + "2")
+    time.sleep(0.002 * (version % 4))
+"""
+
+READER = """
+import mmap, os, sys, time
+base, seconds, files, shared, strict = sys.argv[1], float(sys.argv[2]), int(sys.argv[3]), sys.argv[4], int(sys.argv[5])
+page = mmap.mmap(os.open(shared, os.O_RDWR), 4096)
+end, looks = time.monotonic() + seconds, 0
+while time.monotonic() < end:
+    for number in range(files):
+        known = int.from_bytes(page[number * 8 : number * 8 + 8], "little")
+        if not known:
+            continue
+        path = f"{base}/f{number}"
+        if strict:
+            size = os.stat(path).st_size
+            assert size >= len(b"%d " % known) + known, f"stat: size {size}, version {known}"
+        with open(path, "rb") as file:
+            data = file.read()
+            first, _, rest = data.partition(b" ")
+            assert int(first) >= known, f"read version {int(first)}, {known} was published"
+            assert len(rest) == int(first), "torn"
+            assert os.fstat(file.fileno()).st_size == len(data)
+        looks += 1
+print(looks)
+"""
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+@pytest.mark.parametrize("options", ["temp=auto", "temp=hidden", "entry_timeout=30,attr_timeout=30"])
+def test_readers_see_what_was_published(
+    nodes: int, options: str, hot_mount: Callable[..., Mount], tmp_path: Path
+) -> None:
+    """After close() or rename() no reader on the mount sees what was before; on another node no open() does."""
+    mounts = [hot_mount(options) for _ in range(nodes)]
+    shared = tmp_path / "versions"
+    shared.write_bytes(bytes(4096))
+    files = 3
+    for number in range(files):
+        (mounts[0] / f"f{number}").write_bytes(b"0 ")
+
+    def start(code: str, *arguments: object) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", code, *map(str, arguments)]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    running = [start(WRITER, mounts[0].path, SECONDS, number, shared) for number in range(files)]
+    running += [start(READER, mounts[0].path, SECONDS, files, shared, 1) for _ in range(2)]
+    running += [start(READER, mount.path, SECONDS, files, shared, 0) for mount in mounts[1:]]
+    for process in running:
+        output = process.communicate(timeout=SECONDS + 60)[0]
+        assert process.returncode == 0, output
+    assert answered(mounts[0], LOOKUP) > 100
+
+
+def test_a_second_node_sees_a_new_version_within_the_validity(hot_mount: Callable[..., Mount]) -> None:
+    """stat() of another node may show the old version for entry_timeout; open() never does."""
+    first, second = hot_mount(), hot_mount()
+    (first / "file").write_text("one")
+    for _ in range(20):
+        (second / "file").stat()
+        size = (first / "file").stat().st_size + 1
+        (first / "file").write_text("x" * size)
+        assert len((second / "file").read_text()) == size
+        (second / "file").stat()
+        (first / "file").write_text("x" * (size + 1))
+        assert wait_until(lambda size=size: (second / "file").stat().st_size == size + 1, 1.5)
+
+
+# Accounting.
+
+
+def test_references_balance(hot_mount: Callable[..., Mount], backing: Path) -> None:
+    """A tree that was walked, read and forgotten leaves no node, no descriptor and little memory, time after time."""
+    for directory in range(40):
+        (backing / f"d{directory}").mkdir()
+        for number in range(50):
+            (backing / f"d{directory}" / f"f{number}").write_text("x")
+    mount = hot_mount()
+    walk = f"find {mount.path} -size -100k -exec cat {{}} + >/dev/null 2>&1; true"
+    subprocess.run(["sh", "-c", walk], check=True)
+    forget_everything()
+    before = None
+    for _ in range(4):
+        subprocess.run(["sh", "-c", walk], check=True)
+        assert status(mount)["hot"]["born"] > 1000
+        with open(mount / "d0" / "f0", "a") as file:  # Python takes some of them over
+            file.write("y")
+        forget_everything()
+        assert wait_until(lambda: (forget_everything() or status(mount)["hot"]["born"]) < 50, 20)
+        assert wait_until(lambda: status(mount)["inodes"] < 20, 10), status(mount)
+        now = resources(mount)
+        before = before or now
+        assert now[0] <= before[0] + 20
+        assert now[1] <= before[1] + 4000
+
+
+def test_forgetting_under_load(hot_mount: Callable[..., Mount], backing: Path) -> None:
+    """FORGETs race with lookups of the same names: nothing is lost, nothing stays."""
+    for number in range(200):
+        (backing / f"f{number}").write_text("x")
+    mount = hot_mount("entry_timeout=0,attr_timeout=0")
+    code = (
+        "import time\nend = time.monotonic() + seconds\n"
+        "while time.monotonic() < end:\n"
+        "    for n in range(200):\n        assert open(base + '/f%d' % n).read() == 'x'\n"
+    )
+    with actor() as one, actor() as two:
+        for party in (one, two):
+            party.start(code, base=str(mount.path), seconds=SECONDS / 2)
+        end = time.monotonic() + SECONDS / 2
+        while time.monotonic() < end:
+            forget_everything()
+        for party in (one, two):
+            party.result(60)
+    assert wait_until(lambda: (forget_everything() or status(mount)["hot"]["born"]) == 0, 20)
+    assert wait_until(lambda: status(mount)["inodes"] <= 2, 10)
+
+
+# A backing that hangs.
+
+
+def test_more_hanging_readers_than_threads(hot_mount: Callable[..., Mount], backing: Path, tmp_path: Path) -> None:
+    """A hundred processes that hang in stat leave the mount to the others."""
+    with hanging_underlay(backing, tmp_path / "source") as underlay:
+        mount = hot_mount("entry_timeout=0,attr_timeout=0")
+        (mount / "work").mkdir()
+        assert (mount / "slow" / "file").stat().st_size
+        underlay.send_signal(signal.SIGSTOP)
+        command = ["stat", str(mount / "slow" / "file")]
+        hanging = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for _ in range(100)]
+        time.sleep(2)
+        assert all(process.poll() is None for process in hanging), "nothing hung"
+        begin = time.monotonic()
+        for number in range(20):
+            (mount / "work" / f"f{number}").write_text("x")
+            assert (mount / "work" / f"f{number}").read_text() == "x"
+        assert time.monotonic() - begin < 10
+        underlay.send_signal(signal.SIGCONT)
+        assert [process.wait(30) for process in hanging] == [0] * 100
