@@ -239,6 +239,7 @@ class Daemon:
 
     async def _status(self) -> dict[str, Any]:
         fs, connection = self.fs, self.connection
+        hot = native.hot_counters() if self.settings.hot else None
         return {
             "version": __version__,
             "pid": os.getpid(),
@@ -251,13 +252,13 @@ class Daemon:
             "draining": not fs.accepting,
             "temp": "tmpfile" if self.backing.uses_tmpfile else "hidden",
             "passthrough": bool(connection and connection.passthrough),
-            "inodes": len(fs.nodes),
+            "inodes": len(fs.nodes) + (hot["born"] if hot else 0),
             "descriptors": fs.nodes.open_descriptors,
             "descriptor_limit": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
             "open_files": len(fs.handles),
             "drafts": len(fs.drafts),
             "publishing": len(fs.ordering),
-            "hot": native.hot_counters() if self.settings.hot else None,
+            "hot": hot,
             "busy_threads": self.backing.limiter.borrowed_tokens,
             "counters": dict(self.publisher.counts),
             "quarantine": await self.backing.run(backing.DAEMON, self.state.count),

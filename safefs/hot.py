@@ -60,8 +60,11 @@ class Cold:
         """The node is about to lose its descriptor."""
         return NOTHING
 
-    def unregister(self, nodeid: int, lookups: int, *, always: bool) -> Settled | None:
-        """The node is about to go, `lookups` being Python's own count; None when the kernel still has references."""
+    def give_back(self, nodeid: int, count: int) -> None:
+        """The kernel gave back more references than Python had given it: these are the extension's."""
+
+    def unregister(self, nodeid: int, *, always: bool) -> Settled | None:
+        """The node is about to go; None when the kernel has references to it from the extension."""
         return NOTHING
 
     def adopt(self, nodeid: int) -> Born | None:
@@ -99,8 +102,11 @@ class Hot(Cold):
         settled = native.hot_withdraw(nodeid)
         return NOTHING if settled is None else Settled(*settled)
 
-    def unregister(self, nodeid: int, lookups: int, *, always: bool) -> Settled | None:
-        settled = native.hot_unregister(nodeid, lookups, always)
+    def give_back(self, nodeid: int, count: int) -> None:
+        native.hot_give_back(nodeid, count)
+
+    def unregister(self, nodeid: int, *, always: bool) -> Settled | None:
+        settled = native.hot_unregister(nodeid, always)
         return None if settled is None else Settled(*settled)
 
     def adopt(self, nodeid: int) -> Born | None:

@@ -46,8 +46,7 @@ class Node:
         self.identity = identity
         self.mode = mode
         self.fd = -1
-        # References that the kernel holds (FUSE_FORGET gives them back), without those that the C extension has counted
-        # and not given back yet: it can be negative.
+        # References that the kernel holds (FUSE_FORGET gives them back), without those that the C extension gave it.
         self.lookups = 0
         self.opens = 0  # open handles
         self.pins = 0  # requests and drafts that need the descriptor
@@ -67,7 +66,7 @@ class Node:
 
     @property
     def idle(self) -> bool:
-        return not (self.lookups > 0 or self.opens or self.pins or self.draft)
+        return not (self.lookups or self.opens or self.pins or self.draft)
 
 
 class Namespace:
@@ -140,7 +139,7 @@ class Namespace:
         """Lookups of its inode find this node no more."""
         if self._by_identity.get(node.identity) is node:
             del self._by_identity[node.identity]
-            settled = self.hot.unregister(node.nodeid, 0, always=True)
+            settled = self.hot.unregister(node.nodeid, always=True)
             if settled is not None:
                 self._settle(node, settled)
 
@@ -185,13 +184,15 @@ class Namespace:
         node = self._nodes.get(nodeid)
         if node is None or nodeid == ROOT_NODEID:
             return []
-        node.lookups -= count
+        if count > node.lookups:
+            self.hot.give_back(nodeid, count - node.lookups)
+        node.lookups = max(0, node.lookups - count)
         return self.drop_if_idle(node)
 
     def drop_if_idle(self, node: Node) -> list[int]:
         if not node.idle or node.nodeid == ROOT_NODEID:
             return []
-        settled = self.hot.unregister(node.nodeid, node.lookups, always=False)
+        settled = self.hot.unregister(node.nodeid, always=False)
         if settled is None:
             return []  # the C extension has told the kernel of it again
         self._settle(node, settled)

@@ -60,7 +60,7 @@ struct node {
 	struct node *next_by_number, *next_by_identity;
 	uint64_t nodeid, parent;
 	struct identity identity;
-	int64_t lookups; /* references that replies of C have given to the kernel */
+	uint64_t lookups; /* references that replies of C have given to the kernel */
 	struct stamp stamp;
 	mode_t mode;
 	int fd; /* O_PATH; Python's unless BORN.  -1 of a BORN node that has lost it to the budget */
@@ -83,12 +83,13 @@ bool table_offer(uint64_t nodeid, mode_t mode, int fd, uint64_t parent, const ch
 
 /* What Python gets back when it takes a grant back; `descriptor_kept`: a thread uses the descriptor and closes it. */
 struct settled {
-	int64_t lookups;
+	uint64_t lookups;
 	struct stamp stamp;
 	bool descriptor_kept;
 };
 bool table_withdraw(uint64_t nodeid, struct settled *settled);
-bool table_unregister(uint64_t nodeid, int64_t own_lookups, bool always, struct settled *settled);
+void table_give_back(uint64_t nodeid, uint64_t count);
+bool table_unregister(uint64_t nodeid, bool always, struct settled *settled);
 
 struct node *table_adopt(uint64_t nodeid);
 struct node *table_adopt_identity(struct identity identity);

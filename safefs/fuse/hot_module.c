@@ -173,7 +173,7 @@ static PyObject *settled_object(const struct settled *settled)
 	PyObject *stamp = stamp_object(settled->stamp);
 	if (!stamp)
 		return NULL;
-	return Py_BuildValue("(LNO)", (long long)settled->lookups, stamp,
+	return Py_BuildValue("(KNO)", (unsigned long long)settled->lookups, stamp,
 			     settled->descriptor_kept ? Py_True : Py_False);
 }
 
@@ -189,16 +189,25 @@ static PyObject *module_withdraw(PyObject *module, PyObject *arg)
 	return settled_object(&settled);
 }
 
+static PyObject *module_give_back(PyObject *module, PyObject *args)
+{
+	(void)module;
+	unsigned long long nodeid, count;
+	if (!PyArg_ParseTuple(args, "KK", &nodeid, &count))
+		return NULL;
+	table_give_back(nodeid, count);
+	Py_RETURN_NONE;
+}
+
 static PyObject *module_unregister(PyObject *module, PyObject *args)
 {
 	(void)module;
 	unsigned long long nodeid;
-	long long lookups;
 	int always;
-	if (!PyArg_ParseTuple(args, "KLp", &nodeid, &lookups, &always))
+	if (!PyArg_ParseTuple(args, "Kp", &nodeid, &always))
 		return NULL;
 	struct settled settled;
-	if (!table_unregister(nodeid, lookups, always, &settled))
+	if (!table_unregister(nodeid, always, &settled))
 		Py_RETURN_NONE;
 	return settled_object(&settled);
 }
@@ -263,6 +272,7 @@ static PyMethodDef hot_methods[] = {
 	{"hot_register", module_register, METH_VARARGS, "Claim an inode for a node (0: a new one); 0 when it has one."},
 	{"hot_offer", module_offer, METH_VARARGS, "Let C answer for a node; whether it will."},
 	{"hot_withdraw", module_withdraw, METH_O, "Take the descriptor of a node back."},
+	{"hot_give_back", module_give_back, METH_VARARGS, "The kernel gave references of C back."},
 	{"hot_unregister", module_unregister, METH_VARARGS, "Take a node out, unless C has given references to it."},
 	{"hot_adopt", module_adopt, METH_O, "Take over a node that C has made."},
 	{"hot_adopt_inode", module_adopt_inode, METH_VARARGS, "Take over the node that C has made of an inode."},

@@ -274,13 +274,27 @@ bool table_withdraw(uint64_t nodeid, struct settled *settled)
 	return node != NULL;
 }
 
-/* The node goes away, unless replies of C have given references that outweigh Python's own count. */
-bool table_unregister(uint64_t nodeid, int64_t own_lookups, bool always, struct settled *settled)
+static void give_back(struct node *node, uint64_t count)
+{
+	node->lookups -= count < node->lookups ? count : node->lookups;
+}
+
+void table_give_back(uint64_t nodeid, uint64_t count)
+{
+	pthread_mutex_lock(&lock);
+	struct node *node = find_number(nodeid);
+	if (node)
+		give_back(node, count);
+	pthread_mutex_unlock(&lock);
+}
+
+/* The node goes away, unless the kernel has references from replies of C. */
+bool table_unregister(uint64_t nodeid, bool always, struct settled *settled)
 {
 	memset(settled, 0, sizeof *settled);
 	pthread_mutex_lock(&lock);
 	struct node *node = find_number(nodeid);
-	bool ends = always || !node || node->lookups + own_lookups <= 0;
+	bool ends = always || !node || !node->lookups;
 	if (node && ends) {
 		settle(node, settled);
 		take_out(node);
@@ -467,8 +481,11 @@ void table_not_sent(struct node *node)
 	pthread_mutex_lock(&lock);
 	/* Of a node that was taken back meanwhile the count went to Python: one reference too many is kept, never one
 	 * too few. */
-	if (!node->gone && !--node->lookups && node->owner == BORN)
-		take_out(node);
+	if (!node->gone) {
+		give_back(node, 1);
+		if (!node->lookups && node->owner == BORN)
+			take_out(node);
+	}
 	pthread_mutex_unlock(&lock);
 	table_done(node);
 }
@@ -478,8 +495,11 @@ bool table_forget(uint64_t nodeid, uint64_t count)
 	pthread_mutex_lock(&lock);
 	struct node *node = find_number(nodeid);
 	bool ours = node && node->owner == BORN;
-	if (ours && (node->lookups -= (int64_t)count) <= 0)
-		take_out(node);
+	if (ours) {
+		give_back(node, count);
+		if (!node->lookups)
+			take_out(node);
+	}
 	pthread_mutex_unlock(&lock);
 	return ours;
 }

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.mount.actors import Actor, actor
-from tests.mount.conftest import both_temps
+from tests.mount.conftest import both_temps, both_temps_exact
 from tests.mount.places import A, B, content, in_quarantine, leftovers, quarantined
 from tests.support.mounting import Mount, wait_until
 
@@ -303,7 +303,7 @@ def test_writing_into_a_big_file_copies_once(nodes: tuple[Mount, Mount], writer:
     assert content(second / "file") == data[: 20 << 20] + b"changed" + data[(20 << 20) + 7 :]
 
 
-@both_temps
+@both_temps_exact
 def test_truncate_by_path(nodes: tuple[Mount, Mount], writer: Actor, stranger: Actor) -> None:
     """truncate(2) has published when it returns; who held the version sees no change of size."""
     first, second = nodes

@@ -138,11 +138,12 @@ def test_rights_are_the_callers(hot_mount: Callable[..., Mount], backing: Path) 
     (backing / "grouped").chmod(0o640)
     mount = hot_mount("nodefault_permissions")  # so that nobody but the daemon checks
     assert (mount / "secret" / "file").read_text() == (mount / "file").read_text() == "x"
-    with actor(uid=65534, gid=65534) as stranger, actor(uid=65534, gid=65534, groups=(4242,)) as member:
+    user, cwd = {"uid": 61001, "gid": 61001}, mount.path
+    with actor(**user, cwd=cwd) as stranger, actor(**user, groups=(4242,), cwd=cwd) as member:
         for name in ("secret/file", "file", "grouped"):
-            assert stranger.errno("open(p)", p=str(mount / name)) == errno.EACCES
-        assert member("open(p).read()", p=str(mount / "grouped")) == "x"
-        assert member.errno("open(p)", p=str(mount / "file")) == errno.EACCES
+            assert stranger.errno("open(p)", p=name) == errno.EACCES
+        assert member("open(p).read()", p="grouped") == "x"
+        assert member.errno("open(p)", p="file") == errno.EACCES
 
 
 # Coherence.

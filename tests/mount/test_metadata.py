@@ -16,7 +16,7 @@ import pytest
 
 from tests.conftest import MountFactory
 from tests.mount.actors import Actor, actor
-from tests.mount.conftest import both_temps
+from tests.mount.conftest import both_temps, both_temps_exact
 from tests.mount.places import A, B, content
 from tests.support.mounting import Mount, wait_until
 
@@ -86,7 +86,7 @@ def test_umask_is_honoured(umask: int, nodes: Nodes) -> None:
         assert stat.S_IMODE(os.stat(place / "file").st_mode) == 0o666 & ~umask
 
 
-@both_temps
+@both_temps_exact
 def test_changes_to_the_descriptor_are_published(nodes: Nodes, writer: Actor) -> None:
     """fchmod, fchown, futimens and fsetxattr on a draft are there with its publish and not before."""
     first, second = nodes
