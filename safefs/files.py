@@ -7,6 +7,7 @@ import logging
 import os
 import secrets
 import stat
+import time
 from dataclasses import dataclass, replace
 
 import trio
@@ -98,6 +99,8 @@ class Files:
         returning = fs.tickets.take(caller.pid) if caller.pid else None
         fs.end_ticket(returning)
         check = returning is None and caller.pid != 0 and parent is not None
+        if check and node.doubtful_until > time.monotonic():
+            raise fs.redirect(node, caller, write=False)  # which of its names is opened cannot be told
         run = fs.backing.run_or_daemon if flags & FMODE_EXEC else fs.backing.run
         flags &= os.O_DIRECT | os.O_NOATIME | os.O_NONBLOCK
         where = parent if parent is not None else node

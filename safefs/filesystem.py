@@ -141,7 +141,8 @@ class FileSystem:
             os.close(fd)  # another request was quicker
         else:
             close_all(self.nodes.attach(node, fd))
-            self.nodes.offer(node)
+            if node.doubtful_until <= time.monotonic():
+                self.nodes.offer(node)
 
     async def _open_by_file_handle(self, node: Node) -> int:
         if node.file_handle is None:
@@ -179,11 +180,19 @@ class FileSystem:
         else:
             os.close(fd)
             self.nodes.touch(node)
-        if node.nodeid != ROOT_NODEID:
-            node.parent, node.name = parent.nodeid, name
         node.mode = status.st_mode
-        self.nodes.offer(node)
+        if node.nodeid != ROOT_NODEID:
+            self._place(node, parent, name)
         return node
+
+    def _place(self, node: Node, parent: Node, name: bytes) -> None:
+        """Note where a node was found.  Its place before may be a name that the kernel still keeps without asking."""
+        now, elsewhere = time.monotonic(), (node.parent, node.name) != (parent.nodeid, name)
+        if node.name and elsewhere:
+            node.doubtful_until = now + self.settings.entry_timeout_seconds
+        node.parent, node.name = parent.nodeid, name
+        if elsewhere or node.doubtful_until <= now:
+            self.nodes.offer(node)
 
     def moved(self, node: Node, parent: Node, name: bytes) -> None:
         """A rename has given the node another place."""

@@ -27,6 +27,7 @@ class Node:
     """One inode as the kernel knows it."""
 
     __slots__ = (
+        "doubtful_until",
         "draft",
         "fd",
         "file_handle",
@@ -52,6 +53,7 @@ class Node:
         self.pins = 0  # requests and drafts that need the descriptor
         self.parent = 0  # nodeid of the directory it was last found in
         self.name = b""
+        self.doubtful_until = 0.0  # time.monotonic(): until then the kernel may believe in another place of it
         self.file_handle: bytes | None = None
         self.stamp: Stamp | None = None  # at the last open that Python answered: changed by whom?
         self.draft: Draft | None = None

@@ -68,7 +68,7 @@ struct node {
 	struct handle *handle; /* of BORN nodes, NULL where the backing makes none */
 	unsigned uses; /* threads that work with it right now */
 	uint8_t owner;
-	bool moved; /* Python found it elsewhere while threads used it: nobody begins to use it */
+	bool moved; /* Python found it elsewhere: nobody begins to use it before the next offer */
 	bool gone; /* not in the table any more: the last user frees it */
 	bool close_fd; /* ... and closes its descriptor */
 	uint16_t length;
@@ -112,6 +112,7 @@ struct node *table_opened(const struct stat *status, uint64_t parent, const char
 void table_not_sent(struct node *node);
 /* True when the references were C's alone. */
 bool table_forget(uint64_t nodeid, uint64_t count);
+void table_trim(void);
 
 /* ------------------------------------------------------------------ marks */
 

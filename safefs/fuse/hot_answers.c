@@ -434,6 +434,7 @@ size_t hot_forget(char *request, size_t size)
 	for (uint32_t i = 0; i < batch->count; i++)
 		if (!table_forget(items[i].nodeid, items[i].nlookup))
 			items[kept++] = items[i];
+	table_trim();
 	batch->count = kept;
 	in->len = (uint32_t)(sizeof *in + sizeof *batch + kept * sizeof *items);
 	return kept ? in->len : 0;

@@ -4,6 +4,7 @@
 #endif
 #include "hot.h"
 #include <fnmatch.h>
+#include <malloc.h>
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
@@ -21,6 +22,7 @@ static struct {
 	size_t count, born;
 	size_t descriptors; /* of BORN nodes */
 	struct node *oldest, *newest; /* of those that can lose theirs */
+	bool shrunk; /* since table_trim */
 	uint64_t last_number;
 } table = {.last_number = 0};
 
@@ -171,8 +173,10 @@ static void take_out(struct node *node)
 	node->gone = true;
 	if (!node->uses)
 		destroy(node);
-	if (table.size > SMALLEST_TABLE && table.count < table.size / 8)
+	if (table.size > SMALLEST_TABLE && table.count < table.size / 8) {
 		resize(table.size / 4);
+		table.shrunk = true;
+	}
 }
 
 static bool place(struct node *node, uint64_t parent, const char *name)
@@ -219,13 +223,15 @@ uint64_t table_register(uint64_t nodeid, struct identity identity)
 }
 
 /* Python has a descriptor for the node, and says where the node was found.  Threads read name and descriptor without
- * the lock: a node that one of them uses is not changed but left to Python until the next offer. */
+ * the lock: a node that one of them uses is not changed but left to Python until the next offer.  So is one that was
+ * elsewhere before: the kernel may keep that name, and an open by it would be checked by the other. */
 bool table_offer(uint64_t nodeid, mode_t mode, int fd, uint64_t parent, const char *name, struct stamp stamp)
 {
 	bool plain = S_ISDIR(mode) || S_ISLNK(mode) || (S_ISREG(mode) && !name_doubtful(name));
 	pthread_mutex_lock(&lock);
 	struct node *node = find_number(nodeid);
-	if (node && node->owner == GRANTED && placed(node, parent, name)) {
+	bool elsewhere = node && node->name && !placed(node, parent, name);
+	if (node && node->owner == GRANTED && !elsewhere) {
 		node->moved = false;
 	} else if (node && node->owner != BORN && node->uses) {
 		node->moved = true;
@@ -235,7 +241,7 @@ bool table_offer(uint64_t nodeid, mode_t mode, int fd, uint64_t parent, const ch
 		node->owner = plain && place(node, parent, name) ? GRANTED : KEPT;
 		node->fd = fd;
 		node->mode = mode;
-		node->moved = false;
+		node->moved = elsewhere;
 	}
 	bool granted = node && node->owner == GRANTED && !node->moved;
 	pthread_mutex_unlock(&lock);
@@ -502,6 +508,17 @@ bool table_forget(uint64_t nodeid, uint64_t count)
 	}
 	pthread_mutex_unlock(&lock);
 	return ours;
+}
+
+/* After many nodes are gone their memory goes back to the system: malloc(3) keeps it otherwise. */
+void table_trim(void)
+{
+	pthread_mutex_lock(&lock);
+	bool shrunk = table.shrunk;
+	table.shrunk = false;
+	pthread_mutex_unlock(&lock);
+	if (shrunk)
+		malloc_trim(0);
 }
 
 /* ------------------------------------------------------------------ marks */

@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
@@ -85,6 +86,7 @@ def test_stress_on_two_mounts(two_mounts: tuple[Mount, Mount], backing: Path) ->
         assert counts[operation] > 0, counts
     for operation in ("rewrite_own", "map_own", "unlink", "link", "read", "maps checked"):
         assert counts[operation] > 0, counts
+    time.sleep(1.1)  # what stat(2) may show of the other node's last changes (docs/semantics.md, "Validity")
     for mount in two_mounts:
         assert "\n".join(differences(tree(mount.path), tree(backing))) == ""
     for mount in two_mounts:
