@@ -160,6 +160,7 @@ class Daemon:
             mounted = find_mount(settings.mountpoint)
             if mounted is None:
                 raise SafefsError(f"{settings.mountpoint} was unmounted while it was being mounted")
+            self.fs.forget_attributes = mount.forget_attributes
             self.fs.device = f"{os.major(mounted.device)}:{os.minor(mounted.device)}"
         except BaseException:
             mount.umount(settings.mountpoint, settings.privileged, MNT_DETACH)

@@ -90,6 +90,8 @@ class FileSystem:
         self.accepting = True  # False while the daemon drains: no new writers
         self.looks = trio.CapacityLimiter(64)  # threads that look at /proc
         self._last_handle = 0
+        self.forget_attributes: Callable[[int], None] | None = None  # those of the kernel, once there is a mount
+        publisher.on_publish = self._note_publish
         status = os.stat(store.root_fd)
         self.root = self.nodes.create(backing.identity_of(status), status.st_mode, shown=True)
         self.root.lookups = self.root.pins = 1
@@ -221,6 +223,13 @@ class FileSystem:
         """A draft: never cached, always the same st_ino, and a link count as if it had its name."""
         nlink = 0 if draft.discarded else max(1, status.st_nlink if draft.state is DraftState.PUBLISHED else 1)
         return Entry(draft.node.nodeid, status, draft.shown_ino, nlink, 0.0, 0.0)
+
+    def _note_publish(self, directory: Node, replaced: Identity | None) -> None:
+        """A publish changed a directory's times and took a link from the version before: behind the kernel's back."""
+        version = self.nodes.find(replaced) if replaced is not None else None
+        for node in (directory, version):
+            if node is not None and self.forget_attributes is not None:
+                self.forget_attributes(node.nodeid)
 
     @asynccontextmanager
     async def readable(self, handle: Handle) -> AsyncIterator[int]:

@@ -11,6 +11,7 @@ import errno
 import logging
 import os
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,6 +97,7 @@ class Publisher:
         self._names = KeyedLocks()
         self._noted: set[Identity] = set()
         self.counts: Counter[str] = Counter()
+        self.on_publish: Callable[[Node, Identity | None], None] | None = None
 
     async def publish(
         self, draft: Draft, *, target: Node | None = None, name: bytes | None = None, replace: bool = True
@@ -121,7 +123,10 @@ class Publisher:
                 except OSError as error:
                     reason = f"publishing failed: {error.strerror}"
                     await self._refuse(draft, PublishRefusedError(reason, error.errno or errno.EIO))
+            replaced = draft.base.identity if draft.base else None
             self._published(draft, name)
+            if self.on_publish is not None:
+                self.on_publish(target, replaced)
 
     async def _carry_out(self, draft: Draft, target: Node, name: bytes, replace: bool) -> None:
         hidden = self._backing.hidden_name(b"r")
