@@ -25,6 +25,7 @@ from safefs.model import Caller, Identity, Process
 from safefs.namespace import ROOT_NODEID, Namespace, Node, Ticket, Tickets
 from safefs.native import native
 from safefs.ordering import Ordering
+from safefs.passthrough import Passthrough
 from safefs.publisher import Publisher
 from safefs.rules import Match
 
@@ -87,6 +88,7 @@ class FileSystem:
         self.ordering = Ordering()
         self.handles: dict[int, Handle] = {}
         self.device = ""  # major:minor of the mount, once it is mounted
+        self.passthrough = Passthrough("not mounted yet")
         self.accepting = True  # False while the daemon drains: no new writers
         self.looks = trio.CapacityLimiter(64)  # threads that look at /proc
         self._last_handle = 0
@@ -258,7 +260,7 @@ class FileSystem:
 
     async def family_draft(self, directory: Node, name: bytes, tid: int) -> Draft | None:
         """The draft of this name that belongs to the family of the calling thread."""
-        drafts = [draft for draft in self.drafts.named(directory, name) if draft.visible_to_family and draft.opener]
+        drafts = [draft for draft in self.drafts.named(directory, name) if draft.found_by_family and draft.opener]
         if not drafts:
             return None
         chain = await self.look(processes.ancestry, tid)
@@ -268,7 +270,7 @@ class FileSystem:
             opener = draft.opener
             if opener is not None and opener.tgid in chain and processes.is_alive(draft.pidfd):
                 # It may have ended, or been cancelled, during the look.
-                return draft if draft.visible_to_family and draft.node.draft is draft else None
+                return draft if draft.found_by_family and draft.node.draft is draft else None
         return None
 
     async def wait_turn(self, caller: Caller) -> None:
@@ -291,14 +293,47 @@ class FileSystem:
         except KeyError:
             raise failure(errno.EBADF) from None
 
+    async def pass_through(self, node: Node, fd: int, caller: Caller) -> int:
+        """The backing id for one more open handle of the node, whose file `fd` has open; 0 for none.
+
+        To be followed by add_handle without waiting in between: it is what other opens have to agree with.
+        """
+        if self.may_pass_through(node) and not node.backing_id:
+            # The kernel will do its I/O with the rights of the thread that registers.
+            number = await self.backing.run(caller, self.passthrough.register, fd)
+            self.adopt_backing_id(node, number)
+        return node.backing_id
+
+    def may_pass_through(self, node: Node) -> bool:
+        return bool(node.backing_id) or (self.passthrough.active and not node.opens)
+
+    def adopt_backing_id(self, node: Node, number: int) -> None:
+        """Make a new backing id the node's own, or drop it where another open was quicker."""
+        if not number:
+            return
+        if node.backing_id or node.opens:
+            self.passthrough.close(number)
+        else:
+            node.backing_id = number
+
     def remove_handle(self, handle: Handle) -> None:
         self.handles.pop(handle.number, None)
         handle.node.opens -= 1
+        if not handle.node.opens and handle.node.backing_id:
+            self.passthrough.close(handle.node.backing_id)
+            handle.node.backing_id = 0
         if handle.fd >= 0:
             close_all([handle.fd])
         close_all(self.nodes.drop_if_idle(handle.node))
 
     # ------------------------------------------------------------ drafts
+
+    async def publish(
+        self, draft: Draft, *, target: Node | None = None, name: bytes | None = None, replace: bool = True
+    ) -> None:
+        """Publish what an open draft has by now; whoever has it open can go on writing without changing that."""
+        keep_private = draft.unseen and draft.writers > 0
+        await self.publisher.publish(draft, target=target, name=name, replace=replace, keep_private=keep_private)
 
     def list_draft(self, draft: Draft) -> None:
         self.drafts.add(draft)

@@ -26,6 +26,7 @@ class Node:
     """One inode as the kernel knows it."""
 
     __slots__ = (
+        "backing_id",
         "draft",
         "fd",
         "file_handle",
@@ -47,6 +48,7 @@ class Node:
         self.fd = -1
         self.lookups = 0  # references that the kernel holds (FUSE_FORGET gives them back)
         self.opens = 0  # open handles
+        self.backing_id = 0  # all of them pass through under this id; 0 when none does
         self.pins = 0  # requests and drafts that need the descriptor
         self.parent = 0  # nodeid of the directory it was last found in
         self.name = b""

@@ -98,6 +98,18 @@ def holds_writable(tgid: int, ino: int, device: str) -> bool:
     return any(mounted_device(mount) in (device, None) for mount in native.writable_mounts(tgid, ino))
 
 
+def maps_writable(tgid: int, ino: int) -> bool | None:
+    """Whether the process has a shared, writable mapping of a file with this st_ino; None when that cannot be seen.
+
+    /proc/PID/maps waits for the FLUSH of a process in execve: only in a thread that may be given up, with a deadline.
+    """
+    text = _read(f"/proc/{tgid}/maps")
+    if text is None:
+        return None
+    found = (line.split(None, 5) for line in text.splitlines())
+    return any(fields[4] == str(ino) and fields[1][1] == "w" and fields[1][3] == "s" for fields in found)
+
+
 def mounted_device(mount_id: int) -> str | None:
     """The filesystem (major:minor) of a mount; None when it is not in this mount namespace."""
     for line in (_read("/proc/self/mountinfo") or "").splitlines():

@@ -144,7 +144,7 @@ class Tree:
         async with fs.held(draft):
             if draft is not None and draft.pending:
                 await fs.wait_turn(caller)
-                await fs.publisher.publish(draft)
+                await fs.publish(draft)
             async with fs.inode(node) as fd:
                 return await self._make_link(fd, directory_id, name, caller)
 
@@ -267,7 +267,7 @@ class Tree:
         """RENAME_EXCHANGE, of what the family's drafts have published."""
         for draft in drafts:
             if draft is not None:
-                await self.fs.publisher.publish(draft)
+                await self.fs.publish(draft)
         await self.fs.backing.run(caller, backing.rename, old.fd, name, new.fd, new_name, RENAME_EXCHANGE)
 
     async def _rename(
@@ -276,10 +276,10 @@ class Tree:
         fs = self.fs
         if own is not None and own.pending and own.base is None:
             # Never published: it appears under its new name only.
-            await fs.publisher.publish(own, target=new, name=new_name, replace=not flags & RENAME_NOREPLACE)
+            await fs.publish(own, target=new, name=new_name, replace=not flags & RENAME_NOREPLACE)
         else:
             if own is not None:
-                await fs.publisher.publish(own)
+                await fs.publish(own)
             status = await fs.backing.run(caller, self._rename_entry, old.fd, name, new.fd, new_name, flags)
             moved = fs.nodes.find(backing.identity_of(status))
             if moved is not None and moved is not fs.root:

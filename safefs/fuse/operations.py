@@ -19,6 +19,7 @@ import pyfuse3
 import trio
 
 from safefs.backing import UTIME_NOW, AttributeChange
+from safefs.closing import Closing
 from safefs.errors import SafefsError
 from safefs.files import Files, Opened
 from safefs.filesystem import Entry, FileSystem, Handle
@@ -109,6 +110,8 @@ def file_info(opened: Opened) -> pyfuse3.FileInfo:
     number = opened.handle.number
     if not opened.handle.writable:
         number |= native.FH_NOFLUSH
+    if opened.backing_id:
+        number |= native.FH_PASSTHROUGH | opened.backing_id << native.FH_BACKING_SHIFT
     return pyfuse3.FileInfo(
         fh=pyfuse3.FileHandleT(number),
         direct_io=opened.direct_io,
@@ -123,11 +126,14 @@ class Operations(pyfuse3.Operations):
     enable_writeback_cache = False
     enable_acl = False  # asked for by the INIT handover, where the backing has ACLs
 
-    def __init__(self, filesystem: FileSystem, tree: Tree, files: Files, nursery: trio.Nursery) -> None:
+    def __init__(
+        self, filesystem: FileSystem, tree: Tree, files: Files, closing: Closing, nursery: trio.Nursery
+    ) -> None:
         super().__init__()
         self._fs = filesystem
         self._tree = tree
         self._files = files
+        self._closing = closing
         self._nursery = nursery
 
     # -------------------------------------------------------------- names
@@ -319,17 +325,17 @@ class Operations(pyfuse3.Operations):
             self._start(request, self._flush, handle)
 
     async def _flush(self, request: native.Request, handle: Handle) -> None:
-        await self._files.flush(handle, request.pid)
+        await self._closing.flush(handle, request.pid)
         request.reply_err(0)
 
     def on_release(self, request: native.Request, number: int) -> None:
         request.reply_err(0)
         handle = self._fs.handles.get(number)
         if handle is not None:
-            self._start(request, self._release, handle, self._files.begin_release(handle))
+            self._start(request, self._release, handle, self._closing.begin_release(handle))
 
     async def _release(self, request: native.Request, handle: Handle, publishing: Any) -> None:
-        await self._files.release(handle, publishing)
+        await self._closing.release(handle, publishing)
 
     def on_readdir(self, request: native.Request, number: int, offset: int, size: int) -> None:
         self._start(request, self._readdir, number, offset, size)
