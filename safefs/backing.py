@@ -520,6 +520,33 @@ def _place_nameless(fd: int, target: int, name: bytes, *, replace: bool, hidden:
         raise
 
 
+def swap(fd: int, temp_name: bytes | None, directory: int, name: bytes, shown: Identity, hidden: bytes) -> bool:
+    """Make `name` show the inode behind `fd` instead of `shown`; False where it shows something else, or nothing.
+
+    RENAME_EXCHANGE brings out what the name showed in the very step that replaces it, so that another's publish or
+    unlink between a look and that step is not undone.  Filesystems without it are left with the look.
+    """
+    if temp_name is None:
+        link_inode(fd, directory, hidden)
+        temp_name = hidden
+    try:
+        rename(directory, temp_name, directory, name, RENAME_EXCHANGE)
+    except FileNotFoundError:
+        unlink(directory, temp_name)
+        return False
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+            unlink(directory, temp_name)
+            raise
+        rename(directory, temp_name, directory, name, 0)
+        return True
+    swapped = identity_at(directory, temp_name) == shown
+    if not swapped:
+        rename(directory, temp_name, directory, name, RENAME_EXCHANGE)
+    unlink(directory, temp_name)
+    return swapped
+
+
 def _place_without_replacing(fd: int, temp_name: bytes, directory: int, target: int, name: bytes) -> None:
     try:
         rename(directory, temp_name, target, name, RENAME_NOREPLACE)

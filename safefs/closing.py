@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 LOOK_AGAIN_SECONDS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032)
 MAPS_SECONDS = 0.1  # for a look at a process's mappings, which can be waiting for the very FLUSH (processes.py)
 RELEASE_SECONDS = 0.25  # after its last FLUSH a handle is released at once, unless a copy of it was missed
+FPUT_SECONDS = (0.001, 0.004, 0.016)  # the kernel closes a passed-through file a moment after it sends RELEASE
 MAPPED_SECONDS = (0.005, 1.0)  # between looks whether a mapping has ended, at first and at most
 
 
@@ -68,7 +69,7 @@ class Closing:
             if mapped is not None:
                 await fs.wait_turn(Caller(draft.caller.uid, draft.caller.gid, tid))
                 await fs.publisher.publish(draft, keep_private=mapped)
-                self._expect_release(draft)
+                self._expect_release(handle, draft)
 
     async def _decide(self, handle: Handle, draft: Draft, tgid: int) -> Decision:
         closer, is_opener = draft.closer, tgid != 0 and tgid == handle.opener_tgid
@@ -156,14 +157,14 @@ class Closing:
 
     # -------------------------------------- writers that are not seen (passthrough)
 
-    def _expect_release(self, draft: Draft) -> None:
+    def _expect_release(self, handle: Handle, draft: Draft) -> None:
         if draft.unseen and draft.state is DraftState.PUBLISHED:
-            self._nursery.start_soon(self._watch_release, draft)
+            self._nursery.start_soon(self._watch_release, handle, draft)
 
-    async def _watch_release(self, draft: Draft) -> None:
+    async def _watch_release(self, handle: Handle, draft: Draft) -> None:
         """A handle that lives on after its last close belongs to somebody who was not found: his writes stay his."""
         await trio.sleep(RELEASE_SECONDS)
-        if draft.writers and draft.state is DraftState.PUBLISHED:
+        if handle.number in self.fs.handles and draft.state is DraftState.PUBLISHED:
             async with self.fs.held(draft):
                 await self._detach(draft)
 
@@ -201,7 +202,11 @@ class Closing:
             if draft.base is not None and draft.base.fd == writable:
                 draft.base = Base(draft.fd, draft.base.identity)
             os.close(writable)
-            return await fs.backing.run(DAEMON, backing.is_mapped, draft.fd)
+            for seconds in FPUT_SECONDS:
+                if not await fs.backing.run(DAEMON, backing.is_mapped, draft.fd):
+                    return False
+                await trio.sleep(seconds)
+            return True
 
     def _await_mapping(self, draft: Draft) -> None:
         draft.reserved += 1

@@ -470,16 +470,13 @@ class Files:
 
     async def change_attributes(self, node: Node, change: AttributeChange, caller: Caller) -> None:
         """chmod, chown and utimens; before the first write they are meant for the version."""
-        draft = node.draft
-        if draft is None:
-            async with self.fs.pinned(node):
-                await self._change(node.fd, change, caller)
-            return
-        async with self.fs.held(draft), draft.gate.passing():
-            fd = self.fs.content_fd(draft)
-            if fd != draft.fd:  # the first write will strip the draft; the version stays as it is
+        async with self.fs.attributed(node) as descriptors:
+            draft = node.draft
+            if draft is not None and draft.fd not in descriptors:
+                # The first write will strip the draft; the version stays as it is.
                 change = replace(change, strip_privileges=False)
-            await self._change(fd, change, caller)
+            for fd in descriptors:
+                await self._change(fd, change, caller)
 
     async def _change(self, fd: int, change: AttributeChange, caller: Caller) -> None:
         if change.strip_privileges:

@@ -300,9 +300,20 @@ class FileSystem:
         """
         if self.may_pass_through(node) and not node.backing_id:
             # The kernel will do its I/O with the rights of the thread that registers.
-            number = await self.backing.run(caller, self.passthrough.register, fd)
+            number = await self.backing.run(caller, self._register, fd)
             self.adopt_backing_id(node, number)
         return node.backing_id
+
+    def _register(self, fd: int) -> int:
+        """A backing id, by a descriptor that cannot write: it lives on in the id and would count as a writer."""
+        try:
+            readable = backing.reopen(fd, os.O_RDONLY)
+        except OSError:
+            return self.passthrough.register(fd)  # a mode without read permission
+        try:
+            return self.passthrough.register(readable)
+        finally:
+            os.close(readable)
 
     def may_pass_through(self, node: Node) -> bool:
         return bool(node.backing_id) or (self.passthrough.active and not node.opens)
@@ -369,6 +380,18 @@ class FileSystem:
                 yield node.fd
 
     @asynccontextmanager
+    async def attributed(self, node: Node) -> AsyncIterator[list[int]]:
+        """Descriptors of the inodes that have a node's attributes: the one it shows, and a published copy of that."""
+        draft = node.draft
+        if draft is None:
+            async with self.pinned(node):
+                yield [node.fd]
+            return
+        async with self.held(draft), draft.gate.passing():
+            copy = [draft.base.fd] if draft.copied and draft.base is not None else []
+            yield [self.content_fd(draft), *copy]
+
+    @asynccontextmanager
     async def held(self, draft: Draft | None) -> AsyncIterator[None]:
         """Keep a draft and its descriptors for the length of a request that has no handle of it."""
         if draft is None:
@@ -391,7 +414,8 @@ class FileSystem:
     async def end_draft(self, draft: Draft) -> None:
         """Close the books on a draft that nobody can write to any more: its node stands for a version from now on."""
         if self._is_done(draft):
-            fd = await self.backing.run(DAEMON, os.open, backing.proc_path(self.content_fd(draft)), os.O_PATH)
+            async with draft.gate.passing():
+                fd = await self.backing.run(DAEMON, os.open, backing.proc_path(self.content_fd(draft)), os.O_PATH)
             if self._is_done(draft):
                 self._become_version(draft, fd)
             else:

@@ -89,6 +89,9 @@ def carry_out(order: Order) -> None:
     check_written(draft)
     if order.check_space is not None:
         order.check_space()
+    if draft.copied and draft.base is not None:
+        # Whoever changed attributes since then found the copy; the draft's own family changed both.
+        backing.copy_metadata(draft.base.fd, order.inode.fd)
     os.fsync(order.inode.fd)
     replace = may_replace(order)
     backing.place(
@@ -105,15 +108,15 @@ def carry_out(order: Order) -> None:
 
 def take_place(order: Order) -> bool:
     """Put the copy where the draft's own inode is shown; False, and the copy has no name, where it no longer is."""
-    if backing.identity_at(order.target, order.name) == backing.identity_of(os.fstat(order.draft.fd)):
+    own = backing.identity_of(os.fstat(order.draft.fd))
+    placed = False
+    if backing.identity_at(order.target, order.name) == own:
         os.fsync(order.inode.fd)
-        place = order.inode.fd, order.inode.temp_name, order.directory, order.target, order.name
-        backing.place(*place, replace=True, hidden=order.hidden)
+        placed = backing.swap(order.inode.fd, order.inode.temp_name, order.directory, order.name, own, order.hidden)
         backing.sync_directory(order.target)
-        return True
-    if order.inode.temp_name is not None:
+    elif order.inode.temp_name is not None:
         backing.unlink(order.directory, order.inode.temp_name)
-    return False
+    return placed
 
 
 def drop_inode(directory: int, inode: PrivateInode) -> None:

@@ -364,23 +364,22 @@ class Tree:
     # --------------------------------------------------------------- xattr
 
     async def setxattr(self, nodeid: int, name: bytes, value: bytes, flags: int, caller: Caller) -> None:
-        await self._on_inode(nodeid, caller, os.setxattr, name, value, flags)
+        await self._on_inodes(nodeid, caller, os.setxattr, name, value, flags)
 
     async def getxattr(self, nodeid: int, name: bytes, caller: Caller) -> bytes:
-        return await self._on_inode(nodeid, caller, os.getxattr, name)
+        return (await self._on_inodes(nodeid, caller, os.getxattr, name))[0]
 
     async def removexattr(self, nodeid: int, name: bytes, caller: Caller) -> None:
-        await self._on_inode(nodeid, caller, os.removexattr, name)
+        await self._on_inodes(nodeid, caller, os.removexattr, name)
 
     async def listxattr(self, nodeid: int, caller: Caller) -> list[bytes]:
-        return [os.fsencode(name) for name in await self._on_inode(nodeid, caller, os.listxattr)]
+        names = (await self._on_inodes(nodeid, caller, os.listxattr))[0]
+        return [os.fsencode(name) for name in names]
 
-    async def _on_inode(self, nodeid: int, caller: Caller, function: Callable[..., T], *arguments: object) -> T:
-        node = self.fs.node(nodeid)
-        draft = node.draft
-        if draft is None:
-            async with self.fs.pinned(node):
-                return await self.fs.backing.run(caller, function, backing.proc_path(node.fd), *arguments)
-        async with self.fs.held(draft), draft.gate.passing():
-            path = backing.proc_path(self.fs.content_fd(draft))
-            return await self.fs.backing.run(caller, function, path, *arguments)
+    async def _on_inodes(
+        self, nodeid: int, caller: Caller, function: Callable[..., T], *arguments: object
+    ) -> list[T]:
+        fs = self.fs
+        async with fs.attributed(fs.node(nodeid)) as descriptors:
+            paths = map(backing.proc_path, descriptors)
+            return [await fs.backing.run(caller, function, path, *arguments) for path in paths]

@@ -164,3 +164,65 @@ def test_shared_files_are_one_to_two_mounts(two_mounts: tuple[Mount, Mount], wri
     stranger(code, p=str(second / "data.db"))
     writer("m[:4] = b'here'")
     assert stranger("m[:4]") == b"here"
+
+
+def test_a_file_that_could_have_been_mapped_is_published_once(mount: Mount, writer: Actor) -> None:
+    """Opened for reading and writing, closed without a mapping: its inode is the version, nothing is copied."""
+    for number in range(20):
+        fd = writer.open(mount / f"file{number}", os.O_CREAT | os.O_RDWR)
+        writer.write(fd, A)
+        before = writer("os.fstat(fd).st_ino", fd=fd)
+        writer.closefd(fd)
+        assert os.stat(mount / f"file{number}").st_ino == before
+    assert wait_until(lambda: status(mount)["drafts"] == 0)
+    assert status(mount)["counters"] == {"published": 20}
+
+
+# Python's mmap keeps a descriptor of its own: libc's does not.
+MAP = """
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mmap.restype, libc.mmap.argtypes = ctypes.c_void_p, (ctypes.c_void_p, *[ctypes.c_size_t] * 5)
+def map_file(fd, size):
+    return libc.mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, fd, 0)
+def unmap(address, size):
+    libc.munmap(ctypes.c_void_p(address), ctypes.c_size_t(size))
+"""
+
+
+@pytest.mark.parametrize("stores", [True, False], ids=["stored", "idle"])
+def test_a_mapping_that_outlives_the_close(mount: Mount, writer: Actor, stores: bool) -> None:
+    """What was written is there after the close, what is stored later once the mapping has ended, as one version; and
+    attributes are those that were set in between."""
+    path, below = mount / "file", mount.backing / "file"
+    writer(MAP)
+    fd = writer.open(path, os.O_CREAT | os.O_RDWR)
+    writer.write(fd, A)
+    writer("address = map_file(fd, size)", fd=fd, size=len(A))
+    writer.closefd(fd)
+    assert wait_until(below.exists)
+    assert content(path) == content(below) == A
+    os.chmod(path, 0o755)
+    os.setxattr(path, "user.note", b"kept")
+    assert os.stat(below).st_mode & 0o777 == 0o755
+    if stores:
+        writer("ctypes.memmove(address, b'here', 4)")
+        assert content(path) == content(below) == A
+    writer("unmap(address, size)")
+    assert wait_until(lambda: status(mount)["drafts"] == 0)
+    assert content(path) == content(below) == (b"here" + A[4:] if stores else A)
+    assert os.stat(below).st_mode & 0o777 == 0o755
+    assert os.getxattr(below, "user.note") == b"kept"
+
+
+def test_what_is_removed_while_it_is_mapped_stays_removed(mount: Mount, writer: Actor, stranger: Actor) -> None:
+    writer(MAP)
+    for number in range(20):
+        path = mount / f"file{number}"
+        fd = writer.open(path, os.O_CREAT | os.O_RDWR)
+        writer.write(fd, A)
+        writer("address = map_file(fd, size)", fd=fd, size=len(A))
+        writer.closefd(fd)
+        (writer if number % 2 else stranger)("os.unlink(p)", p=str(path))
+        writer("ctypes.memmove(address, b'here', 4); unmap(address, size)")
+    assert wait_until(lambda: status(mount)["drafts"] == 0)
+    assert os.listdir(mount.path) == []
