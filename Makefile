@@ -1,6 +1,6 @@
 # Everything here sets up what it needs first, asks nothing and can be run again.
 
-.PHONY: setup demo test check clean
+.PHONY: setup demo test check bench clean
 
 setup:
 	@scripts/setup build
@@ -18,6 +18,11 @@ check:
 	.venv/bin/ruff check .
 	.venv/bin/mypy
 	.venv/bin/lint-imports
+
+# make bench BENCH=--quick: other options of `python -m benchmarks`.
+bench:
+	@scripts/setup bench
+	@.venv/bin/python -m benchmarks $(BENCH)
 
 clean:
 	rm -rf .venv build *.egg-info .cache .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

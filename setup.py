@@ -18,7 +18,9 @@ def pkg_config(flag: str) -> list[str]:
     return shlex.split(done.stdout)
 
 
-SOURCES = ("native", "hot_table", "hot_answers", "hot_readers", "hot_module")
+SOURCES = ("native", "opens", "hot_table", "hot_answers", "hot_readers", "hot_module")
+
+FLAGS = ("-std=gnu11", "-O2", "-Wall", "-Wextra", "-fvisibility=hidden", "-pthread")
 
 setup(
     ext_modules=[
@@ -26,7 +28,7 @@ setup(
             "safefs._native",
             sources=[f"safefs/fuse/{name}.c" for name in SOURCES],
             depends=["safefs/fuse/hot.h"],
-            extra_compile_args=["-std=gnu11", "-O2", "-Wall", "-Wextra", "-fvisibility=hidden", "-pthread", *pkg_config("--cflags")],
+            extra_compile_args=[*FLAGS, *pkg_config("--cflags")],
             extra_link_args=pkg_config("--libs"),
             libraries=["dl"],
         )

@@ -36,6 +36,7 @@ RENAME_NOREPLACE = 1
 RENAME_EXCHANGE = 2
 FICLONE = 0x40049409  # linux/fs.h
 COPY_CHUNK_BYTES = 1 << 20
+SPACE_BYTES = 1 << 17  # less than this is no space: a write of that size is what programs do
 OTHER_FILESYSTEM = (errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS)
 POSIX_ACL = "system.posix_acl_access"
 CAPABILITY = "security.capability"
@@ -126,6 +127,26 @@ class Backing:
         fd = os.open(hidden, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_NOFOLLOW, mode, dir_fd=directory)
         return fd, hidden, os.fstat(fd)
 
+    def check_space(self, directory: int, hidden: bytes) -> None:
+        """Raise ENOSPC or EDQUOT where not even `SPACE_BYTES` more can be written: space or a quota is used up.
+
+        Asked of the filesystem itself, by allocating in an inode of its own: one that somebody may write to at this
+        moment cannot be given back its length.  Where fallocate(2) is not to be had only the free space is looked at.
+        """
+        fd, name, _ = self.make_temp(directory, 0o600, hidden)
+        try:
+            native.fallocate(fd, 0, 0, SPACE_BYTES)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            free = os.fstatvfs(fd)
+            if free.f_bavail * free.f_frsize < SPACE_BYTES:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
+        finally:
+            os.close(fd)
+            if name is not None:
+                unlink(directory, name)
+
 
 # ------------------------------------------------------------------- names
 
@@ -172,6 +193,19 @@ def is_removed(directory: int) -> bool:
 
 def identity_of(status: os.stat_result) -> Identity:
     return Identity(status.st_dev, status.st_ino)
+
+
+def is_mapped(fd: int) -> bool:
+    """Whether somebody can still write to an inode that no descriptor is open on for writing: a shared mapping.
+
+    A read lease is refused then (fcntl(2), F_SETLEASE).  Filesystems without leases say no.  `fd` is read-only.
+    """
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+    except OSError as error:
+        return error.errno == errno.EAGAIN
+    fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    return False
 
 
 def identity_at(directory: int, name: bytes) -> Identity | None:
@@ -362,6 +396,11 @@ def copy_metadata(source: int, target: int) -> None:
             os.setxattr(target, name, os.getxattr(path, name))
 
 
+def copy_times(source: int, target: int) -> None:
+    status = os.fstat(source)
+    os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
 # ---------------------------------------------------------------- contents
 
 
@@ -418,6 +457,17 @@ def allocate(fd: int, mode: int, offset: int, length: int) -> None:
     native.fallocate(fd, mode, offset, length)
 
 
+def same_contents(one: int, other: int) -> bool:
+    """Whether two files have the same bytes."""
+    size = os.fstat(one).st_size
+    if os.fstat(other).st_size != size:
+        return False
+    return all(
+        os.pread(one, COPY_CHUNK_BYTES, offset) == os.pread(other, COPY_CHUNK_BYTES, offset)
+        for offset in range(0, size, COPY_CHUNK_BYTES)
+    )
+
+
 def read_full(fd: int, size: int, offset: int) -> bytes:
     """pread that goes on after a short read: to a FUSE client a short answer means end of file."""
     data = os.pread(fd, size, offset)
@@ -468,6 +518,33 @@ def _place_nameless(fd: int, target: int, name: bytes, *, replace: bool, hidden:
         with suppress(OSError):
             unlink(target, hidden)
         raise
+
+
+def swap(fd: int, temp_name: bytes | None, directory: int, name: bytes, shown: Identity, hidden: bytes) -> bool:
+    """Make `name` show the inode behind `fd` instead of `shown`; False where it shows something else, or nothing.
+
+    RENAME_EXCHANGE brings out what the name showed in the very step that replaces it, so that another's publish or
+    unlink between a look and that step is not undone.  Filesystems without it are left with the look.
+    """
+    if temp_name is None:
+        link_inode(fd, directory, hidden)
+        temp_name = hidden
+    try:
+        rename(directory, temp_name, directory, name, RENAME_EXCHANGE)
+    except FileNotFoundError:
+        unlink(directory, temp_name)
+        return False
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+            unlink(directory, temp_name)
+            raise
+        rename(directory, temp_name, directory, name, 0)
+        return True
+    swapped = identity_at(directory, temp_name) == shown
+    if not swapped:
+        rename(directory, temp_name, directory, name, RENAME_EXCHANGE)
+    unlink(directory, temp_name)
+    return swapped
 
 
 def _place_without_replacing(fd: int, temp_name: bytes, directory: int, target: int, name: bytes) -> None:

@@ -95,6 +95,7 @@ _REFUSED_OPTIONS = {
 
 _NEGATIVE_REFRESH = ("auto", "on", "off")
 _TEMP_KINDS = ("auto", "tmpfile", "hidden")
+_PASSTHROUGH = ("auto", "on", "off")
 _LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -132,6 +133,7 @@ class Settings:
     negative_refresh: str = "auto"
     temp: str = "auto"
     hot: bool = True
+    passthrough: str = "auto"
     log_file: Path | None = None
     log_level: str = "info"
 
@@ -216,6 +218,7 @@ _VALUE_OPTIONS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "max_descriptors": ("max_descriptors", _integer(256, 1 << 30)),
     "negative_refresh": ("negative_refresh", _choice(_NEGATIVE_REFRESH)),
     "temp": ("temp", _choice(_TEMP_KINDS)),
+    "passthrough": ("passthrough", _choice(_PASSTHROUGH)),
     "log_file": ("log_file", _absolute_path),
     "log_level": ("log_level", _choice(_LOG_LEVELS)),
 }

@@ -24,6 +24,7 @@ import trio
 
 from safefs import __version__, backing
 from safefs.backing import Backing
+from safefs.closing import Closing
 from safefs.config import Settings
 from safefs.control import control_socket, find_mount, sd_notify, serve_control
 from safefs.errors import SafefsError
@@ -149,11 +150,11 @@ class Daemon:
             helpers.start_soon(recovery.run)
             helpers.start_soon(self.fs.sweep_tickets)
             async with trio.open_nursery() as requests:
-                files = Files(self.fs)
+                files, closing = Files(self.fs), Closing(self.fs, requests)
                 tree = Tree(self.fs, files, refresh_misses=self._refreshes_misses())
-                self._mount(Operations(self.fs, tree, files, requests))
+                self._mount(Operations(self.fs, tree, files, closing, requests))
                 await helpers.start(serve_control, control_socket(self.settings.mountpoint), self._answer)
-                helpers.start_soon(self._await_signals, files)
+                helpers.start_soon(self._await_signals, closing)
                 ready()
                 sd_notify("READY=1")
                 log.info("mounted %s on %s", self.settings.backing, self.settings.mountpoint)
@@ -163,7 +164,7 @@ class Daemon:
                 finally:
                     self.serving = False
                     with trio.CancelScope(shield=True):
-                        await self._end(files)
+                        await self._end(closing)
                 requests.cancel_scope.cancel()
             helpers.cancel_scope.cancel()
 
@@ -176,20 +177,41 @@ class Daemon:
         fd = mount.mount_as_root(settings) if settings.privileged else mount.mount_as_user(settings)
         try:
             acl = settings.default_permissions and has_posix_acl(settings.backing)
-            self.connection = mount.connect(operations, fd, mount.Features(posix_acl=acl))
+            features = mount.Features(posix_acl=acl, passthrough=self._wants_passthrough())
+            self.connection = mount.connect(operations, fd, features)
+            self._enable_passthrough(self.connection)
             if settings.hot:
                 native.hot_start(self.connection.fd)
             mounted = find_mount(settings.mountpoint)
             if mounted is None:
                 raise SafefsError(f"{settings.mountpoint} was unmounted while it was being mounted")
+            self.fs.forget_attributes = mount.forget_attributes
             self.fs.device = f"{os.major(mounted.device)}:{os.minor(mounted.device)}"
         except BaseException:
             mount.umount(settings.mountpoint, settings.privileged, MNT_DETACH)
             raise
 
+    def _wants_passthrough(self) -> bool:
+        return self.settings.passthrough != "off" and self.settings.privileged
+
+    def _enable_passthrough(self, connection: mount.Connection) -> None:
+        passthrough = self.fs.passthrough
+        if self.settings.passthrough == "off":
+            passthrough.reason = "switched off (-o passthrough=off)"
+        elif not self.settings.privileged:
+            passthrough.reason = "only root's daemon may pass files through"
+        elif not connection.passthrough:
+            passthrough.reason = "the kernel has no FUSE passthrough (it came with Linux 6.9)"
+        else:
+            passthrough.enable(connection.fd)
+            if os.stat(self.record.identity).st_dev == os.stat(self.settings.backing).st_dev:
+                passthrough.probe(self.record.identity)
+        if self.settings.passthrough == "on" and not passthrough.active:
+            raise SafefsError(f"passthrough=on cannot be had: {passthrough.reason}", errno.EOPNOTSUPP)
+
     # -------------------------------------------------------------- the end
 
-    async def _await_signals(self, files: Files) -> None:
+    async def _await_signals(self, closing: Closing) -> None:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
             async for number in signals:
                 if number == signal.SIGHUP or self.stopping:
@@ -197,25 +219,25 @@ class Daemon:
                 log.info("%s: unmounting", signal.Signals(number).name)
                 self.stopping = True
                 sd_notify("STOPPING=1")
-                await self._drain(files, all_closed=False)
+                await self._drain(closing, all_closed=False)
                 await trio.to_thread.run_sync(
                     mount.umount, self.settings.mountpoint, self.settings.privileged, MNT_DETACH, abandon_on_cancel=True
                 )
                 if self.serving:  # open files keep the connection up after the mount is gone
                     pyfuse3.terminate()
 
-    async def _drain(self, files: Files, *, all_closed: bool) -> None:
+    async def _drain(self, closing: Closing, *, all_closed: bool) -> None:
         self.fs.accepting = False
         with trio.move_on_after(self.settings.drain_seconds) as scope:
             await self.fs.ordering.wait_process(None)
-            await files.settle_all(all_closed=all_closed)
+            await closing.settle_all(all_closed=all_closed)
         if scope.cancelled_caught:
             log.error("gave up waiting for the backing after %g s of shutdown", self.settings.drain_seconds)
 
-    async def _end(self, files: Files) -> None:
+    async def _end(self, closing: Closing) -> None:
         """The main loop has ended: by umount, by a signal, or because the connection was aborted."""
         unmounted = await trio.to_thread.run_sync(find_mount, self.settings.mountpoint) is None
-        await self._drain(files, all_closed=unmounted and not self.stopping)
+        await self._drain(closing, all_closed=unmounted and not self.stopping)
         if not unmounted:
             await trio.to_thread.run_sync(
                 mount.umount, self.settings.mountpoint, self.settings.privileged, MNT_DETACH, abandon_on_cancel=True
@@ -238,7 +260,7 @@ class Daemon:
         return await self._status()
 
     async def _status(self) -> dict[str, Any]:
-        fs, connection = self.fs, self.connection
+        fs = self.fs
         hot = native.hot_counters() if self.settings.hot else None
         return {
             "version": __version__,
@@ -251,7 +273,7 @@ class Daemon:
             "state": os.fspath(self.settings.state),
             "draining": not fs.accepting,
             "temp": "tmpfile" if self.backing.uses_tmpfile else "hidden",
-            "passthrough": bool(connection and connection.passthrough),
+            "data_path": "kernel passthrough" if fs.passthrough.active else f"daemon: {fs.passthrough.reason}",
             "inodes": len(fs.nodes) + (hot["born"] if hot else 0),
             "descriptors": fs.nodes.open_descriptors,
             "descriptor_limit": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
@@ -268,6 +290,7 @@ class Daemon:
 def run(settings: Settings, ready: Callable[[], None]) -> None:
     """Serve one mount until it is unmounted; `ready` is called once clients can use it.  Raises SafefsError."""
     os.umask(0)
+    signal.signal(signal.SIGIO, signal.SIG_IGN)  # sent when a lease of ours is broken (backing.is_mapped)
     daemon = Daemon(settings)
     if settings.privileged:
         # With it the daemon's writes would pass over the quotas of those it writes for.

@@ -93,6 +93,11 @@ class Draft:
     flushed: bool = False  # a living or exiting process closed after the last write
     size: int = 0  # bytes that the file must have when it is sealed
     error: int = 0  # errno of the first write that failed
+    unseen: bool = False  # its writers pass through: the kernel writes to the private inode by itself
+    mappable: bool = False  # a writer opened it for reading as well, so that it can be mapped
+    copied: bool = False  # what was published is a copy, because writers kept the private inode
+    detaching: bool = False  # its published inode is being made private again
+    unlinkable: bool = False  # a name showed the inode and no longer does: link(2) takes it no more
     closer: Closer = Closer.NOBODY
     writers: int = 0  # open handles that can write
     handles: int = 0  # open handles of any kind
@@ -116,6 +121,15 @@ class Draft:
     def visible_to_family(self) -> bool:
         """Whether its family finds it under its name."""
         return self.state in (DraftState.WRITING, DraftState.PUBLISHING, DraftState.PUBLISHED)
+
+    @property
+    def found_by_family(self) -> bool:
+        """Whether its family's lookups lead to it.
+
+        What was published through the kernel is a version to everybody: its inode takes no further round.
+        """
+        over = self.unseen and self.state is DraftState.PUBLISHED and not self.writers
+        return self.visible_to_family and not over
 
     @property
     def pending(self) -> bool:

@@ -1,32 +1,26 @@
-"""Operations on the contents of files: open, create, read, write, close, and what they do to drafts."""
+"""Operations on the contents of files: open, create, read, write, and what they do to drafts."""
 
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import secrets
 import stat
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-
-import trio
 
 from safefs import backing, processes
 from safefs.backing import DAEMON, AttributeChange
-from safefs.draft import Base, Decision, Draft, DraftEvent, DraftState, FlushFacts, decide_flush
-from safefs.errors import SafefsError
+from safefs.draft import Base, Draft, DraftEvent, DraftState
 from safefs.filesystem import Entry, FileSystem, Handle, failure
 from safefs.gate import Gate
-from safefs.model import Caller, Closer, Process
+from safefs.model import Caller, Process
 from safefs.namespace import Node, Ticket
-from safefs.ordering import Publishing
+from safefs.publisher import PrivateInode, drop_inode
 from safefs.rules import NameClass
 
-log = logging.getLogger(__name__)
-
 FMODE_EXEC = 0x20  # include/linux/fs.h: the open is for execve
-LOOK_AGAIN_SECONDS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032)
 
 
 @dataclass(slots=True)
@@ -42,21 +36,24 @@ def wants_write(flags: int) -> bool:
     return bool(flags & os.O_ACCMODE) or bool(flags & os.O_TRUNC)
 
 
-def open_version(parent: int, name: bytes, node_fd: int, flags: int, check: bool) -> tuple[int, os.stat_result] | None:
-    """Open a version for reading; None when `check` finds that its name shows another one by now."""
-    if check and backing.identity_at(parent, name) != backing.identity_of(os.fstat(node_fd)):
-        return None
-    fd = backing.reopen(node_fd, flags)
-    return fd, os.fstat(fd)
-
-
 @dataclass(frozen=True, slots=True)
-class Staged:
-    """The private inode of a new draft."""
+class VersionOrder:
+    """One open of a version for reading, as the worker thread gets it."""
 
-    fd: int
-    temp_name: bytes | None
-    ino: int
+    parent: int
+    name: bytes
+    node: int
+    flags: int
+    check: bool  # whether its name still shows it
+    register: Callable[[int], int] | None  # for a backing id
+
+
+def open_version(order: VersionOrder) -> tuple[int, os.stat_result, int] | None:
+    """Open a version for reading; None when its name shows another one by now."""
+    if order.check and backing.identity_at(order.parent, order.name) != backing.identity_of(os.fstat(order.node)):
+        return None
+    fd = backing.reopen(order.node, order.flags)
+    return fd, os.fstat(fd), order.register(fd) if order.register else 0
 
 
 class Files:
@@ -102,16 +99,18 @@ class Files:
         if check and node.doubtful_until > time.monotonic():
             raise fs.redirect(node, caller, write=False)  # which of its names is opened cannot be told
         run = fs.backing.run_or_daemon if flags & FMODE_EXEC else fs.backing.run
-        flags &= os.O_DIRECT | os.O_NOATIME | os.O_NONBLOCK
+        flags &= os.O_NOATIME | os.O_NONBLOCK  # the kernel's side of O_DIRECT is its own affair
         where = parent if parent is not None else node
+        register = fs.passthrough.register if fs.wants_backing_id(node) else None
         async with fs.pinned(node, where):
-            flags &= ~os.O_DIRECT  # the kernel's side of O_DIRECT is its own affair
-            opened = await run(caller, open_version, where.fd, node.name, node.fd, flags, check)
+            order = VersionOrder(where.fd, node.name, node.fd, flags, check, register)
+            opened = await run(caller, open_version, order)
         if opened is None:
             raise fs.redirect(node, caller, write=False)
-        fd, status = opened
+        fd, status, candidate = opened
         unchanged = fs.seen(node, status)
-        return Opened(fs.add_handle(node, fd, caller, writable=False), keep_cache=unchanged)
+        handle = fs.add_handle(node, fd, caller, writable=False, backing_id=candidate)
+        return Opened(handle, keep_cache=unchanged)
 
     async def _open_in_place(self, node: Node, flags: int, caller: Caller) -> Opened:
         fs = self.fs
@@ -120,7 +119,8 @@ class Files:
         kept = flags & (os.O_ACCMODE | os.O_APPEND | os.O_TRUNC | os.O_NOATIME | os.O_SYNC | os.O_DSYNC)
         async with fs.pinned(node):
             fd = await fs.backing.run(caller, backing.reopen, node.fd, kept)
-        handle = fs.add_handle(node, fd, caller, writable=bool(flags & os.O_ACCMODE))
+        candidate = await fs.backing_id(node, fd, caller)
+        handle = fs.add_handle(node, fd, caller, writable=bool(flags & os.O_ACCMODE), backing_id=candidate)
         return Opened(handle, direct_io=True)
 
     async def _open_draft(self, draft: Draft, flags: int, caller: Caller) -> Opened:
@@ -133,14 +133,38 @@ class Files:
             if flags & os.O_TRUNC:
                 await self._truncate(draft, 0)
             process = await fs.identify(caller.pid) if writable else None
+            candidate = await self._pass_draft_through(draft, caller) if writable else 0
         except BaseException:
             draft.handles -= 1
             draft.writers -= writable
             raise
-        handle = fs.add_handle(draft.node, -1, caller, writable=writable)
+        handle = fs.add_handle(draft.node, -1, caller, writable=writable, backing_id=candidate)
         handle.draft = draft
         handle.opener_tgid = process.tgid if process else 0
+        if handle.backing_id and writable:  # from now on the daemon sees nothing of what is written
+            draft.unseen = draft.modified = True
+            draft.mappable = draft.mappable or flags & os.O_ACCMODE == os.O_RDWR
         return Opened(handle, keep_cache=True)
+
+    async def _pass_draft_through(self, draft: Draft, caller: Caller) -> int:
+        """A backing id for one more writer of a draft; 0 while its content is still to be copied."""
+        fs, node = self.fs, draft.node
+        if not (fs.wants_backing_id(node) or fs.passes_through(node)):
+            return 0
+        async with draft.gate.passing():
+            ready = await self._private_for_kernel(draft)
+            return await fs.backing_id(node, draft.fd, caller) if ready else 0
+
+    async def _private_for_kernel(self, draft: Draft) -> bool:
+        """Whether the private inode has the draft's content, and nobody else sees it."""
+        async with draft.gate.preparing:
+            if draft.unseen:
+                await self.fs.publisher.detach(draft)
+            elif not draft.prepared and draft.name_class is NameClass.PARTIAL and draft.base is not None:
+                # Taken over it has no name any more: from here on it has to be published, written to or not.
+                draft.prepared = draft.modified = await self._take_over(draft, draft.base)
+                draft.size = os.fstat(self.fs.content_fd(draft)).st_size
+            return draft.prepared and draft.state in (DraftState.WRITING, DraftState.DISCARDED)
 
     # ------------------------------------------------------------- create
 
@@ -173,8 +197,10 @@ class Files:
         path_fd = os.open(backing.proc_path(fd), os.O_PATH)
         node = fs.intern(path_fd, status, directory, name)
         node.lookups += 1
-        handle = fs.add_handle(node, fd, caller, writable=bool(flags & os.O_ACCMODE))
-        return Opened(handle, keep_cache=not in_place, direct_io=in_place), fs.entry(node, status)
+        candidate = await fs.backing_id(node, fd, caller)
+        handle = fs.add_handle(node, fd, caller, writable=bool(flags & os.O_ACCMODE), backing_id=candidate)
+        opened = Opened(handle, keep_cache=not in_place, direct_io=in_place)
+        return opened, fs.entry(node, status)
 
     async def _create_draft(
         self, directory: Node, name: bytes, mode: int, flags: int, caller: Caller
@@ -206,30 +232,24 @@ class Files:
     async def _stage_new(self, directory: Node, name: bytes, mode: int, caller: Caller, exclusive: bool) -> Draft:
         staged = await self._make_temp(directory, mode & 0o7777, caller)
         if exclusive and self.fs.drafts.claims(directory, name):  # claimed while the temp was made
-            await self.fs.backing.run(DAEMON, self._drop_temp, directory.fd, staged)
+            await self.fs.backing.run(DAEMON, drop_inode, directory.fd, staged)
             raise failure(errno.EEXIST)
         draft = await self._new_draft(directory, name, caller, staged)
         draft.created = draft.fresh = draft.prepared = draft.modified = True
         draft.exclusive = exclusive
         return draft
 
-    @staticmethod
-    def _drop_temp(directory: int, staged: Staged) -> None:
-        os.close(staged.fd)
-        if staged.temp_name is not None:
-            backing.unlink(directory, staged.temp_name)
-
-    async def _make_temp(self, directory: Node, mode: int, caller: Caller, *, replaces: bool = False) -> Staged:
+    async def _make_temp(self, directory: Node, mode: int, caller: Caller, *, replaces: bool = False) -> PrivateInode:
         fs = self.fs
         if not fs.backing.uses_tmpfile:
             await fs.publisher.note_directory(directory)
         run = fs.backing.run_or_daemon if replaces else fs.backing.run
         hidden = fs.backing.hidden_name(b"d")
-        fd, temp_name, status = await run(caller, fs.backing.make_temp, directory.fd, mode, hidden)
-        return Staged(fd, temp_name, status.st_ino)
+        fd, temp_name, _ = await run(caller, fs.backing.make_temp, directory.fd, mode, hidden)
+        return PrivateInode(fd, temp_name)
 
     async def _new_draft(
-        self, directory: Node, name: bytes, caller: Caller, staged: Staged, base: Base | None = None
+        self, directory: Node, name: bytes, caller: Caller, staged: PrivateInode, base: Base | None = None
     ) -> Draft:
         fs = self.fs
         status = os.fstat(staged.fd)
@@ -246,7 +266,7 @@ class Files:
             pidfd=-1,
             fd=staged.fd,
             temp_name=staged.temp_name,
-            shown_ino=base.identity.ino if base else staged.ino,
+            shown_ino=base.identity.ino if base else status.st_ino,
             gate=Gate(),
             base=base,
         )
@@ -321,6 +341,9 @@ class Files:
 
     async def _next_round(self, draft: Draft) -> None:
         """A descriptor outlived the publish and is used again: on top of what was published, in a new inode."""
+        if draft.unseen:
+            await self.fs.publisher.detach(draft)
+            return
         staged = await self._make_temp(draft.directory, 0o600, draft.caller, replaces=True)
         draft.fd, draft.temp_name = staged.fd, staged.temp_name  # what was published is the base now
         draft.write_id = secrets.token_hex(8)
@@ -437,122 +460,23 @@ class Files:
             fs.end_ticket(fs.tickets.take(caller.pid))
             await self._truncate(draft, size)
             if not by_handle and not draft.writers:
-                await fs.publisher.publish(draft)
+                await fs.publish(draft)
 
     async def change_attributes(self, node: Node, change: AttributeChange, caller: Caller) -> None:
         """chmod, chown and utimens; before the first write they are meant for the version."""
-        draft = node.draft
-        if draft is None:
-            async with self.fs.pinned(node):
-                await self._change(node.fd, change, caller)
-            return
-        async with self.fs.held(draft), draft.gate.passing():
-            fd = self.fs.content_fd(draft)
-            if fd != draft.fd:  # the first write will strip the draft; the version stays as it is
+        async with self.fs.attributed(node) as descriptors:
+            draft = node.draft
+            if draft is not None and draft.fd not in descriptors:
+                # The first write will strip the draft; the version stays as it is.
                 change = replace(change, strip_privileges=False)
-            await self._change(fd, change, caller)
+            for fd in descriptors:
+                await self._change(fd, change, caller)
 
     async def _change(self, fd: int, change: AttributeChange, caller: Caller) -> None:
         if change.strip_privileges:
             # The kernel asks for it on behalf of a writer, who need not own the file.
             await self.fs.backing.run(DAEMON, backing.strip_privileges, fd)
         await self.fs.backing.run(caller, backing.change_attributes, fd, change)
-
-    # -------------------------------------------------------------- close
-
-    async def flush(self, handle: Handle, tid: int) -> None:
-        """A copy of a descriptor was closed: publish if it was provably the last one that can write."""
-        draft = handle.draft
-        if draft is None or not handle.writable:
-            return
-        if draft.pending:
-            await self._flush_pending(handle, draft, tid)
-        if draft.state is DraftState.QUARANTINED and draft.error:
-            raise failure(draft.error)
-
-    async def _flush_pending(self, handle: Handle, draft: Draft, tid: int) -> None:
-        fs = self.fs
-        seen = await fs.look(processes.closer_of, tid)
-        tgid, draft.closer = seen if seen is not None else (0, Closer.UNKNOWN)
-        if draft.closer in (Closer.ALIVE, Closer.EXITED):
-            draft.flushed = True
-        decision = await self._decide(handle, draft, tgid)
-        for seconds in LOOK_AGAIN_SECONDS:
-            if decision is not Decision.LOOK_AGAIN:
-                break
-            await trio.sleep(seconds)
-            decision = await self._decide(handle, draft, tgid)
-        if decision is Decision.PUBLISH:
-            await fs.wait_turn(Caller(draft.caller.uid, draft.caller.gid, tid))
-            await fs.publisher.publish(draft)
-
-    async def _decide(self, handle: Handle, draft: Draft, tgid: int) -> Decision:
-        closer, is_opener = draft.closer, tgid != 0 and tgid == handle.opener_tgid
-        facts = FlushFacts(closer, is_opener, draft.writers > 1)
-        if decide_flush(facts) is Decision.WAIT:
-            return Decision.WAIT
-        seen = await self.fs.look(self._look_around, tgid, draft.shown_ino, closer is Closer.ALIVE, self.fs.device)
-        if seen is None:
-            return Decision.WAIT
-        holds_another, descendant_holds = seen
-        return decide_flush(FlushFacts(closer, is_opener, draft.writers > 1, holds_another, descendant_holds))
-
-    @staticmethod
-    def _look_around(tgid: int, ino: int, alive: bool, device: str) -> tuple[bool, bool]:
-        if alive and processes.holds_writable(tgid, ino, device):
-            return True, False
-        return False, processes.descendant_holds(tgid, ino, device)
-
-    def begin_release(self, handle: Handle) -> Publishing | None:
-        """The synchronous half of RELEASE, run when the request is received: later requests must not overtake it."""
-        draft = handle.draft
-        if draft is None:
-            return None
-        draft.handles -= 1
-        draft.writers -= handle.writable
-        if handle.writable and not draft.writers and draft.pending:
-            draft.reserved += 1
-            return self.fs.ordering.begin(draft)
-        return None
-
-    async def release(self, handle: Handle, publishing: Publishing | None) -> None:
-        fs, draft = self.fs, handle.draft
-        if draft is not None and publishing is not None:
-            try:
-                await fs.ordering.wait_process(draft.opener, before=publishing)
-                await self.settle(draft)
-            finally:
-                draft.reserved -= 1
-                fs.ordering.end(publishing)
-        fs.remove_handle(handle)
-        if draft is not None:
-            await fs.end_draft(draft)
-
-    async def settle(self, draft: Draft) -> None:
-        """Nobody has the draft open any more: how the last closer ended decides."""
-        publisher = self.fs.publisher
-        if draft.closer in (Closer.KILLED, Closer.UNKNOWN):
-            await publisher.end_killed(draft)
-            return
-        try:
-            await publisher.publish(draft)
-        except SafefsError as error:
-            log.info("a late publish of %r was refused: %s", draft.name, error.message)
-
-    async def settle_all(self, *, all_closed: bool) -> None:
-        """The daemon ends: what was closed is published, what is still being written is kept.
-
-        `all_closed` says that the mount is gone, so that nothing can be open; the kernel drops RELEASEs then.
-        """
-        for draft in self.fs.drafts:
-            if not draft.pending:
-                continue
-            if draft.flushed and (all_closed or not draft.writers):
-                await self.settle(draft)
-            elif draft.name_class is NameClass.PARTIAL:
-                await self.fs.publisher.end_killed(draft)
-            else:
-                await self.fs.publisher.refuse(draft, "safefs was stopped before its writer closed it", errno.EIO)
 
     async def draft_for_ticket(self, directory: Node, name: bytes, caller: Caller, ticket: Ticket) -> Draft:
         """The draft that a redirected open finds under its name; kept for it until its OPEN comes."""

@@ -27,6 +27,7 @@ from safefs.model import Caller, Identity, Process
 from safefs.namespace import ROOT_NODEID, Namespace, Node, Ticket, Tickets
 from safefs.native import native
 from safefs.ordering import Ordering
+from safefs.passthrough import Passthrough
 from safefs.publisher import Publisher
 from safefs.rules import Match, NameClass
 
@@ -72,8 +73,10 @@ class Handle:
     fd: int
     caller: Caller
     writable: bool
+    backing_id: int = 0  # passed through by the kernel under it; 0: read and written by the daemon
     draft: Draft | None = None
     opener_tgid: int = 0
+    released: bool = False  # its RELEASE has come
 
 
 class FileSystem:
@@ -92,9 +95,12 @@ class FileSystem:
         self.ordering = Ordering()
         self.handles: dict[int, Handle] = {}
         self.device = ""  # major:minor of the mount, once it is mounted
+        self.passthrough = Passthrough("not mounted yet")
         self.accepting = True  # False while the daemon drains: no new writers
         self.looks = trio.CapacityLimiter(64)  # threads that look at /proc
         self._last_handle = 0
+        self.forget_attributes: Callable[[int], None] | None = None  # those of the kernel, once there is a mount
+        publisher.on_publish = self._note_publish
         status = os.stat(store.root_fd)
         self.root = self.nodes.create(backing.identity_of(status), status.st_mode, shown=True)
         self.root.lookups = self.root.pins = 1
@@ -268,6 +274,13 @@ class FileSystem:
         nlink = 0 if draft.discarded else max(1, status.st_nlink if draft.state is DraftState.PUBLISHED else 1)
         return Entry(draft.node.nodeid, status, draft.shown_ino, nlink, 0.0, 0.0)
 
+    def _note_publish(self, directory: Node, replaced: Identity | None) -> None:
+        """A publish changed a directory's times and took a link from the version before: behind the kernel's back."""
+        version = self.nodes.find(replaced) if replaced is not None else None
+        for node in (directory, version):
+            if node is not None and self.forget_attributes is not None:
+                self.forget_attributes(node.nodeid)
+
     @asynccontextmanager
     async def readable(self, handle: Handle) -> AsyncIterator[int]:
         """A descriptor to read an open file by."""
@@ -295,7 +308,7 @@ class FileSystem:
 
     async def family_draft(self, directory: Node, name: bytes, tid: int) -> Draft | None:
         """The draft of this name that belongs to the family of the calling thread."""
-        drafts = [draft for draft in self.drafts.named(directory, name) if draft.visible_to_family and draft.opener]
+        drafts = [draft for draft in self.drafts.named(directory, name) if draft.found_by_family and draft.opener]
         if not drafts:
             return None
         chain = await self.look(processes.ancestry, tid)
@@ -305,7 +318,7 @@ class FileSystem:
             opener = draft.opener
             if opener is not None and opener.tgid in chain and processes.is_alive(draft.pidfd):
                 # It may have ended, or been cancelled, during the look.
-                return draft if draft.visible_to_family and draft.node.draft is draft else None
+                return draft if draft.found_by_family and draft.node.draft is draft else None
         return None
 
     async def wait_turn(self, caller: Caller) -> None:
@@ -315,9 +328,11 @@ class FileSystem:
 
     # ----------------------------------------------------------- handles
 
-    def add_handle(self, handle_of: Node, fd: int, caller: Caller, *, writable: bool) -> Handle:
+    def add_handle(self, handle_of: Node, fd: int, caller: Caller, *, writable: bool, backing_id: int = 0) -> Handle:
+        """One more open handle, with the backing id that it would have; what it gets is what all handles have."""
         self._last_handle += 1
-        handle = Handle(self._last_handle, handle_of, fd, caller, writable)
+        agreed = native.opens_join(handle_of.nodeid, backing_id)
+        handle = Handle(self._last_handle, handle_of, fd, caller, writable, agreed)
         self.handles[handle.number] = handle
         handle_of.opens += 1
         return handle
@@ -330,14 +345,46 @@ class FileSystem:
         except KeyError:
             raise failure(errno.EBADF) from None
 
+    async def backing_id(self, node: Node, fd: int, caller: Caller) -> int:
+        """A backing id for the first open handle of a node, whose file `fd` has open; 0 where there can be none."""
+        # The kernel will do its I/O with the rights of the thread that registers.
+        return await self.backing.run(caller, self._register, fd) if self.wants_backing_id(node) else 0
+
+    def _register(self, fd: int) -> int:
+        """A backing id, by a descriptor that cannot write: it lives on in the id and would count as a writer."""
+        try:
+            readable = backing.reopen(fd, os.O_RDONLY)
+        except OSError:
+            return self.passthrough.register(fd)  # a mode without read permission
+        try:
+            return self.passthrough.register(readable)
+        finally:
+            os.close(readable)
+
+    def wants_backing_id(self, node: Node) -> bool:
+        """Whether a further handle would be the first, so that it decides for all."""
+        return self.passthrough.active and native.opens_agreed(node.nodeid) is None
+
+    @staticmethod
+    def passes_through(node: Node) -> bool:
+        return bool(native.opens_agreed(node.nodeid))
+
     def remove_handle(self, handle: Handle) -> None:
         self.handles.pop(handle.number, None)
         handle.node.opens -= 1
+        native.opens_leave(handle.node.nodeid)
         if handle.fd >= 0:
             close_all([handle.fd])
         close_all(self.nodes.drop_if_idle(handle.node))
 
     # ------------------------------------------------------------ drafts
+
+    async def publish(
+        self, draft: Draft, *, target: Node | None = None, name: bytes | None = None, replace: bool = True
+    ) -> None:
+        """Publish what an open draft has by now; whoever has it open can go on writing without changing that."""
+        keep_private = draft.unseen and draft.writers > 0
+        await self.publisher.publish(draft, target=target, name=name, replace=replace, keep_private=keep_private)
 
     def list_draft(self, draft: Draft) -> None:
         self.drafts.add(draft)
@@ -373,6 +420,18 @@ class FileSystem:
                 yield node.fd
 
     @asynccontextmanager
+    async def attributed(self, node: Node) -> AsyncIterator[list[int]]:
+        """Descriptors of the inodes that have a node's attributes: the one it shows, and a published copy of that."""
+        draft = node.draft
+        if draft is None:
+            async with self.pinned(node):
+                yield [node.fd]
+            return
+        async with self.held(draft), draft.gate.passing():
+            copy = [draft.base.fd] if draft.copied and draft.base is not None else []
+            yield [self.content_fd(draft), *copy]
+
+    @asynccontextmanager
     async def held(self, draft: Draft | None) -> AsyncIterator[None]:
         """Keep a draft and its descriptors for the length of a request that has no handle of it."""
         if draft is None:
@@ -395,7 +454,8 @@ class FileSystem:
     async def end_draft(self, draft: Draft) -> None:
         """Close the books on a draft that nobody can write to any more: its node stands for a version from now on."""
         if self._is_done(draft):
-            fd = await self.backing.run(DAEMON, os.open, backing.proc_path(self.content_fd(draft)), os.O_PATH)
+            async with draft.gate.passing():
+                fd = await self.backing.run(DAEMON, os.open, backing.proc_path(self.content_fd(draft)), os.O_PATH)
             if self._is_done(draft):
                 self._become_version(draft, fd)
             else:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from safefs.model import Closer, Process
 from safefs.native import native
 
-PF_SIGNALED = 0x400  # include/linux/sched.h
+PF_EXITING, PF_SIGNALED = 0x4, 0x400  # include/linux/sched.h
 MAX_DEPTH = 128
 MAX_DESCENDANTS = 4096
 
@@ -85,6 +85,22 @@ def closer_of(tid: int) -> tuple[int, Closer]:
     return tgid, Closer.EXITED
 
 
+def is_still_closing(tid: int) -> bool | None:
+    """Whether a thread that sent FLUSH is still in the system call that closes; None while that cannot be told.
+
+    The kernel lets go of the closed file at the end of that call, of all files of an ending process together at its
+    end (fs/file_table.c, fput).  proc(5): /proc/TID/syscall.
+    """
+    stat = _read(f"/proc/{tid}/stat")
+    if stat is None:
+        return False
+    state, *fields = stat[stat.rindex(")") + 2 :].split()
+    if int(fields[5]) & PF_EXITING:
+        return state != "Z"
+    call = (_read(f"/proc/{tid}/syscall") or "running").split()[0]
+    return None if call == "running" else int(call) in native.CLOSING_SYSCALLS
+
+
 def _exit_code_visible(tid: int) -> bool:
     return _read(f"/proc/{tid}/syscall") is not None
 
@@ -96,6 +112,18 @@ def holds_writable(tgid: int, ino: int, device: str) -> bool:
     may be ours in another mount namespace (a container), so it counts; the only harm is a publish that comes later.
     """
     return any(mounted_device(mount) in (device, None) for mount in native.writable_mounts(tgid, ino))
+
+
+def maps_writable(tgid: int, ino: int) -> bool | None:
+    """Whether the process has a shared, writable mapping of a file with this st_ino; None when that cannot be seen.
+
+    /proc/PID/maps waits for the FLUSH of a process in execve: only in a thread that may be given up, with a deadline.
+    """
+    text = _read(f"/proc/{tgid}/maps")
+    if text is None:
+        return None
+    found = (line.split(None, 5) for line in text.splitlines())
+    return any(fields[4] == str(ino) and fields[1][1] == "w" and fields[1][3] == "s" for fields in found)
 
 
 def mounted_device(mount_id: int) -> str | None:

@@ -10,13 +10,16 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import secrets
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from safefs import backing
 from safefs.backing import DAEMON, Backing
-from safefs.draft import Base, Draft, DraftEvent
+from safefs.draft import Base, Draft, DraftEvent, DraftState
 from safefs.errors import SafefsError
 from safefs.gate import KeyedLocks
 from safefs.model import Closer, Identity
@@ -25,6 +28,14 @@ from safefs.rules import NameClass
 from safefs.state import DaemonRecord, StateDirectory
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class PrivateInode:
+    """An inode that no name shows yet."""
+
+    fd: int
+    temp_name: bytes | None  # its hidden name, None for O_TMPFILE
 
 
 class PublishRefusedError(SafefsError):
@@ -36,15 +47,19 @@ class Order:
     """One publish, as the worker thread gets it."""
 
     draft: Draft
+    inode: PrivateInode  # what becomes the version: the draft's own, or a copy
     directory: int  # where a hidden temp lies
     target: int
     name: bytes
     may_replace: bool
     hidden: bytes
+    check_space: Callable[[], None] | None = None  # for writes that were not seen: one may have failed for want of it
 
 
-def check_size(draft: Draft) -> None:
+def check_written(draft: Draft) -> None:
     """The file is as long as its writes made it, or a write was lost on the way."""
+    if draft.unseen:
+        return
     size = os.fstat(draft.fd).st_size
     if size != draft.size:
         raise PublishRefusedError(f"it has {size} bytes, {draft.size} were written", errno.EIO)
@@ -71,12 +86,17 @@ def carry_out(order: Order) -> None:
     draft = order.draft
     if backing.is_removed(order.target):
         raise PublishRefusedError("its directory was removed", errno.ENOENT)
-    check_size(draft)
-    os.fsync(draft.fd)
+    check_written(draft)
+    if order.check_space is not None:
+        order.check_space()
+    if draft.copied and draft.base is not None:
+        # Whoever changed attributes since then found the copy; the draft's own family changed both.
+        backing.copy_metadata(draft.base.fd, order.inode.fd)
+    os.fsync(order.inode.fd)
     replace = may_replace(order)
     backing.place(
-        draft.fd,
-        draft.temp_name,
+        order.inode.fd,
+        order.inode.temp_name,
         order.directory,
         order.target,
         order.name,
@@ -84,6 +104,26 @@ def carry_out(order: Order) -> None:
         hidden=order.hidden,
     )
     backing.sync_directory(order.target)
+
+
+def take_place(order: Order) -> bool:
+    """Put the copy where the draft's own inode is shown; False, and the copy has no name, where it no longer is."""
+    own = backing.identity_of(os.fstat(order.draft.fd))
+    placed = False
+    if backing.identity_at(order.target, order.name) == own:
+        os.fsync(order.inode.fd)
+        placed = backing.swap(order.inode.fd, order.inode.temp_name, order.directory, order.name, own, order.hidden)
+        backing.sync_directory(order.target)
+    elif order.inode.temp_name is not None:
+        backing.unlink(order.directory, order.inode.temp_name)
+    return placed
+
+
+def drop_inode(directory: int, inode: PrivateInode) -> None:
+    """Forget a private inode that nobody needs."""
+    os.close(inode.fd)
+    if inode.temp_name is not None:
+        backing.unlink(directory, inode.temp_name)
 
 
 class Publisher:
@@ -96,52 +136,146 @@ class Publisher:
         self._names = KeyedLocks()
         self._noted: set[Identity] = set()
         self.counts: Counter[str] = Counter()
+        self.on_publish: Callable[[Node, Identity | None], None] | None = None
 
     async def publish(
-        self, draft: Draft, *, target: Node | None = None, name: bytes | None = None, replace: bool = True
+        self,
+        draft: Draft,
+        *,
+        target: Node | None = None,
+        name: bytes | None = None,
+        replace: bool = True,
+        keep_private: bool = False,
     ) -> None:
         """Publish what the round wrote, under the draft's own name or another; nothing happens without changes.
 
-        Descriptors of `draft.directory` and `target` are pinned by the caller.  Raises PublishRefusedError.
+        With `keep_private` a copy is published, because somebody can still write to the draft's inode and the daemon
+        would not see it.  Descriptors of `draft.directory` and `target` are pinned by the caller.  Raises
+        PublishRefusedError.
         """
         if draft.exclusive and target is None:
             replace = False  # O_EXCL is about the name that was opened, not about one that it is renamed to
         target, name = target or draft.directory, draft.name if name is None else name
         async with draft.gate.closed():
-            if not draft.pending:
+            if not await self._has_changed(draft):
+                draft.modified = draft.pending and keep_private  # there may be changes yet
                 return
             if draft.error:
                 await self._refuse(draft, PublishRefusedError("a write to it failed", draft.error))
             async with self._names.holding((target.identity, name)):
                 draft.move(DraftEvent.SEAL)
                 try:
-                    await self._carry_out(draft, target, name, replace)
+                    inode = await self._carry_out(draft, target, name, replace, keep_private)
                 except PublishRefusedError as error:
                     await self._refuse(draft, error)
                 except OSError as error:
                     reason = f"publishing failed: {error.strerror}"
                     await self._refuse(draft, PublishRefusedError(reason, error.errno or errno.EIO))
-            self._published(draft, name)
+            replaced = draft.base.identity if draft.base else None
+            self._published(draft, name, inode, keep_private)
+            if self.on_publish is not None:
+                self.on_publish(target, replaced)
 
-    async def _carry_out(self, draft: Draft, target: Node, name: bytes, replace: bool) -> None:
+    async def _carry_out(
+        self, draft: Draft, target: Node, name: bytes, replace: bool, keep_private: bool
+    ) -> PrivateInode:
+        copy = keep_private or draft.unlinkable
+        inode = await self._copy(draft) if copy else PrivateInode(draft.fd, draft.temp_name)
         hidden = self._backing.hidden_name(b"r")
-        order = Order(draft, draft.directory.fd, target.fd, name, replace, hidden)
-        if draft.temp_name is None:
+        check = partial(self._backing.check_space, draft.directory.fd, self._backing.hidden_name(b"s"))
+        order = Order(
+            draft, inode, draft.directory.fd, target.fd, name, replace, hidden, check if draft.unseen else None
+        )
+        if inode.temp_name is None:
             await self.note_directory(target)
-        await self._backing.run_or_daemon(draft.caller, carry_out, order)
+        try:
+            await self._backing.run_or_daemon(draft.caller, carry_out, order)
+        except BaseException:
+            if copy:
+                await self._backing.run(DAEMON, drop_inode, draft.directory.fd, inode)
+            raise
+        return inode
 
-    def _published(self, draft: Draft, name: bytes) -> None:
+    def _published(self, draft: Draft, name: bytes, inode: PrivateInode, keep_private: bool) -> None:
         draft.move(DraftEvent.RENAMED)
         draft.modified = draft.created = draft.exclusive = draft.fresh = False
-        draft.temp_name = None
-        status = os.fstat(draft.fd)  # of an inode that this daemon has just written: answered from memory
-        # Whoever uses a descriptor of the draft passes its gate, which is closed now.
-        for fd in {*draft.spare_fds, *([draft.base.fd] if draft.base else [])} - {draft.fd}:
-            os.close(fd)
-        draft.spare_fds.clear()
-        draft.base = Base(draft.fd, backing.identity_of(status))
+        if not keep_private:
+            if inode.fd != draft.fd:
+                draft.spare_fds.append(draft.fd)
+            draft.fd, draft.temp_name, draft.copied, draft.unlinkable = inode.fd, None, False, False
+        size = self._rebase(draft, inode.fd)
+        if keep_private:
+            self._go_on_from_copy(draft)
         self.counts["published"] += 1
-        log.debug("published %r (%d bytes)", name, status.st_size)
+        log.debug("published %r (%d bytes)", name, size)
+
+    def _rebase(self, draft: Draft, fd: int) -> int:
+        """The version behind `fd` is what a further round builds on; returns its size."""
+        status = os.fstat(fd)  # of an inode that this daemon has just written: answered from memory
+        # Whoever uses a descriptor of the draft passes its gate, which is closed now.
+        for old in {*draft.spare_fds, *([draft.base.fd] if draft.base else [])} - {draft.fd, fd}:
+            os.close(old)
+        draft.spare_fds.clear()
+        draft.base = Base(fd, backing.identity_of(status))
+        return status.st_size
+
+    # ------------------------------------------- writers that are not seen
+
+    async def _copy(self, draft: Draft) -> PrivateInode:
+        if not self._backing.uses_tmpfile:
+            await self.note_directory(draft.directory)
+        hidden = self._backing.hidden_name(b"d")
+        return await self._backing.run_or_daemon(draft.caller, self._copy_inode, draft, hidden)
+
+    def _copy_inode(self, draft: Draft, hidden: bytes) -> PrivateInode:
+        fd, temp_name, _ = self._backing.make_temp(draft.directory.fd, 0o600, hidden)
+        inode = PrivateInode(fd, temp_name)
+        try:
+            backing.copy_contents(draft.fd, fd)
+            backing.copy_metadata(draft.fd, fd)
+            backing.copy_times(draft.fd, fd)
+        except BaseException:
+            drop_inode(draft.directory.fd, inode)
+            raise
+        return inode
+
+    def _go_on_from_copy(self, draft: Draft) -> None:
+        """A further round begins, in the same inode: whether anything was written in it is seen at its end."""
+        draft.move(DraftEvent.WRITTEN)
+        draft.copied = draft.modified = True
+        draft.write_id = secrets.token_hex(8)
+
+    async def _has_changed(self, draft: Draft) -> bool:
+        base = draft.base
+        if not draft.pending or not draft.copied or base is None:
+            return draft.pending
+        return not await self._backing.run(DAEMON, backing.same_contents, draft.fd, base.fd)
+
+    async def detach(self, draft: Draft) -> None:
+        """A published inode can still be written to: its name shows a copy from now on, and the inode is private again.
+
+        Called with the draft's gate closed, or by the first of those who passed it.
+        """
+        if draft.state is not DraftState.PUBLISHED or draft.base is None or draft.base.fd != draft.fd:
+            return
+        inode = await self._copy(draft)
+        async with self._names.holding((draft.directory.identity, draft.name)):
+            hidden = self._backing.hidden_name(b"r")
+            order = Order(draft, inode, draft.directory.fd, draft.directory.fd, draft.name, True, hidden)
+            try:
+                placed = await self._backing.run_or_daemon(draft.caller, take_place, order)
+            except BaseException:
+                await self._backing.run(DAEMON, drop_inode, draft.directory.fd, inode)
+                raise
+        self._rebase(draft, inode.fd)
+        self._go_on_from_copy(draft)
+        draft.unlinkable = True
+        self.counts["late writers"] += 1
+        log.info(
+            "%r is written to after it was published; its name shows %s", draft.name, "a copy" if placed else "another"
+        )
+        if self.on_publish is not None:
+            self.on_publish(draft.directory, None)
 
     async def note_directory(self, directory: Node) -> None:
         """Put on record that a hidden name may appear in a directory, once each."""
@@ -191,11 +325,13 @@ class Publisher:
     async def refuse(self, draft: Draft, reason: str, error: int) -> None:
         """Put a round that is not going to be published into quarantine."""
         async with draft.gate.closed():
-            if draft.pending:
-                try:
-                    await self._refuse(draft, PublishRefusedError(reason, error))
-                except PublishRefusedError as refused:
-                    draft.error = refused.errno
+            if not await self._has_changed(draft):
+                draft.modified = False
+                return
+            try:
+                await self._refuse(draft, PublishRefusedError(reason, error))
+            except PublishRefusedError as refused:
+                draft.error = refused.errno
 
     async def _refuse(self, draft: Draft, error: PublishRefusedError) -> None:
         draft.move(DraftEvent.REFUSED)
@@ -222,7 +358,7 @@ class Publisher:
             "uid": draft.caller.uid,
             "gid": draft.caller.gid,
             "pid": draft.opener.tgid if draft.opener else 0,
-            "size_bytes": draft.size,
+            "size_bytes": os.fstat(draft.fd).st_size if draft.unseen else draft.size,
         }
 
     def _keep(self, draft: Draft, record: dict[str, Any]) -> bool:

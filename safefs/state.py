@@ -119,7 +119,8 @@ class DaemonRecord:
     def __init__(self, state: StateDirectory, node_id: str) -> None:
         self.path = state.path / DAEMONS / node_id
         self.path.mkdir(mode=0o700)
-        (self.path / "identity.json").write_text(json.dumps(host_identity()) + "\n", encoding="ascii")
+        self.identity = self.path / "identity.json"
+        self.identity.write_text(json.dumps(host_identity()) + "\n", encoding="ascii")
         self._beats = 0
         self.beat()
         self._journal = os.open(self.path / "journal", os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600)

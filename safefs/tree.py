@@ -147,7 +147,7 @@ class Tree:
         async with fs.held(draft):
             if draft is not None and draft.pending:
                 await fs.wait_turn(caller)
-                await fs.publisher.publish(draft)
+                await fs.publish(draft)
             async with fs.inode(node) as fd:
                 return await self._make_link(fd, directory_id, name, caller)
 
@@ -270,7 +270,7 @@ class Tree:
         """RENAME_EXCHANGE, of what the family's drafts have published."""
         for draft in drafts:
             if draft is not None:
-                await self.fs.publisher.publish(draft)
+                await self.fs.publish(draft)
         await self.fs.backing.run(caller, backing.rename, old.fd, name, new.fd, new_name, RENAME_EXCHANGE)
 
     async def _rename(
@@ -279,10 +279,10 @@ class Tree:
         fs = self.fs
         if own is not None and own.pending and own.base is None:
             # Never published: it appears under its new name only.
-            await fs.publisher.publish(own, target=new, name=new_name, replace=not flags & RENAME_NOREPLACE)
+            await fs.publish(own, target=new, name=new_name, replace=not flags & RENAME_NOREPLACE)
         else:
             if own is not None:
-                await fs.publisher.publish(own)
+                await fs.publish(own)
             status = await fs.backing.run(caller, self._rename_entry, old.fd, name, new.fd, new_name, flags)
             moved = fs.nodes.find(backing.identity_of(status))
             if moved is not None and moved is not fs.root:
@@ -372,23 +372,22 @@ class Tree:
     # --------------------------------------------------------------- xattr
 
     async def setxattr(self, nodeid: int, name: bytes, value: bytes, flags: int, caller: Caller) -> None:
-        await self._on_inode(nodeid, caller, os.setxattr, name, value, flags)
+        await self._on_inodes(nodeid, caller, os.setxattr, name, value, flags)
 
     async def getxattr(self, nodeid: int, name: bytes, caller: Caller) -> bytes:
-        return await self._on_inode(nodeid, caller, os.getxattr, name)
+        return (await self._on_inodes(nodeid, caller, os.getxattr, name))[0]
 
     async def removexattr(self, nodeid: int, name: bytes, caller: Caller) -> None:
-        await self._on_inode(nodeid, caller, os.removexattr, name)
+        await self._on_inodes(nodeid, caller, os.removexattr, name)
 
     async def listxattr(self, nodeid: int, caller: Caller) -> list[bytes]:
-        return [os.fsencode(name) for name in await self._on_inode(nodeid, caller, os.listxattr)]
+        names = (await self._on_inodes(nodeid, caller, os.listxattr))[0]
+        return [os.fsencode(name) for name in names]
 
-    async def _on_inode(self, nodeid: int, caller: Caller, function: Callable[..., T], *arguments: object) -> T:
-        node = self.fs.node(nodeid)
-        draft = node.draft
-        if draft is None:
-            async with self.fs.pinned(node):
-                return await self.fs.backing.run(caller, function, backing.proc_path(node.fd), *arguments)
-        async with self.fs.held(draft), draft.gate.passing():
-            path = backing.proc_path(self.fs.content_fd(draft))
-            return await self.fs.backing.run(caller, function, path, *arguments)
+    async def _on_inodes(
+        self, nodeid: int, caller: Caller, function: Callable[..., T], *arguments: object
+    ) -> list[T]:
+        fs = self.fs
+        async with fs.attributed(fs.node(nodeid)) as descriptors:
+            paths = map(backing.proc_path, descriptors)
+            return [await fs.backing.run(caller, function, path, *arguments) for path in paths]

@@ -2,6 +2,7 @@
  *
  *   hot_table.c    what C may answer for: grants of nodes, marks, lookup counts (docs/decisions/0002-hot-requests.md)
  *   hot_answers.c  the answers
+ *   opens.c        which open handles the kernel passes through
  *   hot_readers.c  the threads, the queue of what is left to Python, and the symbols of libfuse3 that hide both
  *   hot_module.c   what Python calls
  */
@@ -127,6 +128,24 @@ bool name_hidden(uint64_t parent, const char *name);
 /* Names that a rule could give another class than private. */
 bool doubts_add(const char *glob);
 bool name_doubtful(const char *name);
+
+/* ------------------------------------------------------------------ opens */
+
+/* All open handles of a node agree: every one passes through, with the same backing id, or none does.  The first to
+ * join decides, whichever side opened it; the id goes with the last to leave. */
+
+#define MAX_BACKING_ID 0x3fffff /* what a handle of Python carries */
+
+/* Take ids from this /dev/fuse descriptor, which negotiated FUSE_PASSTHROUGH; -1: take no more. */
+void backing_enable(int fd);
+/* A backing id for the file of a descriptor, or -1 with errno. */
+int32_t backing_register(int fd);
+void backing_close(int32_t backing_id);
+/* What the handles of a node agree on, -1 when it has none. */
+int32_t opens_agreed(uint64_t nodeid);
+/* One more handle, which brings an id or 0; closed and replaced by what the others agree on.  False without memory. */
+bool opens_join(uint64_t nodeid, int32_t *backing_id);
+void opens_leave(uint64_t nodeid);
 
 /* ---------------------------------------------------------------- answers */
 

@@ -18,6 +18,9 @@
 #ifndef FOPEN_NOFLUSH
 #define FOPEN_NOFLUSH (1 << 5)
 #endif
+#ifndef FOPEN_PASSTHROUGH
+#define FOPEN_PASSTHROUGH (1 << 7)
+#endif
 #define FMODE_EXEC 0x20 /* include/linux/fs.h: the open is for execve */
 #define ONLY_PYTHON (O_ACCMODE | O_TRUNC | O_DIRECT | O_CREAT | FMODE_EXEC)
 
@@ -243,7 +246,8 @@ static bool answer_getxattr(struct reader *reader, const struct fuse_in_header *
 
 /* ---------------------------------------------------------------- contents */
 
-/* The one place that tells the kernel of an open version.  `backing_id` is 0 without passthrough. */
+/* The one place that tells the kernel of an open version.  `backing_id` is 0 without passthrough; false when the
+ * kernel does not want to know any more. */
 static bool reply_open(const struct fuse_in_header *in, int fd, uint32_t open_flags, int32_t backing_id)
 {
 	/* struct fuse_open_out, whose last field headers before Linux 6.9 call padding */
@@ -253,8 +257,24 @@ static bool reply_open(const struct fuse_in_header *in, int fd, uint32_t open_fl
 		int32_t backing_id;
 	} out = {FH_HOT | (uint64_t)fd, open_flags, backing_id};
 	_Static_assert(sizeof out == sizeof(struct fuse_open_out), "fuse_open_out");
-	if (!hot_reply(in->unique, 0, &out, sizeof out, NULL, 0))
+	return hot_reply(in->unique, 0, &out, sizeof out, NULL, 0);
+}
+
+/* Tell of a version, which passes through where the other open handles of its node do. */
+static bool reply_version(const struct fuse_in_header *in, int fd, bool unchanged)
+{
+	int32_t backing_id = opens_agreed(in->nodeid) < 0 ? backing_register(fd) : 0;
+	backing_id = backing_id > 0 ? backing_id : 0;
+	if (!opens_join(in->nodeid, &backing_id)) {
 		close(fd);
+		return reply_error(in, ENOMEM);
+	}
+	/* The kernel refuses a handle that passes through and keeps a cache as well. */
+	uint32_t kind = backing_id ? FOPEN_PASSTHROUGH : unchanged ? FOPEN_KEEP_CACHE : 0;
+	if (!reply_open(in, fd, FOPEN_NOFLUSH | kind, backing_id)) {
+		opens_leave(in->nodeid);
+		close(fd);
+	}
 	return true;
 }
 
@@ -290,7 +310,7 @@ static bool answer_open(struct reader *reader, const struct fuse_in_header *in, 
 	if (directory)
 		table_done(directory);
 	table_done(node);
-	return fd >= 0 && reply_open(in, fd, FOPEN_NOFLUSH | (unchanged ? FOPEN_KEEP_CACHE : 0), 0);
+	return fd >= 0 && reply_version(in, fd, unchanged);
 }
 
 /* To a FUSE client a short answer means end of file, so short reads are continued. */
@@ -314,6 +334,8 @@ static bool answer_read(struct reader *reader, const struct fuse_in_header *in, 
 static bool answer_release(const struct fuse_in_header *in, uint64_t fh)
 {
 	reply_error(in, 0);
+	if (in->opcode == FUSE_RELEASE)
+		opens_leave(in->nodeid);
 	close(FD(fh));
 	return true;
 }
@@ -329,7 +351,9 @@ static bool answer_opendir(struct reader *reader, const struct fuse_in_header *i
 	if (S_ISDIR(node->mode) && act_as_caller(reader, in))
 		fd = openat(node->fd, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
 	table_done(node);
-	return fd >= 0 && reply_open(in, fd, 0, 0);
+	if (fd >= 0 && !reply_open(in, fd, 0, 0))
+		close(fd);
+	return fd >= 0;
 }
 
 static bool answer_readdir(struct reader *reader, const struct fuse_in_header *in, const struct fuse_read_in *arguments)

@@ -260,7 +260,81 @@ static PyObject *module_stamp(PyObject *module, PyObject *args)
 	return PyBool_FromLong(same);
 }
 
+/* ------------------------------------------------------------------- opens */
+
+static PyObject *module_backing_enable(PyObject *module, PyObject *arg)
+{
+	(void)module;
+	long fd = PyLong_AsLong(arg);
+	if (fd == -1 && PyErr_Occurred())
+		return NULL;
+	backing_enable((int)fd);
+	Py_RETURN_NONE;
+}
+
+static PyObject *module_backing_register(PyObject *module, PyObject *arg)
+{
+	(void)module;
+	long fd = PyLong_AsLong(arg);
+	if (fd == -1 && PyErr_Occurred())
+		return NULL;
+	int32_t backing_id;
+	Py_BEGIN_ALLOW_THREADS backing_id = backing_register((int)fd);
+	Py_END_ALLOW_THREADS if (backing_id < 0) return PyErr_SetFromErrno(PyExc_OSError);
+	return PyLong_FromLong(backing_id);
+}
+
+static PyObject *module_backing_close(PyObject *module, PyObject *arg)
+{
+	(void)module;
+	long backing_id = PyLong_AsLong(arg);
+	if (backing_id == -1 && PyErr_Occurred())
+		return NULL;
+	backing_close((int32_t)backing_id);
+	Py_RETURN_NONE;
+}
+
+static PyObject *module_opens_agreed(PyObject *module, PyObject *arg)
+{
+	(void)module;
+	unsigned long long nodeid = PyLong_AsUnsignedLongLong(arg);
+	if (nodeid == (unsigned long long)-1 && PyErr_Occurred())
+		return NULL;
+	int32_t backing_id = opens_agreed(nodeid);
+	if (backing_id < 0)
+		Py_RETURN_NONE;
+	return PyLong_FromLong(backing_id);
+}
+
+static PyObject *module_opens_join(PyObject *module, PyObject *args)
+{
+	(void)module;
+	unsigned long long nodeid;
+	int backing_id;
+	if (!PyArg_ParseTuple(args, "Ki", &nodeid, &backing_id))
+		return NULL;
+	if (!opens_join(nodeid, &backing_id))
+		return PyErr_NoMemory();
+	return PyLong_FromLong(backing_id);
+}
+
+static PyObject *module_opens_leave(PyObject *module, PyObject *arg)
+{
+	(void)module;
+	unsigned long long nodeid = PyLong_AsUnsignedLongLong(arg);
+	if (nodeid == (unsigned long long)-1 && PyErr_Occurred())
+		return NULL;
+	opens_leave(nodeid);
+	Py_RETURN_NONE;
+}
+
 static PyMethodDef hot_methods[] = {
+	{"backing_enable", module_backing_enable, METH_O, "Take backing ids from this /dev/fuse descriptor; -1: none."},
+	{"backing_register", module_backing_register, METH_O, "A backing id for the file of a descriptor."},
+	{"backing_close", module_backing_close, METH_O, "Give a backing id back."},
+	{"opens_agreed", module_opens_agreed, METH_O, "The backing id of a node's open handles; None: it has none."},
+	{"opens_join", module_opens_join, METH_VARARGS, "One more handle, with a backing id or 0; what all agree on."},
+	{"opens_leave", module_opens_leave, METH_O, "One handle less."},
 	{"hot_configure", hot_configure, METH_VARARGS, "Set what answers depend on, before anything else."},
 	{"hot_prepare", module_prepare, METH_NOARGS, "Have pyfuse3 wait for the queue, before pyfuse3.init."},
 	{"hot_start", module_start, METH_O, "Read requests from the kernel's descriptor, after INIT."},

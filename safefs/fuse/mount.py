@@ -13,6 +13,7 @@ import os
 import socket
 import struct
 import subprocess
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -189,6 +190,16 @@ def corrected_init(request: bytes, reply: bytes, features: Features) -> tuple[by
     struct.pack_into("<I", answer, _OUT_FLAGS2, flags2)
     struct.pack_into("<HH", answer, _OUT_BACKGROUND, MAX_BACKGROUND, CONGESTION_THRESHOLD)
     return bytes(answer), flags, flags2
+
+
+def forget_attributes(nodeid: int) -> None:
+    """Make the kernel ask for the attributes of an inode anew.
+
+    Of attributes alone (no pages, no names) this takes no lock in the kernel (fs/fuse/inode.c,
+    fuse_reverse_inval_inode), so that it may be called while requests on the inode wait for an answer.
+    """
+    with suppress(OSError):  # ENOENT: the kernel does not know the inode any more
+        pyfuse3.invalidate_inode(pyfuse3.InodeT(nodeid), attr_only=True)
 
 
 def connect(operations: pyfuse3.Operations, kernel_fd: int, features: Features) -> Connection:

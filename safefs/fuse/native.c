@@ -45,7 +45,7 @@
 #define FH_PASSTHROUGH (1ULL << 63)
 #define FH_NOFLUSH (1ULL << 62)
 #define FH_BACKING_SHIFT 40
-#define FH_BACKING_MASK 0x3fffffULL
+#define FH_BACKING_MASK ((uint64_t)MAX_BACKING_ID)
 #define FH_HANDLE ((1ULL << FH_BACKING_SHIFT) - 1)
 
 #ifndef FOPEN_NOFLUSH
@@ -874,6 +874,24 @@ static PyMethodDef native_methods[] = {
 	{"read_directory", native_read_directory, METH_VARARGS, "One READDIR answer from getdents64(2)."},
 	{NULL}};
 
+/* The system calls in which a thread can close a file and go on. */
+static PyObject *closing_syscalls(void)
+{
+	static const int calls[] = {SYS_close, SYS_close_range, SYS_dup3,
+#ifdef SYS_dup2
+				    SYS_dup2,
+#endif
+				    SYS_execve, SYS_execveat};
+	PyObject *result = PyFrozenSet_New(NULL);
+	for (size_t i = 0; result && i < sizeof calls / sizeof *calls; i++) {
+		PyObject *number = PyLong_FromLong(calls[i]);
+		if (!number || PySet_Add(result, number) < 0)
+			Py_CLEAR(result);
+		Py_XDECREF(number);
+	}
+	return result;
+}
+
 static struct PyModuleDef native_module = {
 	PyModuleDef_HEAD_INIT, .m_name = "safefs._native", .m_size = -1, .m_methods = native_methods};
 
@@ -887,7 +905,8 @@ PyMODINIT_FUNC PyInit__native(void)
 		return NULL;
 	if (hot_add_to(module) < 0)
 		return NULL;
-	if (PyModule_AddObject(module, "FH_PASSTHROUGH", PyLong_FromUnsignedLongLong(FH_PASSTHROUGH)) < 0 ||
+	if (PyModule_AddObject(module, "CLOSING_SYSCALLS", closing_syscalls()) < 0 ||
+	    PyModule_AddObject(module, "FH_PASSTHROUGH", PyLong_FromUnsignedLongLong(FH_PASSTHROUGH)) < 0 ||
 	    PyModule_AddObject(module, "FH_NOFLUSH", PyLong_FromUnsignedLongLong(FH_NOFLUSH)) < 0 ||
 	    PyModule_AddIntConstant(module, "FH_BACKING_SHIFT", FH_BACKING_SHIFT) < 0)
 		return NULL;

@@ -20,6 +20,7 @@ import pyfuse3
 import trio
 
 from safefs.backing import UTIME_NOW, AttributeChange
+from safefs.closing import Closing
 from safefs.errors import SafefsError
 from safefs.files import Files, Opened
 from safefs.filesystem import Entry, FileSystem, Handle
@@ -107,9 +108,12 @@ def reply_attributes(request: native.Request, entry: Entry) -> None:
 
 
 def file_info(opened: Opened) -> pyfuse3.FileInfo:
-    number = opened.handle.number
-    if not opened.handle.writable:
+    handle = opened.handle
+    number = handle.number
+    if not handle.writable:
         number |= native.FH_NOFLUSH
+    if handle.backing_id:
+        number |= native.FH_PASSTHROUGH | handle.backing_id << native.FH_BACKING_SHIFT
     return pyfuse3.FileInfo(
         fh=pyfuse3.FileHandleT(number),
         direct_io=opened.direct_io,
@@ -124,11 +128,14 @@ class Operations(pyfuse3.Operations):
     enable_writeback_cache = False
     enable_acl = False  # asked for by the INIT handover, where the backing has ACLs
 
-    def __init__(self, filesystem: FileSystem, tree: Tree, files: Files, nursery: trio.Nursery) -> None:
+    def __init__(
+        self, filesystem: FileSystem, tree: Tree, files: Files, closing: Closing, nursery: trio.Nursery
+    ) -> None:
         super().__init__()
         self._fs = filesystem
         self._tree = tree
         self._files = files
+        self._closing = closing
         self._nursery = nursery
 
     # -------------------------------------------------------------- names
@@ -320,7 +327,7 @@ class Operations(pyfuse3.Operations):
             self._start(request, self._flush, handle)
 
     async def _flush(self, request: native.Request, handle: Handle) -> None:
-        await self._files.flush(handle, request.pid)
+        await self._closing.flush(handle, request.pid)
         request.reply_err(0)
 
     def on_release(self, request: native.Request, number: int) -> None:
@@ -329,10 +336,10 @@ class Operations(pyfuse3.Operations):
         if number & native.FH_HOT:  # when every thread of the C extension is busy
             os.close(number & native.FH_HOT - 1)
         if handle is not None:
-            self._start(request, self._release, handle, self._files.begin_release(handle))
+            self._start(request, self._release, handle, self._closing.begin_release(handle))
 
     async def _release(self, request: native.Request, handle: Handle, publishing: Any) -> None:
-        await self._files.release(handle, publishing)
+        await self._closing.release(handle, publishing)
 
     def on_readdir(self, request: native.Request, nodeid: int, number: int, offset: int, size: int) -> None:
         self._start(request, self._readdir, nodeid, number, offset, size)

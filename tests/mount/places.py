@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.support.mounting import Mount, wait_until
-from tests.support.observer import Observer, observing
+from tests.support.observer import Observer, Seen, observing
 
 PIECE = 65536
 A = b"a" * PIECE
@@ -75,7 +75,8 @@ class Stage:
         self.observer.look()
         if self.guarded:
             for path in self.paths:
-                assert content(path) == data, f"{path} shows something else"
+                found = content(path)
+                assert found == data, f"{path} shows something else: {Seen([found], [], [], []).summary()}"
 
     def published(self, data: bytes, *, everywhere_at_once: bool = True) -> None:
         """The call just made published `data`.

@@ -108,7 +108,7 @@ def start_mount(
     backing.mkdir(parents=True, exist_ok=True)
     path.mkdir(parents=True, exist_ok=True)
     log = log or path.with_name(path.name + ".log")
-    everywhere = os.environ.get("SAFEFS_TEST_OPTIONS")  # for every mount, e.g. hot=off
+    everywhere = os.environ.get("SAFEFS_TEST_OPTIONS")  # for every mount, e.g. hot=off,passthrough=off
     arguments = (*(["-o", everywhere] if everywhere else []), *arguments)
     ready_read, ready_write = os.pipe()
     with open(log, "ab") as output:

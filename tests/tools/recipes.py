@@ -92,8 +92,8 @@ RECIPES: dict[str, Recipe] = {
         rsync -aH --delete source/ default/
         rsync -aH --delete --inplace --no-whole-file source/ inplace/
         rsync -aH --delete --delay-updates --partial-dir=.part "$SRC/" third/
-        test -z "$(rsync -aHnic --delete source/ default/)"
-        test -z "$(rsync -aHnic --delete source/ inplace/)"
+        diff <(rsync -aHnic --delete source/ default/) /dev/null
+        diff <(rsync -aHnic --delete source/ inplace/) /dev/null
         """,
         Rules(mtimes=True),
     ),

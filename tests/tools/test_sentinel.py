@@ -131,7 +131,8 @@ def test_writer_of_a_removed_directory(backing: Path, places: tuple[Path, Path],
                 (cleaner / name).mkdir()
             if kind == "killed":
                 os.kill(child, 9)
-            os.write(go_write, b"g")
+            else:
+                os.write(go_write, b"g")
         finally:
             os.close(go_write)
             os.close(ready_read)

@@ -1,0 +1,105 @@
+"""One run from its first directory to its last: nothing of it stays, whatever happens, but the results."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from benchmarks import fixtures, machine
+from benchmarks.client import Client
+from benchmarks.errors import BenchError
+from benchmarks.growth import Growth
+from benchmarks.measures import PROGRAMS, Measure
+from benchmarks.results import Run
+from benchmarks.rounds import Fleet, Rounds
+from benchmarks.scale import QUICK, Scale
+from benchmarks.systems import Place, System
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run is to do; `series` names what is to be measured of growth."""
+
+    scale: Scale
+    systems: Sequence[System]
+    measures: Sequence[Measure]
+    series: set[str]
+
+
+def carry_out(plan: Plan, parent: Path, console: Console) -> Run:
+    """Measure everything in a new directory below `parent`, which is removed again."""
+    start = time.monotonic()
+    with _workplace(parent) as work, ExitStack() as stack, _progress(console) as progress:
+        run = _new_run(plan, work)
+        present = [system for system in plan.systems if system.name not in run.left_out]
+        task = progress.add_task("making the fixtures", total=None)
+
+        def tell(text: str) -> None:
+            progress.update(task, description=text)
+
+        def advance() -> None:
+            progress.advance(task)
+
+        client = Client(work)
+        place = Place(work, stack)
+        with_package = any(measure.figure.group == PROGRAMS for measure in plan.measures)
+        if plan.measures:
+            fixtures.lay_out(place.backing, plan.scale)
+        if with_package:
+            fixtures.make_package(place.backing)
+        os.sync()
+        growth = Growth(place, run, plan.scale, client, present, tell, advance)
+        rounds = Rounds(Fleet(place, plan.scale, run, with_package), client, present, plan.measures, tell, advance)
+        turns = plan.scale.rounds * len(plan.measures) * len(present)
+        progress.update(task, total=turns + growth.steps(plan.series))
+        if plan.measures:
+            rounds.go(plan.scale.rounds, plan.scale.rounds_seconds)
+        growth.go(plan.series)
+        tell("taking everything away")
+    run.seconds = time.monotonic() - start
+    return run
+
+
+def _new_run(plan: Plan, work: Path) -> Run:
+    left_out = {system.name: reason for system in plan.systems if (reason := system.missing())}
+    present = [system for system in plan.systems if system.name not in left_out]
+    return Run(
+        quick=plan.scale.file_bytes == QUICK.file_bytes,
+        started=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        machine=machine.describe(work, present),
+        scale=asdict(plan.scale),
+        systems={system.name: system.title for system in plan.systems},
+        left_out=left_out,
+        figures={measure.name: measure.figure for measure in plan.measures},
+    )
+
+
+@contextmanager
+def _workplace(parent: Path) -> Iterator[Path]:
+    """A new directory, gone at the end; BenchError if something is still mounted in it then."""
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix="bench-", dir=parent)).resolve()
+    except OSError as error:
+        raise BenchError(f"{parent}: {error.strerror}") from None
+    try:
+        yield work
+    finally:
+        if f" {work}{os.sep}" in Path("/proc/self/mountinfo").read_text(errors="replace"):
+            raise BenchError(f"a mount is left below {work}")
+        shutil.rmtree(work)
+
+
+def _progress(console: Console) -> Progress:
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    return Progress(*columns, TextColumn("{task.description}"), console=console, transient=True)

@@ -1,0 +1,236 @@
+"""What closing a file does: FLUSH, RELEASE, and the end of drafts.
+
+Guaranteed: a draft is published by the FLUSH that is provably its last close, else by the RELEASE of its last handle
+that can write, else (a mapping outlived them all) when that mapping ends; a killed writer publishes nothing.
+
+Of a draft whose writes pass through the kernel the daemon sees none.  Its inode must be nobody's to write to once a
+name shows it: while somebody still can, a copy is published, and what he writes is published by his own close.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+
+import trio
+
+from safefs import backing, processes
+from safefs.backing import DAEMON
+from safefs.draft import Base, Decision, Draft, DraftState, FlushFacts, decide_flush
+from safefs.errors import SafefsError
+from safefs.filesystem import FileSystem, Handle, failure
+from safefs.model import Caller, Closer
+from safefs.ordering import Publishing
+from safefs.rules import NameClass
+
+log = logging.getLogger(__name__)
+
+LOOK_AGAIN_SECONDS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032)
+MAPS_SECONDS = 0.1  # for a look at a process's mappings, which can be waiting for the very FLUSH (processes.py)
+# Looks whether a handle is released after its last FLUSH, which it is at once unless a copy of it was missed.
+RELEASE_SECONDS = (0.001, 0.25)  # at first and at most
+FPUT_SECONDS = (0.001, 0.004, 0.016)  # the kernel closes a passed-through file a moment after it sends RELEASE
+MAPPED_SECONDS = (0.005, 1.0)  # between looks whether a mapping has ended, at first and at most
+
+
+class Closing:
+    """The closes of one mount."""
+
+    def __init__(self, filesystem: FileSystem, nursery: trio.Nursery) -> None:
+        self.fs = filesystem
+        self._nursery = nursery
+
+    # -------------------------------------------------------------- FLUSH
+
+    async def flush(self, handle: Handle, tid: int) -> None:
+        """A copy of a descriptor was closed: publish if it was provably the last one that can write."""
+        draft = handle.draft
+        if draft is None or not handle.writable:
+            return
+        if draft.pending:
+            await self._flush_pending(handle, draft, tid)
+        if draft.state is DraftState.QUARANTINED and draft.error:
+            raise failure(draft.error)
+
+    async def _flush_pending(self, handle: Handle, draft: Draft, tid: int) -> None:
+        fs = self.fs
+        seen = await fs.look(processes.closer_of, tid)
+        tgid, draft.closer = seen if seen is not None else (0, Closer.UNKNOWN)
+        if draft.closer in (Closer.ALIVE, Closer.EXITED):
+            draft.flushed = True
+        decision = await self._decide(handle, draft, tgid)
+        for seconds in LOOK_AGAIN_SECONDS:
+            if decision is not Decision.LOOK_AGAIN:
+                break
+            await trio.sleep(seconds)
+            decision = await self._decide(handle, draft, tgid)
+        if decision is Decision.PUBLISH:
+            mapped = await self._maps(draft, tgid)
+            if mapped is not None:
+                await fs.wait_turn(Caller(draft.caller.uid, draft.caller.gid, tid))
+                await fs.publisher.publish(draft, keep_private=mapped)
+                self._expect_release(handle, draft, tid)
+
+    async def _decide(self, handle: Handle, draft: Draft, tgid: int) -> Decision:
+        closer, is_opener = draft.closer, tgid != 0 and tgid == handle.opener_tgid
+        facts = FlushFacts(closer, is_opener, draft.writers > 1)
+        if decide_flush(facts) is Decision.WAIT:
+            return Decision.WAIT
+        seen = await self.fs.look(self._look_around, tgid, draft.shown_ino, closer is Closer.ALIVE, self.fs.device)
+        if seen is None:
+            return Decision.WAIT
+        holds_another, descendant_holds = seen
+        return decide_flush(FlushFacts(closer, is_opener, draft.writers > 1, holds_another, descendant_holds))
+
+    @staticmethod
+    def _look_around(tgid: int, ino: int, alive: bool, device: str) -> tuple[bool, bool]:
+        if alive and processes.holds_writable(tgid, ino, device):
+            return True, False
+        return False, processes.descendant_holds(tgid, ino, device)
+
+    async def _maps(self, draft: Draft, tgid: int) -> bool | None:
+        """Whether the process maps a draft that the daemon does not see written; None when that is not known."""
+        if not (draft.unseen and draft.mappable) or draft.closer is not Closer.ALIVE:
+            return False
+        with trio.move_on_after(MAPS_SECONDS):
+            return await self.fs.look(processes.maps_writable, tgid, draft.shown_ino)
+        return None
+
+    # ------------------------------------------------------------ RELEASE
+
+    def begin_release(self, handle: Handle) -> Publishing | None:
+        """The synchronous half of RELEASE, run when the request is received: later requests must not overtake it."""
+        draft = handle.draft
+        if draft is None:
+            return None
+        handle.released = True
+        draft.handles -= 1
+        draft.writers -= handle.writable
+        if handle.writable and not draft.writers and (draft.pending or draft.detaching):
+            draft.reserved += 1
+            return self.fs.ordering.begin(draft)
+        return None
+
+    async def release(self, handle: Handle, publishing: Publishing | None) -> None:
+        fs, draft = self.fs, handle.draft
+        if draft is not None and publishing is not None:
+            try:
+                await fs.ordering.wait_process(draft.opener, before=publishing)
+                await self._settle_released(draft)
+            finally:
+                draft.reserved -= 1
+                fs.ordering.end(publishing)
+        elif draft is not None and handle.writable and self._may_be_mapped(draft):
+            draft.reserved += 1
+            try:
+                await self._keep_mapped_private(draft)
+            finally:
+                draft.reserved -= 1
+        fs.remove_handle(handle)
+        if draft is not None:
+            await fs.end_draft(draft)
+
+    async def settle(self, draft: Draft, *, keep_private: bool = False) -> None:
+        """Nobody has the draft open any more: how the last closer ended decides."""
+        publisher = self.fs.publisher
+        if draft.closer in (Closer.KILLED, Closer.UNKNOWN):
+            await publisher.end_killed(draft)
+            return
+        try:
+            await publisher.publish(draft, keep_private=keep_private)
+        except SafefsError as error:
+            log.info("a late publish of %r was refused: %s", draft.name, error.message)
+
+    async def settle_all(self, *, all_closed: bool) -> None:
+        """The daemon ends: what was closed is published, what is still being written is kept.
+
+        `all_closed` says that the mount is gone, so that nothing can be open; the kernel drops RELEASEs then.
+        """
+        for draft in self.fs.drafts:
+            if not draft.pending:
+                continue
+            if draft.flushed and (all_closed or not draft.writers):
+                await self.settle(draft)
+            elif draft.name_class is NameClass.PARTIAL:
+                await self.fs.publisher.end_killed(draft)
+            else:
+                await self.fs.publisher.refuse(draft, "safefs was stopped before its writer closed it", errno.EIO)
+
+    # -------------------------------------- writers that are not seen (passthrough)
+
+    def _expect_release(self, handle: Handle, draft: Draft, tid: int) -> None:
+        if draft.unseen and draft.state is DraftState.PUBLISHED:
+            self._nursery.start_soon(self._watch_release, handle, draft, tid)
+
+    async def _watch_release(self, handle: Handle, draft: Draft, tid: int) -> None:
+        """A handle that lives on after its last close belongs to somebody who was not found: his writes stay his."""
+        seconds, longest = RELEASE_SECONDS
+        closing: bool | None = True
+        while closing or (closing is None and seconds < longest):
+            await trio.sleep(seconds)
+            if handle.released:
+                return
+            closing = await self.fs.look(processes.is_still_closing, tid)
+            seconds = min(2 * seconds, longest)
+        if draft.state is DraftState.PUBLISHED and not handle.released:
+            async with self.fs.held(draft):
+                await self._detach(draft)
+
+    async def _detach(self, draft: Draft) -> None:
+        draft.detaching = True
+        try:
+            async with draft.gate.closed():
+                await self.fs.publisher.detach(draft)
+        except OSError as error:
+            log.warning("%r can be written to although it is published: %s", draft.name, error)
+        finally:
+            draft.detaching = False
+
+    def _may_be_mapped(self, draft: Draft) -> bool:
+        live = draft.state in (DraftState.WRITING, DraftState.PUBLISHED)
+        return draft.unseen and draft.mappable and live and not draft.writers
+
+    async def _settle_released(self, draft: Draft) -> None:
+        mapped = self._may_be_mapped(draft) and await self._is_mapped(draft)
+        await self.settle(draft, keep_private=mapped)
+        if mapped:
+            self._await_mapping(draft)
+
+    async def _keep_mapped_private(self, draft: Draft) -> None:
+        if await self._is_mapped(draft):
+            await self._detach(draft)
+            self._await_mapping(draft)
+
+    async def _is_mapped(self, draft: Draft) -> bool:
+        """Whether a shared mapping outlives the last handle.  The daemon's own descriptor must not be a writer then."""
+        fs = self.fs
+        async with draft.gate.closed():
+            writable = draft.fd
+            draft.fd = await fs.backing.run(DAEMON, backing.reopen, writable, os.O_RDONLY)
+            if draft.base is not None and draft.base.fd == writable:
+                draft.base = Base(draft.fd, draft.base.identity)
+            os.close(writable)
+            for seconds in FPUT_SECONDS:
+                if not await fs.backing.run(DAEMON, backing.is_mapped, draft.fd):
+                    return False
+                await trio.sleep(seconds)
+            return True
+
+    def _await_mapping(self, draft: Draft) -> None:
+        draft.reserved += 1
+        self._nursery.start_soon(self._watch_mapping, draft)
+
+    async def _watch_mapping(self, draft: Draft) -> None:
+        """Publish what a mapping's last stores made of the file once it has ended."""
+        seconds, longest = MAPPED_SECONDS
+        try:
+            while await self.fs.backing.run(DAEMON, backing.is_mapped, draft.fd):
+                await trio.sleep(seconds)
+                seconds = min(2 * seconds, longest)
+            await self.settle(draft)
+        except OSError as error:
+            log.warning("what was stored in a mapping of %r is not published: %s", draft.name, error)
+        finally:
+            draft.reserved -= 1
+        await self.fs.end_draft(draft)
