@@ -95,7 +95,7 @@ class Files:
         fs = self.fs
         returning = fs.tickets.take(caller.pid) if caller.pid else None
         fs.end_ticket(returning)
-        check = returning is None and caller.pid != 0 and parent is not None
+        check = not (returning and returning.answers(node)) and caller.pid != 0 and parent is not None
         if check and node.doubtful_until > time.monotonic():
             raise fs.redirect(node, caller, write=False)  # which of its names is opened cannot be told
         run = fs.backing.run_or_daemon if flags & FMODE_EXEC else fs.backing.run

@@ -245,10 +245,14 @@ class FileSystem:
     # -------------------------------------------------------- attributes
 
     def entry(self, node: Node, status: os.stat_result, *, cached: bool = True) -> Entry:
-        """A version, directory or other inode."""
+        """A version, directory or other inode.
+
+        Only names of files are kept: an open by such a name is checked, an open through a directory or a symbolic link
+        that another node has replaced would not be.
+        """
         settings = self.settings
         cached = cached and self._keeps(node, status)
-        entry_seconds = settings.entry_timeout_seconds if cached else 0.0
+        entry_seconds = settings.entry_timeout_seconds if cached and node.is_regular else 0.0
         attr_seconds = settings.attr_timeout_seconds if cached else 0.0
         if node.is_directory:
             attr_seconds = max(attr_seconds, DIRECTORY_ATTR_SECONDS)

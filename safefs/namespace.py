@@ -214,7 +214,15 @@ class Ticket:
     write: bool
     expires_at: float
     walked: bool = False  # a LOOKUP of the thread was seen since
+    found: int = 0  # the nodeid that the last one was answered with
     draft: Draft | None = None
+
+    def answers(self, node: Node) -> bool:
+        """Whether the open that comes back is to have this node: the walk found it, or there was none to do.
+
+        A magic link (/proc/self/fd/N) leads to the same node without a walk.
+        """
+        return node.nodeid == (self.found if self.walked else self.nodeid)
 
 
 class Tickets:

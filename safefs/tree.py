@@ -80,6 +80,8 @@ class Tree:
                     return self._show_draft(draft, ticket)
             node = fs.intern(fd, status, directory, name)
         node.lookups += 1
+        if ticket is not None:
+            ticket.found = node.nodeid
         return fs.entry(node, status, cached=cached and not fs.drafts.has(directory, name))
 
     async def _own_draft(self, directory: Node, name: bytes, caller: Caller) -> Draft | None:

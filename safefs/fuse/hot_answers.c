@@ -84,11 +84,11 @@ static void fill_attr(struct fuse_attr *attr, const struct stat *st)
 	attr->blksize = (uint32_t)st->st_blksize;
 }
 
-/* A further name of a file can change what this one shows, and the kernel would not know. */
+/* Only files are checked when they are opened; and a further name of a file can change what this one shows. */
 static struct timespec entry_validity(const struct stat *st)
 {
-	bool several = !S_ISDIR(st->st_mode) && st->st_nlink != 1;
-	return several ? (struct timespec){0, 0} : hot_settings.entry_valid;
+	bool kept = S_ISREG(st->st_mode) && st->st_nlink == 1;
+	return kept ? hot_settings.entry_valid : (struct timespec){0, 0};
 }
 
 static struct timespec attr_validity(const struct stat *st)

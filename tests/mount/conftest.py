@@ -19,7 +19,6 @@ _NOTHING_KEPT = "entry_timeout=0,attr_timeout=0"
 both_temps_exact = pytest.mark.parametrize(
     "nodes", [f"auto,{_NOTHING_KEPT}", f"hidden,{_NOTHING_KEPT}"], indirect=True, ids=["auto", "hidden"]
 )
-exact = pytest.mark.parametrize("nodes", [f"auto,{_NOTHING_KEPT}"], indirect=True, ids=["auto"])
 
 
 @pytest.fixture

@@ -129,6 +129,33 @@ def test_a_file_with_two_names_is_never_stale(hot_mount: Callable[..., Mount], b
     assert (mount / "one").stat().st_nlink == 1
 
 
+@pytest.mark.parametrize("kind", ["directory", "link"])
+def test_a_path_through_what_another_node_replaced(kind: str, two_mounts: tuple[Mount, Mount]) -> None:
+    """open(), also of a new file, goes through the directory or symbolic link that is there now."""
+    first, second = two_mounts
+    for number in range(20):
+        for name in ("old", "new"):
+            (first / f"{name}{number}").mkdir()
+            (first / f"{name}{number}" / "file").write_text(name)
+        if kind == "link":
+            (first / "path").unlink(missing_ok=True)
+            (first / "path").symlink_to(f"old{number}")
+        else:
+            os.rename(first / f"old{number}", first / "path")
+        assert (second / "path" / "file").read_text() == "old"
+        if kind == "link":
+            (first / "next").symlink_to(f"new{number}")
+            os.replace(first / "next", first / "path")
+        else:
+            os.rename(first / "path", first / f"gone{number}")
+            os.rename(first / f"new{number}", first / "path")
+        assert (second / "path" / "file").read_text() == "new"
+        (second / "path" / "more").write_text("more")
+        assert (first / "path" / "more").read_text() == "more"
+        if kind == "directory":
+            os.rename(first / "path", first / f"done{number}")
+
+
 def test_a_name_that_the_kernel_keeps_is_checked_when_its_file_has_got_another(
     hot_mount: Callable[..., Mount], backing: Path
 ) -> None:

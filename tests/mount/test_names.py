@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.mount.actors import Actor, actor
-from tests.mount.conftest import both_temps, both_temps_exact, exact
+from tests.mount.conftest import both_temps
 from tests.mount.places import A, B, content, in_quarantine, leftovers, quarantined
 from tests.support.mounting import Mount, wait_until
 
@@ -282,7 +282,7 @@ def by_rm(place: Path) -> None:
 REMOVERS: dict[str, Callable[[Path], None]] = {"rmdir": by_rmdir, "rmtree": by_rmtree, "rm": by_rm}
 
 
-@both_temps_exact
+@both_temps
 @pytest.mark.parametrize("again", [False, True], ids=["gone", "made-again"])
 @pytest.mark.parametrize("where", [0, 1], ids=["same-node", "other-node"])
 @pytest.mark.parametrize("how", REMOVERS)
@@ -303,7 +303,6 @@ def test_directory_removed_under_a_draft(how: str, where: int, again: bool, node
         assert not again or os.listdir(place / "dir") == []
 
 
-@exact
 @pytest.mark.parametrize("again", [False, True], ids=["gone", "made-again"])
 def test_directory_removed_below_the_mount(again: bool, nodes: Nodes, writer: Actor) -> None:
     """The same when the directory is removed in the backing directory, behind safefs's back."""

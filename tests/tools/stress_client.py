@@ -170,6 +170,9 @@ class Stress:
                 self.problem(f"map {path}: too short")
                 return
             view = mmap.mmap(descriptor, 0, prot=mmap.PROT_READ)
+        except ValueError:
+            self.problem(f"map {path}: empty by now")
+            return
         finally:
             os.close(descriptor)
         if wrong := fault(view):
