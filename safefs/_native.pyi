@@ -4,7 +4,6 @@ from typing import Any, TypeAlias, final
 
 from typing_extensions import Buffer
 
-CLOSING_SYSCALLS: frozenset[int]
 FH_PASSTHROUGH: int
 FH_NOFLUSH: int
 FH_BACKING_SHIFT: int

@@ -13,6 +13,7 @@ import fcntl
 import os
 import secrets
 import stat
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -36,6 +37,8 @@ RENAME_NOREPLACE = 1
 RENAME_EXCHANGE = 2
 FICLONE = 0x40049409  # linux/fs.h
 COPY_CHUNK_BYTES = 1 << 20
+ProbeKey = tuple[Identity, int, int]  # directory, owner and group
+MAX_PROBES = 32
 SPACE_BYTES = 1 << 17  # less than this is no space: a write of that size is what programs do
 OTHER_FILESYSTEM = (errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS)
 POSIX_ACL = "system.posix_acl_access"
@@ -63,6 +66,8 @@ class Backing:
         self._groups = tuple(os.getgroups())
         self._tmpfile = temp != "hidden"
         self._serial = 0
+        self._probes_lock = threading.Lock()
+        self._probes: dict[ProbeKey, int] = {}  # nameless inodes to ask for space with
 
     async def run(self, caller: Caller, function: Callable[..., T], *args: object) -> T:
         """Call `function(*args)` in a thread, as the caller."""
@@ -127,13 +132,17 @@ class Backing:
         fd = os.open(hidden, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_NOFOLLOW, mode, dir_fd=directory)
         return fd, hidden, os.fstat(fd)
 
-    def check_space(self, directory: int, hidden: bytes) -> None:
+    def check_space(self, directory: int, owner: Caller, hidden: bytes) -> None:
         """Raise ENOSPC or EDQUOT where not even `SPACE_BYTES` more can be written: space or a quota is used up.
 
         Asked of the filesystem itself, by allocating in an inode of its own: one that somebody may write to at this
         moment cannot be given back its length.  Where fallocate(2) is not to be had only the free space is looked at.
         """
-        fd, name, _ = self.make_temp(directory, 0o600, hidden)
+        key = (identity_of(os.fstat(directory)), owner.uid, owner.gid)
+        with self._probes_lock:
+            fd, name = self._probes.pop(key, -1), None
+        if fd < 0:
+            fd, name, _ = self.make_temp(directory, 0o600, hidden)
         try:
             native.fallocate(fd, 0, 0, SPACE_BYTES)
         except OSError as error:
@@ -143,9 +152,23 @@ class Backing:
             if free.f_bavail * free.f_frsize < SPACE_BYTES:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
         finally:
-            os.close(fd)
-            if name is not None:
+            if name is None:
+                self._keep_probe(key, fd)
+            else:
+                os.close(fd)
                 unlink(directory, name)
+
+    def _keep_probe(self, key: ProbeKey, fd: int) -> None:
+        """For the next file of that owner there: ext4 is slow to find a new inode after many were deleted."""
+        with suppress(OSError):
+            os.ftruncate(fd, 0)
+        with self._probes_lock:
+            replaced = self._probes.pop(key, -1)  # of another thread
+            oldest = self._probes.pop(next(iter(self._probes))) if len(self._probes) >= MAX_PROBES else -1
+            self._probes[key] = fd
+        for old in (replaced, oldest):
+            if old >= 0:
+                os.close(old)
 
 
 # ------------------------------------------------------------------- names

@@ -12,6 +12,8 @@ from __future__ import annotations
 import errno
 import logging
 import os
+from collections import Counter
+from dataclasses import replace
 
 import trio
 
@@ -40,6 +42,7 @@ class Closing:
     def __init__(self, filesystem: FileSystem, nursery: trio.Nursery) -> None:
         self.fs = filesystem
         self._nursery = nursery
+        self._flushing: Counter[int] = Counter()  # threads that wait for the answer to a FLUSH
 
     # -------------------------------------------------------------- FLUSH
 
@@ -55,39 +58,48 @@ class Closing:
 
     async def _flush_pending(self, handle: Handle, draft: Draft, tid: int) -> None:
         fs = self.fs
-        seen = await fs.look(processes.closer_of, tid)
-        tgid, draft.closer = seen if seen is not None else (0, Closer.UNKNOWN)
-        if draft.closer in (Closer.ALIVE, Closer.EXITED):
-            draft.flushed = True
-        decision = await self._decide(handle, draft, tgid)
-        for seconds in LOOK_AGAIN_SECONDS:
-            if decision is not Decision.LOOK_AGAIN:
-                break
-            await trio.sleep(seconds)
-            decision = await self._decide(handle, draft, tgid)
-        if decision is Decision.PUBLISH:
-            mapped = await self._maps(draft, tgid)
-            if mapped is not None:
-                await fs.wait_turn(Caller(draft.caller.uid, draft.caller.gid, tid))
-                await fs.publisher.publish(draft, keep_private=mapped)
-                self._expect_release(handle, draft, tid)
+        self._flushing[tid] += 1
+        try:
+            tgid, decision = await self._decide(handle, draft, tid)
+            if draft.closer in (Closer.ALIVE, Closer.EXITED):
+                draft.flushed = True
+            for seconds in LOOK_AGAIN_SECONDS:
+                if decision is not Decision.LOOK_AGAIN:
+                    break
+                await trio.sleep(seconds)
+                tgid, decision = await self._decide(handle, draft, tid)
+            if decision is Decision.PUBLISH:
+                mapped = await self._maps(draft, tgid)
+                if mapped is not None:
+                    await fs.wait_turn(Caller(draft.caller.uid, draft.caller.gid, tid))
+                    await fs.publisher.publish(draft, keep_private=mapped)
+                    self._expect_release(handle, draft, tid)
+        finally:
+            self._flushing[tid] -= 1
+            self._flushing += Counter()  # drops what is 0
 
-    async def _decide(self, handle: Handle, draft: Draft, tgid: int) -> Decision:
-        closer, is_opener = draft.closer, tgid != 0 and tgid == handle.opener_tgid
-        facts = FlushFacts(closer, is_opener, draft.writers > 1)
-        if decide_flush(facts) is Decision.WAIT:
-            return Decision.WAIT
-        seen = await self.fs.look(self._look_around, tgid, draft.shown_ino, closer is Closer.ALIVE, self.fs.device)
+    async def _decide(self, handle: Handle, draft: Draft, tid: int) -> tuple[int, Decision]:
+        """The process that closes, and what its FLUSH does."""
+        seen = await self.fs.look(
+            self._look, tid, handle.opener_tgid, draft.writers > 1, draft.shown_ino, self.fs.device
+        )
         if seen is None:
-            return Decision.WAIT
-        holds_another, descendant_holds = seen
-        return decide_flush(FlushFacts(closer, is_opener, draft.writers > 1, holds_another, descendant_holds))
+            draft.closer = Closer.UNKNOWN
+            return 0, Decision.WAIT
+        tgid, facts = seen
+        draft.closer = facts.closer
+        # Another writer may have come during the look.
+        return tgid, decide_flush(replace(facts, other_writers=draft.writers > 1))
 
     @staticmethod
-    def _look_around(tgid: int, ino: int, alive: bool, device: str) -> tuple[bool, bool]:
-        if alive and processes.holds_writable(tgid, ino, device):
-            return True, False
-        return False, processes.descendant_holds(tgid, ino, device)
+    def _look(tid: int, opener_tgid: int, other_writers: bool, ino: int, device: str) -> tuple[int, FlushFacts]:
+        tgid, closer = processes.closer_of(tid)
+        facts = FlushFacts(closer, tgid != 0 and tgid == opener_tgid, other_writers)
+        if decide_flush(facts) is Decision.WAIT:
+            return tgid, facts
+        if closer is Closer.ALIVE and processes.holds_writable(tgid, ino, device):
+            return tgid, replace(facts, holds_another=True)
+        return tgid, replace(facts, descendant_holds=processes.descendant_holds(tgid, ino, device))
 
     async def _maps(self, draft: Draft, tgid: int) -> bool | None:
         """Whether the process maps a draft that the daemon does not see written; None when that is not known."""
@@ -171,7 +183,8 @@ class Closing:
             await trio.sleep(seconds)
             if handle.released:
                 return
-            closing = await self.fs.look(processes.is_still_closing, tid)
+            waits = self._flushing[tid] > 0
+            closing = waits or await self.fs.look(processes.is_still_closing, tid)
             seconds = min(2 * seconds, longest)
         if draft.state is DraftState.PUBLISHED and not handle.released:
             async with self.fs.held(draft):

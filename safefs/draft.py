@@ -95,6 +95,7 @@ class Draft:
     error: int = 0  # errno of the first write that failed
     unseen: bool = False  # its writers pass through: the kernel writes to the private inode by itself
     mappable: bool = False  # a writer opened it for reading as well, so that it can be mapped
+    may_have_capability: bool = False  # security.capability: nothing that safefs makes has one
     copied: bool = False  # what was published is a copy, because writers kept the private inode
     detaching: bool = False  # its published inode is being made private again
     unlinkable: bool = False  # a name showed the inode and no longer does: link(2) takes it no more

@@ -8,6 +8,7 @@ import secrets
 import stat
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from safefs import backing, processes
@@ -17,6 +18,7 @@ from safefs.filesystem import Entry, FileSystem, Handle, failure
 from safefs.gate import Gate
 from safefs.model import Caller, Process
 from safefs.namespace import Node, Ticket
+from safefs.native import native
 from safefs.publisher import PrivateInode, drop_inode
 from safefs.rules import NameClass
 
@@ -30,6 +32,18 @@ class Opened:
     handle: Handle
     keep_cache: bool = False
     direct_io: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """What a draft begins with, as one worker thread has made it."""
+
+    inode: PrivateInode
+    status: os.stat_result  # of that inode
+    shown: os.stat_result  # of what its family sees: the base, if there is one
+    opener: tuple[Process | None, int]  # and a pidfd, -1 where it cannot be had
+    base: Base | None = None
+    backing_id: int = 0
 
 
 def wants_write(flags: int) -> bool:
@@ -123,7 +137,7 @@ class Files:
         handle = fs.add_handle(node, fd, caller, writable=bool(flags & os.O_ACCMODE), backing_id=candidate)
         return Opened(handle, direct_io=True)
 
-    async def _open_draft(self, draft: Draft, flags: int, caller: Caller) -> Opened:
+    async def _open_draft(self, draft: Draft, flags: int, caller: Caller, candidate: int = 0) -> Opened:
         fs = self.fs
         fs.end_ticket(fs.tickets.take(caller.pid))
         writable = wants_write(flags)
@@ -132,8 +146,9 @@ class Files:
         try:
             if flags & os.O_TRUNC:
                 await self._truncate(draft, 0)
-            process = await fs.identify(caller.pid) if writable else None
-            candidate = await self._pass_draft_through(draft, caller) if writable else 0
+            process = await self._process_of(draft, caller) if writable else None
+            if writable and not candidate:
+                candidate = await self._pass_draft_through(draft, caller)
         except BaseException:
             draft.handles -= 1
             draft.writers -= writable
@@ -145,6 +160,11 @@ class Files:
             draft.unseen = draft.modified = True
             draft.mappable = draft.mappable or flags & os.O_ACCMODE == os.O_RDWR
         return Opened(handle, keep_cache=True)
+
+    async def _process_of(self, draft: Draft, caller: Caller) -> Process | None:
+        """Whose the new handle is; of the thread that made the draft a moment ago it is known."""
+        first = draft.handles == 1 and draft.caller.pid == caller.pid
+        return draft.opener if first else await self.fs.identify(caller.pid)
 
     async def _pass_draft_through(self, draft: Draft, caller: Caller) -> int:
         """A backing id for one more writer of a draft; 0 while its content is still to be copied."""
@@ -209,52 +229,57 @@ class Files:
         exclusive = bool(flags & os.O_EXCL)
         if exclusive and fs.drafts.claims(directory, name):
             raise failure(errno.EEXIST)
-        existing = await fs.backing.run(caller, self._existing, directory.fd, name)
-        if existing is not None and (exclusive or not stat.S_ISREG(existing.st_mode)):
-            # ESTALE: what is not a regular file appeared a moment ago; a new walk of the path will find it.
-            raise failure(errno.EEXIST if exclusive else errno.ESTALE)
-        if existing is not None:
+        staged = await self._stage_missing(directory, name, mode & 0o7777, caller)
+        if isinstance(staged, os.stat_result):
+            if exclusive or not stat.S_ISREG(staged.st_mode):
+                # ESTALE: what is not a regular file appeared a moment ago; a new walk of the path will find it.
+                raise failure(errno.EEXIST if exclusive else errno.ESTALE)
             draft = await self.stage(directory, name, caller)
             opened = await self._open_draft(draft, flags, caller)
         else:
-            draft = await self._stage_new(directory, name, mode, caller, exclusive)
-            opened = await self._open_draft(draft, flags & ~os.O_TRUNC, caller)
+            if exclusive and fs.drafts.claims(directory, name):  # claimed while the temp was made
+                native.backing_close(staged.backing_id)
+                await fs.backing.run(DAEMON, drop_inode, directory.fd, staged.inode)
+                raise failure(errno.EEXIST)
+            draft = self._new_draft(directory, name, caller, staged)
+            draft.created = draft.fresh = draft.prepared = draft.modified = True
+            draft.exclusive = exclusive
+            opened = await self._open_draft(draft, flags & ~os.O_TRUNC, caller, staged.backing_id)
         draft.node.lookups += 1
         return opened, fs.draft_entry(draft, os.fstat(fs.content_fd(draft)))
 
-    @staticmethod
-    def _existing(directory: int, name: bytes) -> os.stat_result | None:
-        try:
-            return os.stat(name, dir_fd=directory, follow_symlinks=False)
-        except FileNotFoundError:
-            return None
-
-    async def _stage_new(self, directory: Node, name: bytes, mode: int, caller: Caller, exclusive: bool) -> Draft:
-        staged = await self._make_temp(directory, mode & 0o7777, caller)
-        if exclusive and self.fs.drafts.claims(directory, name):  # claimed while the temp was made
-            await self.fs.backing.run(DAEMON, drop_inode, directory.fd, staged)
-            raise failure(errno.EEXIST)
-        draft = await self._new_draft(directory, name, caller, staged)
-        draft.created = draft.fresh = draft.prepared = draft.modified = True
-        draft.exclusive = exclusive
-        return draft
-
-    async def _make_temp(self, directory: Node, mode: int, caller: Caller, *, replaces: bool = False) -> PrivateInode:
+    async def _stage_missing(
+        self, directory: Node, name: bytes, mode: int, caller: Caller
+    ) -> Staged | os.stat_result:
+        """The beginning of a draft for a name that does not exist; what the name shows where it does."""
         fs = self.fs
-        if not fs.backing.uses_tmpfile:
-            await fs.publisher.note_directory(directory)
-        run = fs.backing.run_or_daemon if replaces else fs.backing.run
+        await self._announce_temp(directory)
         hidden = fs.backing.hidden_name(b"d")
-        fd, temp_name, _ = await run(caller, fs.backing.make_temp, directory.fd, mode, hidden)
-        return PrivateInode(fd, temp_name)
+        return await fs.backing.run(caller, self._make_missing, directory.fd, name, mode, hidden, caller.pid)
 
-    async def _new_draft(
-        self, directory: Node, name: bytes, caller: Caller, staged: PrivateInode, base: Base | None = None
-    ) -> Draft:
+    def _make_missing(
+        self, directory: int, name: bytes, mode: int, hidden: bytes, tid: int
+    ) -> Staged | os.stat_result:
+        with suppress(FileNotFoundError):
+            return os.stat(name, dir_fd=directory, follow_symlinks=False)
+        fd, temp_name, status = self.fs.backing.make_temp(directory, mode, hidden)
+        backing_id = self.fs.register(fd) if self.fs.passthrough.active else 0
+        return Staged(PrivateInode(fd, temp_name), status, status, self._introduce(tid), backing_id=backing_id)
+
+    async def _announce_temp(self, directory: Node) -> None:
+        if not self.fs.backing.uses_tmpfile:
+            await self.fs.publisher.note_directory(directory)
+
+    @staticmethod
+    def _introduce(tid: int) -> tuple[Process | None, int]:
+        process = processes.identify(tid)
+        return process, processes.open_pidfd(process.tgid) if process else -1
+
+    def _new_draft(self, directory: Node, name: bytes, caller: Caller, staged: Staged) -> Draft:
         fs = self.fs
-        status = os.fstat(staged.fd)
-        node = fs.nodes.create(backing.identity_of(status), status.st_mode, shown=False)
+        node = fs.nodes.create(backing.identity_of(staged.status), staged.shown.st_mode, shown=False)
         node.parent, node.name = directory.nodeid, name
+        opener, pidfd = staged.opener
         draft = Draft(
             write_id=secrets.token_hex(8),
             node=node,
@@ -262,24 +287,17 @@ class Files:
             name=name,
             name_class=fs.classify(directory, name).name_class,
             caller=caller,
-            opener=None,
-            pidfd=-1,
-            fd=staged.fd,
-            temp_name=staged.temp_name,
-            shown_ino=base.identity.ino if base else status.st_ino,
+            opener=opener,
+            pidfd=pidfd,
+            fd=staged.inode.fd,
+            temp_name=staged.inode.temp_name,
+            shown_ino=staged.shown.st_ino,
             gate=Gate(),
-            base=base,
+            base=staged.base,
+            size=staged.shown.st_size,
         )
         fs.list_draft(draft)
-        found = await fs.look(self._introduce, caller.pid)
-        if found is not None:
-            draft.opener, draft.pidfd = found
         return draft
-
-    @staticmethod
-    def _introduce(tid: int) -> tuple[Process, int] | None:
-        process = processes.identify(tid)
-        return (process, processes.open_pidfd(process.tgid)) if process else None
 
     async def stage(self, directory: Node, name: bytes, caller: Caller) -> Draft:
         """A draft on top of the version that a name shows; `directory` is pinned by the caller.
@@ -287,22 +305,21 @@ class Files:
         Nothing is copied yet: reads go to the version until the first write.
         """
         fs = self.fs
-        base_fd, status = await fs.backing.run_or_daemon(caller, self._open_base, directory.fd, name)
-        base = Base(base_fd, backing.identity_of(status))
+        await self._announce_temp(directory)
+        hidden = fs.backing.hidden_name(b"d")
+        staged = await fs.backing.run_or_daemon(caller, self._make_upon, directory.fd, name, hidden, caller.pid)
+        return self._new_draft(directory, name, caller, staged)
+
+    def _make_upon(self, directory: int, name: bytes, hidden: bytes, tid: int) -> Staged:
+        base_fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
         try:
-            staged = await self._make_temp(directory, 0o600, caller, replaces=True)
+            shown = os.fstat(base_fd)
+            fd, temp_name, status = self.fs.backing.make_temp(directory, 0o600, hidden)
         except BaseException:
             os.close(base_fd)
             raise
-        draft = await self._new_draft(directory, name, caller, staged, base)
-        draft.size = status.st_size
-        draft.node.mode = status.st_mode
-        return draft
-
-    @staticmethod
-    def _open_base(directory: int, name: bytes) -> tuple[int, os.stat_result]:
-        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
-        return fd, os.fstat(fd)
+        base = Base(base_fd, backing.identity_of(shown))
+        return Staged(PrivateInode(fd, temp_name), status, shown, self._introduce(tid), base)
 
     # ------------------------------------------------------ read and write
 
@@ -325,47 +342,59 @@ class Files:
             draft.size = max(draft.size, offset + written)
             return written
 
-    async def _prepare(self, draft: Draft, *, fresh: bool = False) -> None:
-        """Make the private inode ready for a change; `fresh` when its base's content is not wanted."""
+    async def _prepare(self, draft: Draft, *, fresh: bool = False) -> bool:
+        """Make the private inode ready for a change; `fresh` when its base's content is not wanted.
+
+        Returns whether it is known to be empty, because it was made for this.
+        """
         async with draft.gate.preparing:
             if draft.state is DraftState.QUARANTINED:
                 raise failure(draft.error or errno.EIO)
             if draft.state is DraftState.PUBLISHED:
                 await self._next_round(draft)
-            if not draft.prepared:
-                await self._fill(draft, fresh=fresh)
-                draft.prepared = True
-            if not draft.modified and draft.caller.uid != 0:
+            filled = not draft.prepared and await self._fill(draft, fresh=fresh)
+            draft.prepared = True
+            if not filled and not draft.modified and draft.caller.uid != 0:
                 await self.fs.backing.run(DAEMON, backing.strip_privileges, draft.fd)
             draft.modified, draft.flushed = True, False
+            return filled and fresh
 
     async def _next_round(self, draft: Draft) -> None:
         """A descriptor outlived the publish and is used again: on top of what was published, in a new inode."""
         if draft.unseen:
             await self.fs.publisher.detach(draft)
             return
-        staged = await self._make_temp(draft.directory, 0o600, draft.caller, replaces=True)
-        draft.fd, draft.temp_name = staged.fd, staged.temp_name  # what was published is the base now
+        fs = self.fs
+        await self._announce_temp(draft.directory)
+        make, hidden = fs.backing.make_temp, fs.backing.hidden_name(b"d")
+        # What was published is the base now.
+        draft.fd, draft.temp_name, _ = await fs.backing.run_or_daemon(
+            draft.caller, make, draft.directory.fd, 0o600, hidden
+        )
         draft.write_id = secrets.token_hex(8)
         draft.prepared = False
         draft.move(DraftEvent.WRITTEN)
 
-    async def _fill(self, draft: Draft, *, fresh: bool) -> None:
+    async def _fill(self, draft: Draft, *, fresh: bool) -> bool:
+        """Copy what the draft starts from; False where nothing is to be copied."""
         base = draft.base
         if base is None:
-            return
+            return False
         if not fresh and draft.name_class is NameClass.PARTIAL and await self._take_over(draft, base):
-            return
+            return False
         await self.fs.backing.run_or_caller(draft.caller, self._fill_from_base, draft, base, fresh)
         if draft.name_class is NameClass.PARTIAL:
             draft.fresh = True  # a download of its own from here on, which no other's progress can conflict with
         draft.size = 0 if fresh else os.fstat(draft.fd).st_size
+        return True
 
     @staticmethod
     def _fill_from_base(draft: Draft, base: Base, fresh: bool) -> None:
         if not fresh:
             backing.copy_contents(base.fd, draft.fd)
         backing.copy_metadata(base.fd, draft.fd)
+        if draft.caller.uid != 0:
+            backing.strip_privileges(draft.fd)
 
     async def _take_over(self, draft: Draft, base: Base) -> bool:
         """Rename a partial file into the draft instead of copying it: a download goes on where it stopped."""
@@ -379,6 +408,7 @@ class Files:
         if old_temp is not None:
             await fs.backing.run(DAEMON, backing.unlink, draft.directory.fd, old_temp)
         draft.fd, draft.base, draft.fresh = fd, None, True
+        draft.may_have_capability = True
         return True
 
     def _take_over_file(self, draft: Draft, base: Base, hidden: bytes) -> int | None:
@@ -388,9 +418,10 @@ class Files:
     async def _truncate(self, draft: Draft, size: int) -> None:
         async with draft.gate.passing():
             modified = draft.modified
-            await self._prepare(draft, fresh=size == 0)
+            empty = await self._prepare(draft, fresh=size == 0)
             try:
-                await self.fs.backing.run(DAEMON, os.ftruncate, draft.fd, size)
+                if not empty:
+                    await self.fs.backing.run(DAEMON, os.ftruncate, draft.fd, size)
             except OSError:
                 draft.modified = modified  # EFBIG and the like: nothing has changed
                 raise

@@ -315,7 +315,8 @@ class FileSystem:
         drafts = [draft for draft in self.drafts.named(directory, name) if draft.found_by_family and draft.opener]
         if not drafts:
             return None
-        chain = await self.look(processes.ancestry, tid)
+        newest = drafts[-1].opener
+        chain = await self.look(processes.ancestry, tid, newest.tgid if newest else 0)
         if chain is None:
             return None
         for draft in reversed(drafts):
@@ -352,9 +353,9 @@ class FileSystem:
     async def backing_id(self, node: Node, fd: int, caller: Caller) -> int:
         """A backing id for the first open handle of a node, whose file `fd` has open; 0 where there can be none."""
         # The kernel will do its I/O with the rights of the thread that registers.
-        return await self.backing.run(caller, self._register, fd) if self.wants_backing_id(node) else 0
+        return await self.backing.run(caller, self.register, fd) if self.wants_backing_id(node) else 0
 
-    def _register(self, fd: int) -> int:
+    def register(self, fd: int) -> int:
         """A backing id, by a descriptor that cannot write: it lives on in the id and would count as a writer."""
         try:
             readable = backing.reopen(fd, os.O_RDONLY)

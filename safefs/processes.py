@@ -15,17 +15,27 @@ from collections.abc import Iterator
 from safefs.model import Closer, Process
 from safefs.native import native
 
-PF_EXITING, PF_SIGNALED = 0x4, 0x400  # include/linux/sched.h
+PF_SIGNALED = 0x400  # include/linux/sched.h
+PROC_BYTES = 1 << 16
 MAX_DEPTH = 128
 MAX_DESCENDANTS = 4096
 
 
 def _read(path: str) -> str | None:
+    """A whole file of /proc, without the costs of a file object: it is done for every open and close."""
     try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return file.read()
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return None
+    try:
+        parts = []
+        while part := os.read(fd, PROC_BYTES):
+            parts.append(part)
+        return b"".join(parts).decode("utf-8", "replace")
+    except OSError:
+        return None
+    finally:
+        os.close(fd)
 
 
 def _field(status: str, name: str) -> int:
@@ -51,15 +61,15 @@ def groups(tid: int) -> tuple[int, ...]:
     return tuple(map(int, rest.partition("\n")[0].split()))
 
 
-def ancestry(tid: int) -> list[int]:
-    """Thread group ids of the thread's process, its parent, and so on up."""
+def ancestry(tid: int, until: int = 0) -> list[int]:
+    """Thread group ids of the thread's process, its parent, and so on up; no further than `until`."""
     chain: list[int] = []
     while tid > 0 and len(chain) < MAX_DEPTH:
         status = _read(f"/proc/{tid}/status")
         if status is None:
             break
         chain.append(_field(status, "Tgid"))
-        tid = _field(status, "PPid")
+        tid = _field(status, "PPid") if chain[-1] != until else 0
     return chain
 
 
@@ -86,19 +96,19 @@ def closer_of(tid: int) -> tuple[int, Closer]:
 
 
 def is_still_closing(tid: int) -> bool | None:
-    """Whether a thread that sent FLUSH is still in the system call that closes; None while that cannot be told.
+    """Whether a thread whose FLUSH was answered is still in the call that closes; None while that cannot be told.
 
-    The kernel lets go of the closed file at the end of that call, of all files of an ending process together at its
-    end (fs/file_table.c, fput).  proc(5): /proc/TID/syscall.
+    The kernel lets go of a closed file when that call ends, of all files of an ending process together at its end
+    (fs/file_table.c, fput), and a thread that does not wait for a FLUSH does not sleep until then.  For callers who
+    know that the thread waits for no other one.
     """
-    stat = _read(f"/proc/{tid}/stat")
-    if stat is None:
+    status = _read(f"/proc/{tid}/status")
+    if status is None:
         return False
-    state, *fields = stat[stat.rindex(")") + 2 :].split()
-    if int(fields[5]) & PF_EXITING:
-        return state != "Z"
-    call = (_read(f"/proc/{tid}/syscall") or "running").split()[0]
-    return None if call == "running" else int(call) in native.CLOSING_SYSCALLS
+    state = status.partition("\nState:\t")[2][:1]
+    if "\nVmSize:" not in status:
+        return state not in "ZX"
+    return None if state == "R" else False
 
 
 def _exit_code_visible(tid: int) -> bool:

@@ -182,7 +182,8 @@ class Publisher:
         copy = keep_private or draft.unlinkable
         inode = await self._copy(draft) if copy else PrivateInode(draft.fd, draft.temp_name)
         hidden = self._backing.hidden_name(b"r")
-        check = partial(self._backing.check_space, draft.directory.fd, self._backing.hidden_name(b"s"))
+        hidden_probe = self._backing.hidden_name(b"s")
+        check = partial(self._backing.check_space, draft.directory.fd, draft.caller, hidden_probe)
         order = Order(
             draft, inode, draft.directory.fd, target.fd, name, replace, hidden, check if draft.unseen else None
         )

@@ -20,6 +20,7 @@ from safefs.model import Caller
 from safefs.namespace import ROOT_NODEID, Node, Ticket
 from safefs.native import native
 
+CAPABILITY = os.fsencode(backing.CAPABILITY)
 FIRST_DRAFT_COOKIE = -(1 << 63)  # offsets of a family's own drafts, after the backing's entries
 DT_REG = 8
 
@@ -374,9 +375,15 @@ class Tree:
     # --------------------------------------------------------------- xattr
 
     async def setxattr(self, nodeid: int, name: bytes, value: bytes, flags: int, caller: Caller) -> None:
+        draft = self.fs.node(nodeid).draft
+        if draft is not None and name == CAPABILITY:
+            draft.may_have_capability = True
         await self._on_inodes(nodeid, caller, os.setxattr, name, value, flags)
 
     async def getxattr(self, nodeid: int, name: bytes, caller: Caller) -> bytes:
+        draft = self.fs.node(nodeid).draft
+        if name == CAPABILITY and draft is not None and draft.prepared and not draft.may_have_capability:
+            raise failure(errno.ENODATA)  # the kernel asks for it before every file's first write
         return (await self._on_inodes(nodeid, caller, os.getxattr, name))[0]
 
     async def removexattr(self, nodeid: int, name: bytes, caller: Caller) -> None:

@@ -874,24 +874,6 @@ static PyMethodDef native_methods[] = {
 	{"read_directory", native_read_directory, METH_VARARGS, "One READDIR answer from getdents64(2)."},
 	{NULL}};
 
-/* The system calls in which a thread can close a file and go on. */
-static PyObject *closing_syscalls(void)
-{
-	static const int calls[] = {SYS_close, SYS_close_range, SYS_dup3,
-#ifdef SYS_dup2
-				    SYS_dup2,
-#endif
-				    SYS_execve, SYS_execveat};
-	PyObject *result = PyFrozenSet_New(NULL);
-	for (size_t i = 0; result && i < sizeof calls / sizeof *calls; i++) {
-		PyObject *number = PyLong_FromLong(calls[i]);
-		if (!number || PySet_Add(result, number) < 0)
-			Py_CLEAR(result);
-		Py_XDECREF(number);
-	}
-	return result;
-}
-
 static struct PyModuleDef native_module = {
 	PyModuleDef_HEAD_INIT, .m_name = "safefs._native", .m_size = -1, .m_methods = native_methods};
 
@@ -905,8 +887,7 @@ PyMODINIT_FUNC PyInit__native(void)
 		return NULL;
 	if (hot_add_to(module) < 0)
 		return NULL;
-	if (PyModule_AddObject(module, "CLOSING_SYSCALLS", closing_syscalls()) < 0 ||
-	    PyModule_AddObject(module, "FH_PASSTHROUGH", PyLong_FromUnsignedLongLong(FH_PASSTHROUGH)) < 0 ||
+	if (PyModule_AddObject(module, "FH_PASSTHROUGH", PyLong_FromUnsignedLongLong(FH_PASSTHROUGH)) < 0 ||
 	    PyModule_AddObject(module, "FH_NOFLUSH", PyLong_FromUnsignedLongLong(FH_NOFLUSH)) < 0 ||
 	    PyModule_AddIntConstant(module, "FH_BACKING_SHIFT", FH_BACKING_SHIFT) < 0)
 		return NULL;
