@@ -1,6 +1,6 @@
 # Everything here sets up what it needs first, asks nothing and can be run again.
 
-.PHONY: setup demo test check bench clean
+.PHONY: setup demo test test-modes check bench clean
 
 setup:
 	@scripts/setup build
@@ -9,9 +9,21 @@ demo:
 	@scripts/setup build
 	@.venv/bin/python -m tests.tools.demo
 
+# Where neither the kernel carries data nor C answers: the tests of what both have to leave as it is.
+PLAIN = tests/mount/test_close.py tests/mount/test_drafts.py tests/mount/test_metadata.py tests/mount/test_names.py
+PYTEST = .venv/bin/python -m pytest -n 3 --dist worksteal
+
 test:
 	@scripts/setup test
-	@.venv/bin/python -m pytest -n 3 --dist worksteal --durations 15
+	@SAFEFS_TEST_OPTIONS=passthrough=off,hot=off $(PYTEST) -q $(PLAIN)
+	@$(PYTEST) --durations 15
+
+# The whole suite once for each combination that `make test` does not run whole: half an hour.
+test-modes:
+	@scripts/setup test
+	@SAFEFS_TEST_OPTIONS=passthrough=off $(PYTEST) -q
+	@SAFEFS_TEST_OPTIONS=hot=off $(PYTEST) -q
+	@SAFEFS_TEST_OPTIONS=passthrough=off,hot=off $(PYTEST) -q
 
 check:
 	@scripts/setup build
