@@ -461,7 +461,7 @@ def copy_contents(source: int, target: int) -> None:
         os.ftruncate(target, end)
 
 
-def write_all(fd: int, data: bytes, offset: int) -> int:
+def write_all(fd: int, data: bytes | memoryview, offset: int) -> int:
     """pwrite that goes on after a short write, so that the next call names the error; returns what was written."""
     view, done = memoryview(data), 0
     while done < len(view):

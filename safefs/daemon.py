@@ -149,6 +149,7 @@ class Daemon:
         async with trio.open_nursery() as helpers:
             helpers.start_soon(recovery.run)
             helpers.start_soon(self.fs.sweep_tickets)
+            helpers.start_soon(self.fs.sweep_gathered)
             async with trio.open_nursery() as requests:
                 files, closing = Files(self.fs), Closing(self.fs, requests)
                 tree = Tree(self.fs, files, refresh_misses=self._refreshes_misses())

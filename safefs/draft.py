@@ -68,6 +68,22 @@ class Base:
     identity: Identity
 
 
+@dataclass(slots=True)
+class Gathered:
+    """Small writes, each begun where the one before ended, that the private inode has not got yet."""
+
+    offset: int = 0
+    data: bytearray = field(default_factory=bytearray)
+
+    def continues(self, offset: int) -> bool:
+        return offset == self.offset + len(self.data)
+
+    def add(self, offset: int, data: bytes) -> None:
+        if not self.data:
+            self.offset = offset
+        self.data += data
+
+
 @dataclass(slots=True, eq=False)
 class Draft:
     """One pending write.  Descriptors are owned by the filesystem, which closes them when the draft ends."""
@@ -92,6 +108,7 @@ class Draft:
     modified: bool = False  # there is something to publish
     flushed: bool = False  # a living or exiting process closed after the last write
     size: int = 0  # bytes that the file must have when it is sealed
+    gathered: Gathered = field(default_factory=Gathered)  # guarded by the gate's `writing`
     error: int = 0  # errno of the first write that failed
     unseen: bool = False  # its writers pass through: the kernel writes to the private inode by itself
     mappable: bool = False  # a writer opened it for reading as well, so that it can be mapped

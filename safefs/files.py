@@ -19,9 +19,11 @@ from safefs.gate import Gate
 from safefs.model import Caller, Process
 from safefs.namespace import Node, Ticket
 from safefs.native import native
-from safefs.publisher import PrivateInode, drop_inode
+from safefs.publisher import PrivateInode, drop_inode, write_gathered
 from safefs.rules import NameClass
 
+SMALL_BYTES, GATHERED_BYTES = 1 << 16, 1 << 18  # of writes that are gathered, and of what is gathered
+MAX_GATHERING = 256  # drafts; with more their writes go through
 FMODE_EXEC = 0x20  # include/linux/fs.h: the open is for execve
 
 
@@ -172,6 +174,7 @@ class Files:
         if not (fs.wants_backing_id(node) or fs.passes_through(node)):
             return 0
         async with draft.gate.passing():
+            await fs.write_out(draft)
             ready = await self._private_for_kernel(draft)
             return await fs.backing_id(node, draft.fd, caller) if ready else 0
 
@@ -248,18 +251,14 @@ class Files:
         draft.node.lookups += 1
         return opened, fs.draft_entry(draft, os.fstat(fs.content_fd(draft)))
 
-    async def _stage_missing(
-        self, directory: Node, name: bytes, mode: int, caller: Caller
-    ) -> Staged | os.stat_result:
+    async def _stage_missing(self, directory: Node, name: bytes, mode: int, caller: Caller) -> Staged | os.stat_result:
         """The beginning of a draft for a name that does not exist; what the name shows where it does."""
         fs = self.fs
         await self._announce_temp(directory)
         hidden = fs.backing.hidden_name(b"d")
         return await fs.backing.run(caller, self._make_missing, directory.fd, name, mode, hidden, caller.pid)
 
-    def _make_missing(
-        self, directory: int, name: bytes, mode: int, hidden: bytes, tid: int
-    ) -> Staged | os.stat_result:
+    def _make_missing(self, directory: int, name: bytes, mode: int, hidden: bytes, tid: int) -> Staged | os.stat_result:
         with suppress(FileNotFoundError):
             return os.stat(name, dir_fd=directory, follow_symlinks=False)
         fd, temp_name, status = self.fs.backing.make_temp(directory, mode, hidden)
@@ -334,13 +333,28 @@ class Files:
             return await self.fs.backing.run(handle.caller, backing.write_all, handle.fd, data, offset)
         async with draft.gate.passing():
             await self._prepare(draft)
-            try:
-                written = await self.fs.backing.run(DAEMON, backing.write_all, draft.fd, data, offset)
-            except OSError as error:
-                draft.error = draft.error or error.errno or errno.EIO
-                raise
+            async with draft.gate.writing:
+                written = await self._write_in_turn(draft, offset, data)
             draft.size = max(draft.size, offset + written)
             return written
+
+    async def _write_in_turn(self, draft: Draft, offset: int, data: bytes) -> int:
+        """Small writes are gathered: each would cost a worker thread otherwise.
+
+        Not beyond the end, where one can fail for the offset alone (EFBIG).
+        """
+        run, gathered = self.fs.backing.run, draft.gathered
+        fits = gathered.continues(offset) and len(gathered.data) + len(data) <= GATHERED_BYTES
+        if gathered.data and not fits:
+            await run(DAEMON, write_gathered, draft)
+        if len(data) <= SMALL_BYTES and offset <= draft.size and len(self.fs.drafts) <= MAX_GATHERING:
+            gathered.add(offset, data)
+            return len(data)
+        try:
+            return await run(DAEMON, backing.write_all, draft.fd, data, offset)
+        except OSError as error:
+            draft.error = draft.error or error.errno or errno.EIO
+            raise
 
     async def _prepare(self, draft: Draft, *, fresh: bool = False) -> bool:
         """Make the private inode ready for a change; `fresh` when its base's content is not wanted.
@@ -419,6 +433,7 @@ class Files:
         async with draft.gate.passing():
             modified = draft.modified
             empty = await self._prepare(draft, fresh=size == 0)
+            await self.fs.write_out(draft)
             try:
                 if not empty:
                     await self.fs.backing.run(DAEMON, os.ftruncate, draft.fd, size)
@@ -437,6 +452,7 @@ class Files:
             return
         async with draft.gate.passing():
             await self._prepare(draft)
+            await self.fs.write_out(draft)
             await self.fs.backing.run(DAEMON, backing.allocate, draft.fd, mode, offset, length)
             draft.size = os.fstat(draft.fd).st_size
 
@@ -457,6 +473,7 @@ class Files:
                 )
         async with draft.gate.passing():
             await self._prepare(draft)
+            await fs.write_out(draft)
             async with fs.readable(reading) as fd_in:
                 count = await fs.backing.run(
                     DAEMON, os.copy_file_range, fd_in, draft.fd, length, source_offset, target_offset

@@ -28,7 +28,7 @@ from safefs.namespace import ROOT_NODEID, Namespace, Node, Ticket, Tickets
 from safefs.native import native
 from safefs.ordering import Ordering
 from safefs.passthrough import Passthrough
-from safefs.publisher import Publisher
+from safefs.publisher import Publisher, write_gathered
 from safefs.rules import Match, NameClass
 
 log = logging.getLogger(__name__)
@@ -37,6 +37,7 @@ T = TypeVar("T")
 
 PROCESS_LOOK_SECONDS = 20.0  # how long a look at /proc may take; what is unknown after that is not published
 TICKET_SWEEP_SECONDS = 1.0
+GATHERED_SECONDS = 1.0  # between looks for small writes that the backing has not got yet
 # Every change of a name would be preceded by a GETATTR of its directory otherwise.  The kernel drops a directory's
 # attributes itself when a change goes through this mount.
 DIRECTORY_ATTR_SECONDS = 1.0
@@ -293,7 +294,21 @@ class FileSystem:
             yield handle.fd
         else:
             async with draft.gate.passing():
+                await self.write_out(draft)
                 yield self.content_fd(draft)
+
+    async def write_out(self, draft: Draft) -> None:
+        """Have the private inode get what was gathered for it.  Called by those that passed the gate."""
+        if draft.gathered.data:
+            async with draft.gate.writing:
+                await self.backing.run(DAEMON, write_gathered, draft)
+
+    async def write_out_early(self, draft: Draft) -> None:
+        """The same for everybody else; where it fails the draft's close will say so."""
+        if draft.gathered.data:
+            async with self.held(draft), draft.gate.passing():
+                with suppress(OSError):
+                    await self.write_out(draft)
 
     def content_fd(self, draft: Draft) -> int:
         """Where a draft's content is: its own inode, or its base until the first write."""
@@ -433,6 +448,7 @@ class FileSystem:
                 yield [node.fd]
             return
         async with self.held(draft), draft.gate.passing():
+            await self.write_out(draft)
             copy = [draft.base.fd] if draft.copied and draft.base is not None else []
             yield [self.content_fd(draft), *copy]
 
@@ -505,6 +521,13 @@ class FileSystem:
     def end_ticket(self, ticket: Ticket | None) -> None:
         if ticket is not None and ticket.draft is not None:
             ticket.draft.reserved -= 1
+
+    async def sweep_gathered(self) -> None:
+        """What was gathered does not stay with the daemon alone: it may be killed."""
+        while True:
+            await trio.sleep(GATHERED_SECONDS)
+            for draft in self.drafts:
+                await self.write_out_early(draft)
 
     async def sweep_tickets(self) -> None:
         """Give back what opens reserved whose thread was killed on its way."""

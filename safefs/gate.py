@@ -1,9 +1,11 @@
-"""Two small synchronisers for trio: a gate that writers pass and a publish closes, and locks that are found by key."""
+"""Small synchronisers: a gate that writers pass and a publish closes, locks found by key, one sync that serves many."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Hashable
+import threading
+from collections.abc import AsyncIterator, Callable, Hashable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 
 import trio
 
@@ -11,10 +13,11 @@ import trio
 class Gate:
     """Many pass at once; one can close it, waits until all are through, and then is alone."""
 
-    __slots__ = ("_alone", "_condition", "_inside", "preparing")
+    __slots__ = ("_alone", "_condition", "_inside", "preparing", "writing")
 
     def __init__(self) -> None:
         self.preparing = trio.Lock()  # for what the first of those that pass does for all
+        self.writing = trio.Lock()  # for what those that pass do one after the other
         self._condition = trio.Condition()
         self._inside = 0
         self._alone = False
@@ -69,3 +72,55 @@ class KeyedLocks:
                 del self._locks[key]
             else:
                 self._locks[key] = (lock, users - 1)
+
+
+@dataclass(slots=True)
+class _Syncs:
+    users: int = 0
+    begun: int = 0
+    done: int = 0  # number of the last one that went well
+    running: bool = False
+
+
+class GroupSync:
+    """Runs a sync for all who ask while one is under way: the next one, which begins after they asked, serves them.
+
+    For threads.  What holds for fsync(2): a sync that began after a change has it on disk when it returns.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._syncs: dict[Hashable, _Syncs] = {}
+
+    def sync(self, key: Hashable, function: Callable[[], None]) -> None:
+        """Return once a call of `function` for this key that began after this one has ended well; raises its error."""
+        with self._changed:
+            syncs = self._syncs.setdefault(key, _Syncs())
+            syncs.users += 1
+            wanted = syncs.begun + 1
+        try:
+            self._wait_or_run(syncs, wanted, function)
+        finally:
+            with self._changed:
+                syncs.users -= 1
+                if not syncs.users:
+                    del self._syncs[key]
+
+    def _wait_or_run(self, syncs: _Syncs, wanted: int, function: Callable[[], None]) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: not syncs.running or syncs.done >= wanted)
+            if syncs.done >= wanted:
+                return
+            syncs.running = True
+            syncs.begun += 1
+            number = syncs.begun
+        try:
+            function()
+        except BaseException:
+            number = 0
+            raise
+        finally:
+            with self._changed:
+                syncs.running = False
+                syncs.done = max(syncs.done, number)
+                self._changed.notify_all()

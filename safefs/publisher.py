@@ -13,6 +13,7 @@ import os
 import secrets
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,7 +22,7 @@ from safefs import backing
 from safefs.backing import DAEMON, Backing
 from safefs.draft import Base, Draft, DraftEvent, DraftState
 from safefs.errors import SafefsError
-from safefs.gate import KeyedLocks
+from safefs.gate import GroupSync, KeyedLocks
 from safefs.model import Closer, Identity
 from safefs.namespace import Node
 from safefs.rules import NameClass
@@ -53,7 +54,21 @@ class Order:
     name: bytes
     may_replace: bool
     hidden: bytes
+    sync_target: Callable[[], None]
     check_space: Callable[[], None] | None = None  # for writes that were not seen: one may have failed for want of it
+
+
+def write_gathered(draft: Draft) -> None:
+    """Give the private inode what was gathered for it; only one thread at a time."""
+    gathered, done = draft.gathered, 0
+    try:
+        while done < len(gathered.data):
+            done += backing.write_all(draft.fd, memoryview(gathered.data)[done:], gathered.offset + done)
+    except OSError as error:
+        draft.error = draft.error or error.errno or errno.EIO
+        raise
+    finally:
+        gathered.data = bytearray()
 
 
 def check_written(draft: Draft) -> None:
@@ -86,6 +101,7 @@ def carry_out(order: Order) -> None:
     draft = order.draft
     if backing.is_removed(order.target):
         raise PublishRefusedError("its directory was removed", errno.ENOENT)
+    write_gathered(draft)
     check_written(draft)
     if order.check_space is not None:
         order.check_space()
@@ -103,7 +119,7 @@ def carry_out(order: Order) -> None:
         replace=replace,
         hidden=order.hidden,
     )
-    backing.sync_directory(order.target)
+    order.sync_target()
 
 
 def take_place(order: Order) -> bool:
@@ -113,7 +129,7 @@ def take_place(order: Order) -> bool:
     if backing.identity_at(order.target, order.name) == own:
         os.fsync(order.inode.fd)
         placed = backing.swap(order.inode.fd, order.inode.temp_name, order.directory, order.name, own, order.hidden)
-        backing.sync_directory(order.target)
+        order.sync_target()
     elif order.inode.temp_name is not None:
         backing.unlink(order.directory, order.inode.temp_name)
     return placed
@@ -134,6 +150,7 @@ class Publisher:
         self._state = state
         self._record = record
         self._names = KeyedLocks()
+        self._syncs = GroupSync()
         self._noted: set[Identity] = set()
         self.counts: Counter[str] = Counter()
         self.on_publish: Callable[[Node, Identity | None], None] | None = None
@@ -184,8 +201,9 @@ class Publisher:
         hidden = self._backing.hidden_name(b"r")
         hidden_probe = self._backing.hidden_name(b"s")
         check = partial(self._backing.check_space, draft.directory.fd, draft.caller, hidden_probe)
+        sync = self._sync_of(target)
         order = Order(
-            draft, inode, draft.directory.fd, target.fd, name, replace, hidden, check if draft.unseen else None
+            draft, inode, draft.directory.fd, target.fd, name, replace, hidden, sync, check if draft.unseen else None
         )
         if inode.temp_name is None:
             await self.note_directory(target)
@@ -219,6 +237,10 @@ class Publisher:
         draft.spare_fds.clear()
         draft.base = Base(fd, backing.identity_of(status))
         return status.st_size
+
+    def _sync_of(self, directory: Node) -> Callable[[], None]:
+        """To make a directory's names durable; one fsync(2) serves all publishes that wait for it."""
+        return partial(self._syncs.sync, directory.identity, partial(backing.sync_directory, directory.fd))
 
     # ------------------------------------------- writers that are not seen
 
@@ -262,7 +284,8 @@ class Publisher:
         inode = await self._copy(draft)
         async with self._names.holding((draft.directory.identity, draft.name)):
             hidden = self._backing.hidden_name(b"r")
-            order = Order(draft, inode, draft.directory.fd, draft.directory.fd, draft.name, True, hidden)
+            home = draft.directory
+            order = Order(draft, inode, home.fd, home.fd, draft.name, True, hidden, self._sync_of(home))
             try:
                 placed = await self._backing.run_or_daemon(draft.caller, take_place, order)
             except BaseException:
@@ -368,6 +391,8 @@ class Publisher:
             record["path"] = os.fsdecode(b"/".join(part for part in (below, draft.name) if part))
         except OSError:
             pass  # the directory is gone: the name alone has to do
+        with suppress(OSError):
+            write_gathered(draft)  # what there is of it
         hidden = None if draft.temp_name is None else (draft.directory.fd, draft.temp_name)
         if not os.fstat(draft.fd).st_size:
             if hidden is not None:

@@ -70,7 +70,7 @@ class Tree:
         cached = ticket is None and not fs.drafts.has(directory, name)
         own = await self._own_draft(directory, name, caller)
         if own is not None:
-            return self._show_draft(own, ticket)
+            return await self._show_draft(own, ticket)
         async with fs.pinned(directory):
             fd, status = await fs.backing.run(caller, self._find, directory.fd, name)
             if ticket is not None and ticket.write and stat.S_ISREG(status.st_mode):
@@ -78,7 +78,7 @@ class Tree:
                 if not name_class.in_place:
                     os.close(fd)
                     draft = await self.files.draft_for_ticket(directory, name, caller, ticket)
-                    return self._show_draft(draft, ticket)
+                    return await self._show_draft(draft, ticket)
             node = fs.intern(fd, status, directory, name)
         node.lookups += 1
         if ticket is not None:
@@ -90,15 +90,17 @@ class Tree:
             return None
         return await self.fs.family_draft(directory, name, caller.pid)
 
-    def _show_draft(self, draft: Draft, ticket: Ticket | None) -> Entry:
+    async def _show_draft(self, draft: Draft, ticket: Ticket | None) -> Entry:
         if ticket is not None:
             self.files.reserve(draft, ticket)
         draft.node.lookups += 1
-        return self.fs.draft_entry(draft, os.fstat(self.fs.content_fd(draft)))
+        return await self.getattr(draft.node.nodeid)
 
     async def getattr(self, nodeid: int) -> Entry:
         fs = self.fs
         node = fs.node(nodeid)
+        if node.draft is not None:
+            await fs.write_out_early(node.draft)  # for the size
         if node.draft is not None:
             # The daemon wrote this inode itself or holds its base open: answered from memory.
             return fs.draft_entry(node.draft, os.fstat(fs.content_fd(node.draft)))
@@ -393,9 +395,7 @@ class Tree:
         names = (await self._on_inodes(nodeid, caller, os.listxattr))[0]
         return [os.fsencode(name) for name in names]
 
-    async def _on_inodes(
-        self, nodeid: int, caller: Caller, function: Callable[..., T], *arguments: object
-    ) -> list[T]:
+    async def _on_inodes(self, nodeid: int, caller: Caller, function: Callable[..., T], *arguments: object) -> list[T]:
         fs = self.fs
         async with fs.attributed(fs.node(nodeid)) as descriptors:
             paths = map(backing.proc_path, descriptors)

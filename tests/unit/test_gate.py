@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from safefs.gate import Gate, KeyedLocks
+from safefs.gate import Gate, GroupSync, KeyedLocks
 
 
 def run(main: object) -> None:
@@ -219,3 +222,67 @@ def test_an_exception_inside_frees_the_key() -> None:
         assert not locks._locks
 
     run(main)
+
+
+class Disk:
+    """Counts syncs; each notes how many changes it has seen when it began, and can be held up."""
+
+    def __init__(self) -> None:
+        self.changes = 0
+        self.safe = 0
+        self.runs = 0
+        self.go = threading.Event()
+        self.began = threading.Event()
+
+    def sync(self) -> None:
+        self.runs += 1
+        seen = self.changes
+        self.began.set()
+        assert self.go.wait(10)
+        self.safe = max(self.safe, seen)
+
+
+def test_one_sync_serves_all_who_asked_while_another_was_under_way() -> None:
+    disk, syncs = Disk(), GroupSync()
+    asked = threading.Semaphore(0)
+
+    def change() -> None:
+        disk.changes += 1
+        mine = disk.changes
+        asked.release()
+        syncs.sync("directory", disk.sync)
+        assert disk.safe >= mine
+
+    with ThreadPoolExecutor(20) as pool:
+        first = pool.submit(change)
+        assert disk.began.wait(10)
+        others = [pool.submit(change) for _ in range(19)]
+        for _ in range(20):
+            assert asked.acquire(timeout=10)
+        disk.go.set()
+        for future in (first, *others):
+            future.result(10)
+    # The first, one for all that waited for it, and at most one for those who came while that had begun.
+    assert 2 <= disk.runs <= 3
+    assert not syncs._syncs
+
+
+def test_a_sync_that_failed_serves_nobody() -> None:
+    syncs, outcomes = GroupSync(), iter([OSError(5, "first"), None])
+    began, go = threading.Event(), threading.Event()
+
+    def flaky() -> None:
+        began.set()
+        assert go.wait(10)
+        if (outcome := next(outcomes)) is not None:
+            raise outcome
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(syncs.sync, 1, flaky)
+        assert began.wait(10)
+        second = pool.submit(syncs.sync, 1, flaky)
+        go.set()
+        with pytest.raises(OSError, match="first"):
+            first.result(10)
+        second.result(10)
+    assert next(outcomes, "both ran") == "both ran"
