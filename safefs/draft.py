@@ -114,6 +114,7 @@ class Draft:
     mappable: bool = False  # a writer opened it for reading as well, so that it can be mapped
     may_have_capability: bool = False  # security.capability: nothing that safefs makes has one
     copied: bool = False  # what was published is a copy, because writers kept the private inode
+    ending: bool = False  # its node is becoming a version's
     detaching: bool = False  # its published inode is being made private again
     unlinkable: bool = False  # a name showed the inode and no longer does: link(2) takes it no more
     closer: Closer = Closer.NOBODY

@@ -474,9 +474,15 @@ class FileSystem:
 
     async def end_draft(self, draft: Draft) -> None:
         """Close the books on a draft that nobody can write to any more: its node stands for a version from now on."""
+        if draft.ending:
+            return  # who is at it looks again when he has the descriptor
         if self._is_done(draft):
-            async with draft.gate.passing():
-                fd = await self.backing.run(DAEMON, os.open, backing.proc_path(self.content_fd(draft)), os.O_PATH)
+            draft.ending = True
+            try:
+                async with draft.gate.passing():
+                    fd = await self.backing.run(DAEMON, os.open, backing.proc_path(self.content_fd(draft)), os.O_PATH)
+            finally:
+                draft.ending = False
             if self._is_done(draft):
                 self._become_version(draft, fd)
             else:

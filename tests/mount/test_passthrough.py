@@ -69,7 +69,7 @@ def overlay(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_backing_that_cannot_be_passed_through(overlay: Path, tmp_path: Path, make_mount: MountFactory) -> None:
     """The mount works on the other path and says why; who insists is told in one line."""
-    mount = make_mount(backing=overlay)
+    mount = make_mount("-o", "passthrough=auto", backing=overlay)
     assert "stacked" in str(status(mount)["data_path"])
     (mount / "file").write_bytes(A)
     assert content(overlay / "file") == A
@@ -155,9 +155,9 @@ def test_nothing_is_copied_before_the_first_write(mount: Mount, writer: Actor) -
     assert bytes_moved(mount) - before < BIG / 8
 
 
-def test_shared_files_are_one_to_two_mounts(two_mounts: tuple[Mount, Mount], writer: Actor, stranger: Actor) -> None:
+def test_shared_files_are_one_to_two_mounts(make_mount: MountFactory, writer: Actor, stranger: Actor) -> None:
     """Class shared passes through as well: mappings on two mounts of one host are the same pages."""
-    first, second = two_mounts
+    first, second = make_mount("-o", "passthrough=on"), make_mount("-o", "passthrough=on")
     (first / "data.db").write_bytes(bytes(4096))
     code = "m = mmap.mmap(os.open(p, os.O_RDWR), 4096)"
     writer(code, p=str(first / "data.db"))
