@@ -106,6 +106,7 @@ class Draft:
     fresh: bool = False  # started from nothing: O_CREAT or O_TRUNC
     prepared: bool = False  # the private inode has the content; before that reads go to the base
     modified: bool = False  # there is something to publish
+    closed: bool = False  # published by its provably last close: whoever opens the name from now on is a new writer
     flushed: bool = False  # a living or exiting process closed after the last write
     size: int = 0  # bytes that the file must have when it is sealed
     gathered: Gathered = field(default_factory=Gathered)  # guarded by the gate's `writing`
@@ -147,7 +148,7 @@ class Draft:
 
         What was published through the kernel is a version to everybody: its inode takes no further round.
         """
-        over = self.unseen and self.state is DraftState.PUBLISHED and not self.writers
+        over = self.closed or (self.unseen and self.state is DraftState.PUBLISHED and not self.writers)
         return self.visible_to_family and not over
 
     @property

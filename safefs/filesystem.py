@@ -314,6 +314,10 @@ class FileSystem:
         """Where a draft's content is: its own inode, or its base until the first write."""
         return draft.fd if draft.prepared or draft.base is None else draft.base.fd
 
+    def shown_fd(self, draft: Draft) -> int:
+        """The inode that link(2) takes: the draft's, or the copy that its name shows in its place."""
+        return draft.base.fd if draft.unlinkable and draft.base is not None else self.content_fd(draft)
+
     # ---------------------------------------------------------- families
 
     async def look(self, function: Callable[..., T], *arguments: object) -> T | None:

@@ -28,6 +28,7 @@ class Passthrough:
 
     def __init__(self, reason: str) -> None:
         self.reason = reason  # why it is not active
+        self._device = -1
 
     @property
     def active(self) -> bool:
@@ -36,12 +37,17 @@ class Passthrough:
     def enable(self, device: int) -> None:
         """Use the connection behind this /dev/fuse descriptor, which negotiated FUSE_PASSTHROUGH."""
         self.reason = ""
+        self._device = device
         native.backing_enable(device)
 
     def disable(self, reason: str) -> None:
         """From now on no file passes through that does not yet."""
         self.reason = reason
         native.backing_enable(-1)
+
+    def requests_wait(self) -> bool:
+        """False: what the kernel had to say until now has been received.  On the event loop only."""
+        return native.hot_requests_wait(self._device)
 
     def register(self, fd: int) -> int:
         """A backing id for the inode of `fd`, with the rights of the calling thread; 0 where the kernel refuses."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import select
+import time
 from collections.abc import Iterator
 
 from safefs.model import Closer, Process
@@ -95,20 +96,24 @@ def closer_of(tid: int) -> tuple[int, Closer]:
     return tgid, Closer.EXITED
 
 
-def is_still_closing(tid: int) -> bool | None:
-    """Whether a thread whose FLUSH was answered is still in the call that closes; None while that cannot be told.
+def time_while_closing(tid: int) -> int | None:
+    """CPU time (ns) of a thread whose FLUSH was answered; None when it has left the call that closes.
 
     The kernel lets go of a closed file when that call ends, of all files of an ending process together at its end
     (fs/file_table.c, fput), and a thread that does not wait for a FLUSH does not sleep until then.  For callers who
-    know that the thread waits for no other one.
+    know that the thread waits for no other one.  A thread that runs may be in the call or behind it; how long it has
+    run tells, since the rest of the call takes it microseconds.
     """
     status = _read(f"/proc/{tid}/status")
     if status is None:
-        return False
+        return None
     state = status.partition("\nState:\t")[2][:1]
     if "\nVmSize:" not in status:
-        return state not in "ZX"
-    return None if state == "R" else False
+        return None if state in "ZX" else 0
+    if state != "R":
+        return None
+    times = _read(f"/proc/{tid}/schedstat")
+    return int(times.split()[0]) if times else time.monotonic_ns()  # without CONFIG_SCHED_INFO
 
 
 def _exit_code_visible(tid: int) -> bool:

@@ -23,6 +23,7 @@ from safefs.native import native
 CAPABILITY = os.fsencode(backing.CAPABILITY)
 FIRST_DRAFT_COOKIE = -(1 << 63)  # offsets of a family's own drafts, after the backing's entries
 DT_REG = 8
+LINK_ATTEMPTS = 3  # of a file whose name is being given to another inode
 
 Found = tuple[int, os.stat_result]
 T = TypeVar("T")
@@ -149,12 +150,29 @@ class Tree:
         node, directory = fs.node(nodeid), fs.node(directory_id)
         self._require_free(directory, name)
         draft = node.draft
+        if draft is None:
+            async with fs.pinned(node):
+                return await self._make_link(node.fd, directory_id, name, caller)
         async with fs.held(draft):
-            if draft is not None and draft.pending:
+            return await self._link_draft(draft, directory_id, name, caller)
+
+    async def _link_draft(self, draft: Draft, directory_id: int, name: bytes, caller: Caller) -> Entry:
+        fs = self.fs
+        for _ in range(LINK_ATTEMPTS):
+            if draft.pending:
                 await fs.wait_turn(caller)
                 await fs.publish(draft)
-            async with fs.inode(node) as fd:
+            shown = fs.shown_fd(draft)
+            fd = os.dup(shown)  # the next publish may close the other
+            try:
                 return await self._make_link(fd, directory_id, name, caller)
+            except FileNotFoundError:
+                async with draft.gate.passing():  # a copy may just have taken the place of that inode
+                    if fs.shown_fd(draft) == shown:
+                        raise
+            finally:
+                os.close(fd)
+        raise failure(errno.ENOENT)
 
     async def _make_link(self, fd: int, directory_id: int, name: bytes, caller: Caller) -> Entry:
         def make_link(directory: int, new_name: bytes) -> Found:

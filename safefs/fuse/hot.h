@@ -177,6 +177,8 @@ int hot_prepare(void);
 int hot_start(int device);
 void hot_stop(void);
 size_t hot_threads(void);
+/* False: Python has been given every request that the kernel had queued before the call.  Never blocks. */
+bool hot_requests_wait(int kernel_fd);
 
 /* ------------------------------------------------------- shared with native.c */
 

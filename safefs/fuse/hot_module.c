@@ -328,6 +328,15 @@ static PyObject *module_opens_leave(PyObject *module, PyObject *arg)
 	Py_RETURN_NONE;
 }
 
+static PyObject *module_requests_wait(PyObject *module, PyObject *arg)
+{
+	(void)module;
+	long fd = PyLong_AsLong(arg);
+	if (fd == -1 && PyErr_Occurred())
+		return NULL;
+	return PyBool_FromLong(hot_requests_wait((int)fd));
+}
+
 static PyMethodDef hot_methods[] = {
 	{"backing_enable", module_backing_enable, METH_O, "Take backing ids from this /dev/fuse descriptor; -1: none."},
 	{"backing_register", module_backing_register, METH_O, "A backing id for the file of a descriptor."},
@@ -340,6 +349,7 @@ static PyMethodDef hot_methods[] = {
 	{"hot_start", module_start, METH_O, "Read requests from the kernel's descriptor, after INIT."},
 	{"hot_stop", module_stop, METH_NOARGS, "End the threads, before pyfuse3.close."},
 	{"hot_counters", module_counters, METH_NOARGS, "Requests answered and passed on by opcode, threads, nodes."},
+	{"hot_requests_wait", module_requests_wait, METH_O, "Whether the kernel has queued what Python did not get yet."},
 	{"hot_mark_name", module_mark_name, METH_VARARGS, "Add to the marks of a name and of its directory."},
 	{"hot_mark_thread", module_mark_thread, METH_VARARGS, "Add to the marks of a thread."},
 	{"hot_new_nodeid", module_new_nodeid, METH_NOARGS, "A nodeid that nobody has had."},

@@ -16,6 +16,7 @@
 #include <fcntl.h>
 #include <fuse_lowlevel.h>
 #include <linux/fuse.h>
+#include <poll.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdlib.h>
@@ -306,6 +307,21 @@ size_t hot_threads(void)
 	size_t count = thread_count;
 	pthread_mutex_unlock(&reading);
 	return count;
+}
+
+bool hot_requests_wait(int kernel_fd)
+{
+	struct pollfd kernel = {.fd = kernel_fd, .events = POLLIN};
+	if (poll(&kernel, 1, 0) != 0)
+		return true;
+	/* Who took one out before has the lock until it is in the queue. */
+	if (pthread_mutex_trylock(&reading) != 0)
+		return true;
+	pthread_mutex_lock(&queue.lock);
+	bool waits = queue.first != NULL;
+	pthread_mutex_unlock(&queue.lock);
+	pthread_mutex_unlock(&reading);
+	return waits;
 }
 
 /* -------------------------------------------------------- start and end */

@@ -114,15 +114,18 @@ def test_sigterm_waits_for_publishes(make_mount: MountFactory) -> None:
     mount = make_mount()
     outcomes = []
     with actor() as writer:
+        # By a descriptor of the mount's root: once unmounted, the path would show the directory below.
         writer(
-            "def work(base):\n"
+            "def work(root):\n"
             "    done = []\n"
             "    try:\n"
             "        for n in range(100000):\n"
-            "            f = open(f'{base}/{n}', 'wb', 0); f.write(b'x' * 300000); f.close(); done.append(n)\n"
+            "            fd = os.open(str(n), os.O_CREAT | os.O_WRONLY, 0o644, dir_fd=root)\n"
+            "            os.write(fd, b'x' * 300000); os.close(fd); done.append(n)\n"
             "    except OSError as error: return done, error.errno\n"
         )
-        writer.start("work(base)", base=str(mount.path))
+        writer("root = os.open(path, os.O_DIRECTORY)", path=str(mount.path))
+        writer.start("work(root)")
         assert wait_until(lambda: len(os.listdir(mount.backing)) > 20)
         mount.process.send_signal(signal.SIGTERM)
         assert mount.process.wait(END_SECONDS) == 0

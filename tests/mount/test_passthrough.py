@@ -7,12 +7,13 @@ import json
 import os
 import subprocess
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import MountFactory
-from tests.mount.actors import Actor
+from tests.mount.actors import Actor, actor
 from tests.mount.places import A, B, content, quarantined
 from tests.support.mounting import Mount, safefs_command, wait_until
 
@@ -178,6 +179,26 @@ def test_a_file_that_could_have_been_mapped_is_published_once(mount: Mount, writ
     assert status(mount)["counters"] == {"published": 20}
 
 
+def test_a_busy_daemon_takes_no_closer_for_a_late_writer(mount: Mount) -> None:
+    """RELEASE waits behind other requests: until it was read nobody knows, and a copy of a model costs minutes."""
+    script = """
+def work(base):
+    for number in range(200):
+        fd = os.open(f"{base}.{number}", os.O_CREAT | os.O_WRONLY)
+        os.write(fd, b"x" * 3000)
+        os.close(fd)
+        os.link(f"{base}.{number}", f"{base}.{number}.link")
+"""
+    with ExitStack() as stack:
+        parties = [stack.enter_context(actor()) for _ in range(4)]
+        for number, party in enumerate(parties):
+            party(script)
+            party.start("work(base)", base=str(mount / f"file{number}"))
+        for party in parties:
+            party.result()
+    assert status(mount)["counters"] == {"published": 800}
+
+
 # Python's mmap keeps a descriptor of its own: libc's does not.
 MAP = """
 libc = ctypes.CDLL(None, use_errno=True)
@@ -226,3 +247,33 @@ def test_what_is_removed_while_it_is_mapped_stays_removed(mount: Mount, writer: 
         writer("ctypes.memmove(address, b'here', 4); unmap(address, size)")
     assert wait_until(lambda: status(mount)["drafts"] == 0)
     assert os.listdir(mount.path) == []
+
+
+@pytest.mark.parametrize("passthrough", ["on", "off"])
+def test_a_new_writer_does_not_join_a_file_that_was_closed(
+    passthrough: str, make_mount: MountFactory, writer: Actor, stranger: Actor
+) -> None:
+    """Also a child of who closed it: what the child writes is its own until it closes, though the kernel still holds
+    the handle (here for a mapping, else for the moment until RELEASE)."""
+    mount = make_mount("-o", f"passthrough={passthrough}")
+    path = mount / "file"
+    writer(MAP)
+    fd = writer.open(path, os.O_CREAT | os.O_RDWR)
+    writer.write(fd, A)
+    writer("place = map_file(fd, size)", fd=fd, size=len(A))
+    writer.closefd(fd)
+    child = writer.fork()
+    other = child.open(path, os.O_WRONLY | os.O_APPEND)
+    child.write(other, B)
+    for party in (writer, stranger):
+        assert party.read(path) == A
+    assert content(path) == content(mount.backing / "file") == A
+    child.closefd(other)
+    child.exit()
+    for party in (writer, stranger):
+        assert party.read(path) == A + B
+    assert content(mount.backing / "file") == A + B
+    writer("unmap(place, size)", size=len(A))
+    assert wait_until(lambda: status(mount)["drafts"] == 0)
+    assert content(mount.backing / "file") == A + B
+    assert not list(quarantined(mount.backing))
