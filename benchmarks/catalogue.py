@@ -121,19 +121,26 @@ def _safefs_state(mountpoint: Path) -> str:
     return f"data path: {status.get('data_path', 'daemon')}; requests are answered {requests}"
 
 
-def _safefs_system(name: str, title: str, option: str = "") -> System:
-    return System(name, title, _safefs(option), safefs_option=option, publishes=True, state=_safefs_state)
+def _safefs_system(name: str, title: str, option: str = "", *, once: bool = False) -> System:
+    return System(name, title, _safefs(option), safefs_option=option, publishes=True, once=once, state=_safefs_state)
 
 
 SYSTEMS = (
     System("native", "the bare directory"),
     _safefs_system("safefs", "safefs"),
     _safefs_system("safefs-fallback", "safefs -o passthrough=off", "passthrough=off"),
-    _safefs_system("safefs-python", "safefs -o hot=off", "hot=off"),
+    _safefs_system("safefs-python", "safefs -o hot=off", "hot=off", once=True),
     System("bindfs", "bindfs", _bindfs, ("bindfs",), ("bindfs", "--version")),
     System("mergerfs", "mergerfs", _mergerfs, ("mergerfs",), ("mergerfs", "--version")),
-    System("fuse-overlayfs", "fuse-overlayfs", _fuse_overlayfs, ("fuse-overlayfs",), ("fuse-overlayfs", "--version")),
-    System("rclone", "rclone mount --vfs-cache-mode writes", _rclone, ("rclone",), ("rclone", "version")),
+    System(
+        "fuse-overlayfs",
+        "fuse-overlayfs",
+        _fuse_overlayfs,
+        ("fuse-overlayfs",),
+        ("fuse-overlayfs", "--version"),
+        once=True,
+    ),
+    System("rclone", "rclone mount --vfs-cache-mode writes", _rclone, ("rclone",), ("rclone", "version"), once=True),
     System(
         "juicefs",
         "JuiceFS on redis and a local bucket",
@@ -141,6 +148,7 @@ SYSTEMS = (
         ("juicefs", "redis-server"),
         ("juicefs", "version"),
         shares=False,
+        once=True,
         prepare=_start_redis,
         helper="redis",
     ),

@@ -89,7 +89,7 @@ class Rounds:
     def go(self, count: int, limit_seconds: float) -> None:
         """At most `count` rounds; a further one only if it ends in time, going by the one before.
 
-        Should already the first take longer, its last measures are left out.
+        Should already the first take longer, its last measures are left out.  Systems measured once are in the first.
         """
         start = time.monotonic()
         for number in range(count):
@@ -105,10 +105,14 @@ class Rounds:
                 self.fleet.run.notes.append(f"{measure.name} in round {number + 1}: out of time")
                 continue
             for system in rotated(self.systems, number):
-                if system.name not in self.fleet.run.left_out and (measure.name, system.name) not in self._failed:
+                if self._takes_part(system, measure, number):
                     self.tell(f"round {number + 1} of {count}: {measure.name} on {system.name}")
                     self._attempt(measure, system, number)
                 self.advance()
+
+    def _takes_part(self, system: System, measure: Measure, number: int) -> bool:
+        failed = system.name in self.fleet.run.left_out or (measure.name, system.name) in self._failed
+        return not failed and not (system.once and number)
 
     def _attempt(self, measure: Measure, system: System, number: int) -> None:
         run = self.fleet.run

@@ -77,7 +77,8 @@ class System:
     """One of those compared.
 
     `shares` says that it shows the backing directory itself, `publishes` that a close on it is durable, `helper` names
-    the service that `prepare` starts, `state` tells what a live mount says about itself.
+    the service that `prepare` starts, `state` tells what a live mount says about itself.  With `once` it is measured in
+    the first round only: no target is about it, and with all of them in each round a run would take half a day.
     """
 
     name: str
@@ -88,6 +89,7 @@ class System:
     safefs_option: str = ""
     shares: bool = True
     publishes: bool = False
+    once: bool = False
     prepare: Callable[[Place], None] | None = None
     helper: str = ""
     state: Callable[[Path], str] | None = None
