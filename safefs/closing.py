@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 LOOK_AGAIN_SECONDS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032)
 MAPS_SECONDS = 0.1  # for a look at a process's mappings, which can be waiting for the very FLUSH (processes.py)
 # Looks whether a handle is released after its last FLUSH, which it is at once unless a copy of it was missed.
-RELEASE_SECONDS = (0.001, 0.25)  # between looks, at first and at most
+RELEASE_SECONDS = (0.003, 0.25)  # between looks, at first and at most
 CLOSING_NS = 20_000_000  # of CPU time: more than the end of a close(2) or close_range(2) takes
 BACKLOG_LOOKS = 8  # while the kernel has requests that were not received yet: RELEASE may be among them
 FPUT_SECONDS = (0.001, 0.004, 0.016)  # the kernel closes a passed-through file a moment after it sends RELEASE

@@ -124,6 +124,7 @@ class Draft:
     reserved: int = 0  # opens on their way: a LOOKUP was answered with the draft, its OPEN has not come yet
     listed: bool = False  # in the table of drafts
     spare_fds: list[int] = field(default_factory=list)  # given up within a round, until its publish
+    version_fd: int = -1  # O_PATH, of the private inode once it is published: for its node to go on with
     state: DraftState = DraftState.WRITING
 
     def move(self, event: DraftEvent) -> None:
@@ -132,6 +133,9 @@ class Draft:
         if target is None:
             raise InvalidTransitionError(f"draft {self.write_id} is {self.state.value}: it cannot take {event.name}")
         self.state = target
+        if event is DraftEvent.WRITTEN and self.version_fd >= 0:
+            self.spare_fds.append(self.version_fd)
+            self.version_fd = -1
 
     @property
     def discarded(self) -> bool:

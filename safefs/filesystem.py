@@ -481,12 +481,9 @@ class FileSystem:
         if draft.ending:
             return  # who is at it looks again when he has the descriptor
         if self._is_done(draft):
-            draft.ending = True
-            try:
-                async with draft.gate.passing():
-                    fd = await self.backing.run(DAEMON, os.open, backing.proc_path(self.content_fd(draft)), os.O_PATH)
-            finally:
-                draft.ending = False
+            fd, draft.version_fd = draft.version_fd, -1
+            if fd < 0:
+                fd = await self._version_fd(draft)
             if self._is_done(draft):
                 self._become_version(draft, fd)
             else:
@@ -494,6 +491,14 @@ class FileSystem:
         if draft.node.draft is not draft and not draft.handles:
             await self._close_draft(draft)
         close_all(self.nodes.drop_if_idle(draft.node))
+
+    async def _version_fd(self, draft: Draft) -> int:
+        draft.ending = True
+        try:
+            async with draft.gate.passing():
+                return await self.backing.run(DAEMON, backing.reopen, self.content_fd(draft), os.O_PATH)
+        finally:
+            draft.ending = False
 
     def _become_version(self, draft: Draft, fd: int) -> None:
         node = draft.node
@@ -508,8 +513,8 @@ class FileSystem:
     async def _close_draft(self, draft: Draft) -> None:
         if draft.fd < 0:
             return
-        descriptors = {draft.fd, draft.pidfd, *draft.spare_fds, *([draft.base.fd] if draft.base else [])}
-        draft.fd = draft.pidfd = -1
+        descriptors = {draft.fd, draft.pidfd, draft.version_fd, *draft.spare_fds, *([draft.base.fd] if draft.base else [])}
+        draft.fd = draft.pidfd = draft.version_fd = -1
         try:
             if draft.temp_name is not None:  # an empty hidden temp: nothing was ever written to it
                 with suppress(OSError):

@@ -7,6 +7,7 @@ bytes are in quarantine.
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import logging
 import os
@@ -37,6 +38,7 @@ class PrivateInode:
 
     fd: int
     temp_name: bytes | None  # its hidden name, None for O_TMPFILE
+    version_fd: int = -1  # O_PATH, once a name shows it
 
 
 class PublishRefusedError(SafefsError):
@@ -96,8 +98,8 @@ def may_replace(order: Order) -> bool:
     raise PublishRefusedError(f"the version that it was based on {what}", errno.ESTALE)
 
 
-def carry_out(order: Order) -> None:
-    """Seal, check, rename, and make the name durable.  Blocks; runs as the caller."""
+def carry_out(order: Order) -> int:
+    """Seal, check, rename, and make the name durable; an O_PATH descriptor of the version.  Blocks; as the caller."""
     draft = order.draft
     if backing.is_removed(order.target):
         raise PublishRefusedError("its directory was removed", errno.ENOENT)
@@ -120,6 +122,7 @@ def carry_out(order: Order) -> None:
         hidden=order.hidden,
     )
     order.sync_target()
+    return backing.reopen(order.inode.fd, os.O_PATH)
 
 
 def take_place(order: Order) -> bool:
@@ -208,16 +211,18 @@ class Publisher:
         if inode.temp_name is None:
             await self.note_directory(target)
         try:
-            await self._backing.run_or_daemon(draft.caller, carry_out, order)
+            version_fd = await self._backing.run_or_daemon(draft.caller, carry_out, order)
         except BaseException:
             if copy:
                 await self._backing.run(DAEMON, drop_inode, draft.directory.fd, inode)
             raise
-        return inode
+        return dataclasses.replace(inode, version_fd=version_fd)
 
     def _published(self, draft: Draft, name: bytes, inode: PrivateInode, keep_private: bool) -> None:
         draft.move(DraftEvent.RENAMED)
         draft.modified = draft.created = draft.exclusive = draft.fresh = False
+        draft.spare_fds += [fd for fd in (draft.version_fd,) if fd >= 0]
+        draft.version_fd = inode.version_fd
         if not keep_private:
             if inode.fd != draft.fd:
                 draft.spare_fds.append(draft.fd)
