@@ -513,7 +513,8 @@ class FileSystem:
     async def _close_draft(self, draft: Draft) -> None:
         if draft.fd < 0:
             return
-        descriptors = {draft.fd, draft.pidfd, draft.version_fd, *draft.spare_fds, *([draft.base.fd] if draft.base else [])}
+        base = [draft.base.fd] if draft.base else []
+        descriptors = {draft.fd, draft.pidfd, draft.version_fd, *draft.spare_fds, *base}
         draft.fd = draft.pidfd = draft.version_fd = -1
         try:
             if draft.temp_name is not None:  # an empty hidden temp: nothing was ever written to it
