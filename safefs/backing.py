@@ -43,6 +43,7 @@ SPACE_BYTES = 1 << 17  # less than this is no space: a write of that size is wha
 OTHER_FILESYSTEM = (errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS)
 POSIX_ACL = "system.posix_acl_access"
 CAPABILITY = "security.capability"
+PROVENANCE = "user.safefs."  # extended attributes of versions, which only safefs writes
 NO_TMPFILE = (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT)  # open(2), O_TMPFILE
 REFUSED = (errno.EACCES, errno.EPERM)
 
@@ -412,7 +413,8 @@ def copy_metadata(source: int, target: int) -> None:
     except OSError:
         return
     for name in names:
-        if name == CAPABILITY:  # a write takes it away, whoever writes
+        # A write takes a capability away, whoever writes; what is known of the base is not true of the draft.
+        if name == CAPABILITY or name.startswith(PROVENANCE):
             continue
         # A namespace that only root may write (trusted, security) stays behind for other daemons.
         with suppress(OSError):
@@ -482,13 +484,19 @@ def allocate(fd: int, mode: int, offset: int, length: int) -> None:
 
 def same_contents(one: int, other: int) -> bool:
     """Whether two files have the same bytes."""
-    size = os.fstat(one).st_size
-    if os.fstat(other).st_size != size:
+    return os.fstat(one).st_size == os.fstat(other).st_size and starts_with(one, other)
+
+
+def starts_with(one: int, other: int) -> bool:
+    """Whether a file begins with all the bytes of another."""
+    size = os.fstat(other).st_size
+    if os.fstat(one).st_size < size:
         return False
-    return all(
-        os.pread(one, COPY_CHUNK_BYTES, offset) == os.pread(other, COPY_CHUNK_BYTES, offset)
-        for offset in range(0, size, COPY_CHUNK_BYTES)
-    )
+    for offset in range(0, size, COPY_CHUNK_BYTES):
+        length = min(COPY_CHUNK_BYTES, size - offset)
+        if os.pread(one, length, offset) != os.pread(other, length, offset):
+            return False
+    return True
 
 
 def read_full(fd: int, size: int, offset: int) -> bytes:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from safefs.errors import ConfigError
-from safefs.rules import Rule, RuleSet, parse_rules, rule_lines, shipped_rules
+from safefs.rules import Rule, RuleSet, Verify, parse_rules, rule_lines, shipped_rules
 
 __all__ = ["ConfigError", "Option", "Settings", "has_option", "load_rules", "load_settings", "parse_options"]
 
@@ -134,6 +134,7 @@ class Settings:
     temp: str = "auto"
     hot: bool = True
     passthrough: str = "auto"
+    verify: Verify = Verify.CACHE
     log_file: Path | None = None
     log_level: str = "info"
 
@@ -195,6 +196,10 @@ def _choice(words: tuple[str, ...]) -> Callable[[str], str]:
     return parse
 
 
+def _verify(text: str) -> Verify:
+    return Verify(_choice(tuple(Verify))(text))
+
+
 def _absolute_path(text: str) -> Path:
     if not text.startswith("/"):
         raise ValueError("is not an absolute path")
@@ -219,6 +224,7 @@ _VALUE_OPTIONS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "negative_refresh": ("negative_refresh", _choice(_NEGATIVE_REFRESH)),
     "temp": ("temp", _choice(_TEMP_KINDS)),
     "passthrough": ("passthrough", _choice(_PASSTHROUGH)),
+    "verify": ("verify", _verify),
     "log_file": ("log_file", _absolute_path),
     "log_level": ("log_level", _choice(_LOG_LEVELS)),
 }

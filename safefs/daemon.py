@@ -112,7 +112,7 @@ class Daemon:
         )
         self.state = StateDirectory(self._scratch() if settings.read_only else settings.state)
         self.record = DaemonRecord(self.state, self.backing.node_id)
-        self.publisher = Publisher(self.backing, self.state, self.record)
+        self.publisher = Publisher(self.backing, self.state, self.record, settings.verify)
         cache_size = node_cache_size(settings, limit)
         hot = self._configure_hot(cache_size) if settings.hot else Cold()
         self.fs = FileSystem(settings, self.backing, self.publisher, cache_size, hot)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import TYPE_CHECKING
 
+from safefs.digest import Written
 from safefs.hot import Cold
 from safefs.model import Caller, Closer, Identity, Process
 from safefs.rules import NameClass
@@ -104,12 +105,14 @@ class Draft:
     created: bool = False  # by O_CREAT of a missing name
     exclusive: bool = False  # by O_CREAT|O_EXCL
     fresh: bool = False  # started from nothing: O_CREAT or O_TRUNC
+    append_only: bool = True  # whoever has opened it for writing did so with O_APPEND
     prepared: bool = False  # the private inode has the content; before that reads go to the base
     modified: bool = False  # there is something to publish
     closed: bool = False  # published by its provably last close: whoever opens the name from now on is a new writer
     flushed: bool = False  # a living or exiting process closed after the last write
     size: int = 0  # bytes that the file must have when it is sealed
     gathered: Gathered = field(default_factory=Gathered)  # guarded by the gate's `writing`
+    written: Written = field(default_factory=Written)  # what the private inode was given; guarded likewise
     error: int = 0  # errno of the first write that failed
     unseen: bool = False  # its writers pass through: the kernel writes to the private inode by itself
     mappable: bool = False  # a writer opened it for reading as well, so that it can be mapped

@@ -17,6 +17,10 @@ class SafefsError(Exception):
         self.errno = errno
 
 
+class PublishRefusedError(SafefsError):
+    """A check failed: nothing was published, and what was written is in quarantine."""
+
+
 class ConfigError(SafefsError):
     """A setting, option or rule that cannot be honoured."""
 

@@ -13,13 +13,14 @@ from dataclasses import dataclass, replace
 
 from safefs import backing, processes
 from safefs.backing import DAEMON, AttributeChange
+from safefs.digest import Written
 from safefs.draft import Base, Draft, DraftEvent, DraftState
 from safefs.filesystem import Entry, FileSystem, Handle, failure
 from safefs.gate import Gate
 from safefs.model import Caller, Process
 from safefs.namespace import Node, Ticket
 from safefs.native import native
-from safefs.publisher import PrivateInode, drop_inode, write_gathered
+from safefs.placing import PrivateInode, drop_inode, write_draft, write_gathered
 from safefs.rules import NameClass
 
 SMALL_BYTES, GATHERED_BYTES = 1 << 16, 1 << 18  # of writes that are gathered, and of what is gathered
@@ -143,6 +144,8 @@ class Files:
         fs = self.fs
         fs.end_ticket(fs.tickets.take(caller.pid))
         writable = wants_write(flags)
+        if writable and not flags & os.O_APPEND:
+            draft.append_only = False
         draft.handles += 1
         draft.writers += writable
         try:
@@ -351,7 +354,7 @@ class Files:
             gathered.add(offset, data)
             return len(data)
         try:
-            return await run(DAEMON, backing.write_all, draft.fd, data, offset)
+            return await run(DAEMON, write_draft, draft, data, offset)
         except OSError as error:
             draft.error = draft.error or error.errno or errno.EIO
             raise
@@ -385,7 +388,7 @@ class Files:
         draft.fd, draft.temp_name, _ = await fs.backing.run_or_daemon(
             draft.caller, make, draft.directory.fd, 0o600, hidden
         )
-        draft.write_id = secrets.token_hex(8)
+        draft.write_id, draft.written = secrets.token_hex(8), Written()
         draft.prepared = False
         draft.move(DraftEvent.WRITTEN)
 
@@ -430,6 +433,7 @@ class Files:
         return backing.take_over(base.fd, base.identity, draft.directory.fd, draft.name, hidden)
 
     async def _truncate(self, draft: Draft, size: int) -> None:
+        draft.append_only = False
         async with draft.gate.passing():
             modified = draft.modified
             empty = await self._prepare(draft, fresh=size == 0)
@@ -441,6 +445,7 @@ class Files:
                 draft.modified = modified  # EFBIG and the like: nothing has changed
                 raise
             draft.size = size
+            draft.written.forget(size)
             if size == 0:
                 draft.fresh = True
 
@@ -454,6 +459,8 @@ class Files:
             await self._prepare(draft)
             await self.fs.write_out(draft)
             await self.fs.backing.run(DAEMON, backing.allocate, draft.fd, mode, offset, length)
+            if mode:  # it can move bytes or make them zeros
+                draft.written.forget(offset)
             draft.size = os.fstat(draft.fd).st_size
 
     async def lseek(self, number: int, offset: int, whence: int) -> int:
@@ -479,6 +486,7 @@ class Files:
                     DAEMON, os.copy_file_range, fd_in, draft.fd, length, source_offset, target_offset
                 )
             draft.size = max(draft.size, target_offset + count)
+            draft.written.forget(target_offset, target_offset + count)
             return count
 
     async def fsync(self, number: int, datasync: bool) -> None:

@@ -28,8 +28,9 @@ from safefs.namespace import ROOT_NODEID, Namespace, Node, Ticket, Tickets
 from safefs.native import native
 from safefs.ordering import Ordering
 from safefs.passthrough import Passthrough
-from safefs.publisher import Publisher, write_gathered
-from safefs.rules import Match, NameClass
+from safefs.placing import write_gathered
+from safefs.publisher import Publisher
+from safefs.rules import Match, NameClass, Policy
 
 log = logging.getLogger(__name__)
 
@@ -102,6 +103,7 @@ class FileSystem:
         self._last_handle = 0
         self.forget_attributes: Callable[[int], None] | None = None  # those of the kernel, once there is a mount
         publisher.on_publish = self._note_publish
+        publisher.policy_of = self.policy
         status = os.stat(store.root_fd)
         self.root = self.nodes.create(backing.identity_of(status), status.st_mode, shown=True)
         self.root.lookups = self.root.pins = 1
@@ -233,6 +235,10 @@ class FileSystem:
     def classify(self, directory: Node, name: bytes) -> Match:
         rules = self.settings.rules
         return rules.classify(name, self._path(directory) if rules.uses_paths else b"")
+
+    def policy(self, directory: Node, name: bytes) -> Policy:
+        """What is checked of a file before this name shows it."""
+        return self.settings.rules.policy(name, self._path(directory))
 
     def _path(self, directory: Node) -> bytes:
         """The directory's path below the root, as far as the mount has walked it."""

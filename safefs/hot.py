@@ -137,6 +137,7 @@ def doubtful_globs(rules: RuleSet) -> tuple[bytes, ...]:
 
     An earlier rule may make such a name private all the same; it is answered by Python, which knows.
     """
-    globs = (glob for rule in rules.rules if rule.name_class is not NameClass.PRIVATE for glob in rule.globs)
+    others = (rule for rule in rules.rules if rule.name_class not in (None, NameClass.PRIVATE))
+    globs = (glob for rule in others for glob in rule.globs)
     last = {glob.rpartition("/")[2].replace("**", "*") for glob in globs}
     return tuple(sorted(glob.encode("utf-8", "surrogateescape") for glob in last))

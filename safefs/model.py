@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 
@@ -30,6 +30,7 @@ class Process:
 
     tgid: int
     session: int
+    command: str = field(default="", compare=False)  # at most 15 bytes, as the process calls itself
 
 
 class Closer(Enum):

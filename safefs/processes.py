@@ -50,7 +50,8 @@ def identify(tid: int) -> Process | None:
     status = _read(f"/proc/{tid}/status") if tid > 0 else None
     if status is None:
         return None
-    return Process(_field(status, "Tgid"), _field(status, "NSsid"))
+    command = status.partition("\n")[0].removeprefix("Name:\t")
+    return Process(_field(status, "Tgid"), _field(status, "NSsid"), command)
 
 
 def groups(tid: int) -> tuple[int, ...]:

@@ -12,144 +12,35 @@ import errno
 import logging
 import os
 import secrets
+import stat
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, suppress
 from functools import partial
 from typing import Any
 
 from safefs import backing
 from safefs.backing import DAEMON, Backing
+from safefs.digest import Written
 from safefs.draft import Base, Draft, DraftEvent, DraftState
-from safefs.errors import SafefsError
+from safefs.errors import PublishRefusedError
 from safefs.gate import GroupSync, KeyedLocks
 from safefs.model import Closer, Identity
 from safefs.namespace import Node
-from safefs.rules import NameClass
+from safefs.placing import Order, Placed, PrivateInode, Verdict, carry_out, drop_inode, take_place, write_gathered
+from safefs.rules import NameClass, Policy, Verify
+from safefs.seal import Demands, check_name
 from safefs.state import DaemonRecord, StateDirectory
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class PrivateInode:
-    """An inode that no name shows yet."""
-
-    fd: int
-    temp_name: bytes | None  # its hidden name, None for O_TMPFILE
-    version_fd: int = -1  # O_PATH, once a name shows it
-
-
-class PublishRefusedError(SafefsError):
-    """A check failed: nothing was published, and what was written is in quarantine."""
-
-
-@dataclass(frozen=True, slots=True)
-class Order:
-    """One publish, as the worker thread gets it."""
-
-    draft: Draft
-    inode: PrivateInode  # what becomes the version: the draft's own, or a copy
-    directory: int  # where a hidden temp lies
-    target: int
-    name: bytes
-    may_replace: bool
-    hidden: bytes
-    sync_target: Callable[[], None]
-    check_space: Callable[[], None] | None = None  # for writes that were not seen: one may have failed for want of it
-
-
-def write_gathered(draft: Draft) -> None:
-    """Give the private inode what was gathered for it; only one thread at a time."""
-    gathered, done = draft.gathered, 0
-    try:
-        while done < len(gathered.data):
-            done += backing.write_all(draft.fd, memoryview(gathered.data)[done:], gathered.offset + done)
-    except OSError as error:
-        draft.error = draft.error or error.errno or errno.EIO
-        raise
-    finally:
-        gathered.data = bytearray()
-
-
-def check_written(draft: Draft) -> None:
-    """The file is as long as its writes made it, or a write was lost on the way."""
-    if draft.unseen:
-        return
-    size = os.fstat(draft.fd).st_size
-    if size != draft.size:
-        raise PublishRefusedError(f"it has {size} bytes, {draft.size} were written", errno.EIO)
-
-
-def may_replace(order: Order) -> bool:
-    """Whether the draft may take the place of what its name shows now (docs/semantics.md, "Conflicts")."""
-    draft = order.draft
-    if not order.may_replace:
-        return False
-    if draft.fresh or draft.base is None:
-        return True
-    shown = backing.identity_at(order.target, order.name)
-    if shown == draft.base.identity:
-        return True
-    if shown is None and os.fstat(draft.base.fd).st_nlink > 0:
-        return False  # renamed away: that is how a downloader finishes
-    what = "was deleted" if shown is None else "shows another version"
-    raise PublishRefusedError(f"the version that it was based on {what}", errno.ESTALE)
-
-
-def carry_out(order: Order) -> int:
-    """Seal, check, rename, and make the name durable; an O_PATH descriptor of the version.  Blocks; as the caller."""
-    draft = order.draft
-    if backing.is_removed(order.target):
-        raise PublishRefusedError("its directory was removed", errno.ENOENT)
-    write_gathered(draft)
-    check_written(draft)
-    if order.check_space is not None:
-        order.check_space()
-    if draft.copied and draft.base is not None:
-        # Whoever changed attributes since then found the copy; the draft's own family changed both.
-        backing.copy_metadata(draft.base.fd, order.inode.fd)
-    os.fsync(order.inode.fd)
-    replace = may_replace(order)
-    backing.place(
-        order.inode.fd,
-        order.inode.temp_name,
-        order.directory,
-        order.target,
-        order.name,
-        replace=replace,
-        hidden=order.hidden,
-    )
-    order.sync_target()
-    return backing.reopen(order.inode.fd, os.O_PATH)
-
-
-def take_place(order: Order) -> bool:
-    """Put the copy where the draft's own inode is shown; False, and the copy has no name, where it no longer is."""
-    own = backing.identity_of(os.fstat(order.draft.fd))
-    placed = False
-    if backing.identity_at(order.target, order.name) == own:
-        os.fsync(order.inode.fd)
-        placed = backing.swap(order.inode.fd, order.inode.temp_name, order.directory, order.name, own, order.hidden)
-        order.sync_target()
-    elif order.inode.temp_name is not None:
-        backing.unlink(order.directory, order.inode.temp_name)
-    return placed
-
-
-def drop_inode(directory: int, inode: PrivateInode) -> None:
-    """Forget a private inode that nobody needs."""
-    os.close(inode.fd)
-    if inode.temp_name is not None:
-        backing.unlink(directory, inode.temp_name)
-
-
 class Publisher:
     """Publishes and refuses drafts of one backing directory."""
 
-    def __init__(self, store: Backing, state: StateDirectory, record: DaemonRecord) -> None:
+    def __init__(self, store: Backing, state: StateDirectory, record: DaemonRecord, verify: Verify) -> None:
         self._backing = store
+        self._verify = verify
         self._state = state
         self._record = record
         self._names = KeyedLocks()
@@ -157,6 +48,7 @@ class Publisher:
         self._noted: set[Identity] = set()
         self.counts: Counter[str] = Counter()
         self.on_publish: Callable[[Node, Identity | None], None] | None = None
+        self.policy_of: Callable[[Node, bytes], Policy] = lambda _directory, _name: Policy()
 
     async def publish(
         self,
@@ -185,40 +77,33 @@ class Publisher:
             async with self._names.holding((target.identity, name)):
                 draft.move(DraftEvent.SEAL)
                 try:
-                    inode = await self._carry_out(draft, target, name, replace, keep_private)
+                    placed = await self._carry_out(draft, target, name, replace, keep_private)
                 except PublishRefusedError as error:
                     await self._refuse(draft, error)
                 except OSError as error:
                     reason = f"publishing failed: {error.strerror}"
                     await self._refuse(draft, PublishRefusedError(reason, error.errno or errno.EIO))
             replaced = draft.base.identity if draft.base else None
-            self._published(draft, name, inode, keep_private)
+            self._published(draft, name, placed, keep_private)
             if self.on_publish is not None:
                 self.on_publish(target, replaced)
 
-    async def _carry_out(
-        self, draft: Draft, target: Node, name: bytes, replace: bool, keep_private: bool
-    ) -> PrivateInode:
+    async def _carry_out(self, draft: Draft, target: Node, name: bytes, replace: bool, keep_private: bool) -> Placed:
         copy = keep_private or draft.unlinkable
         inode = await self._copy(draft) if copy else PrivateInode(draft.fd, draft.temp_name)
-        hidden = self._backing.hidden_name(b"r")
-        hidden_probe = self._backing.hidden_name(b"s")
-        check = partial(self._backing.check_space, draft.directory.fd, draft.caller, hidden_probe)
-        sync = self._sync_of(target)
-        order = Order(
-            draft, inode, draft.directory.fd, target.fd, name, replace, hidden, sync, check if draft.unseen else None
-        )
+        demands = self._demands(target, name, None if copy else draft.written)
+        order = self._order(draft, inode, target, name, demands, may_replace=replace)
         if inode.temp_name is None:
             await self.note_directory(target)
         try:
-            version_fd = await self._backing.run_or_daemon(draft.caller, carry_out, order)
+            return await self._backing.run_or_daemon(draft.caller, carry_out, order)
         except BaseException:
             if copy:
                 await self._backing.run(DAEMON, drop_inode, draft.directory.fd, inode)
             raise
-        return dataclasses.replace(inode, version_fd=version_fd)
 
-    def _published(self, draft: Draft, name: bytes, inode: PrivateInode, keep_private: bool) -> None:
+    def _published(self, draft: Draft, name: bytes, placed: Placed, keep_private: bool) -> None:
+        inode = placed.inode
         draft.move(DraftEvent.RENAMED)
         draft.modified = draft.created = draft.exclusive = draft.fresh = False
         draft.spare_fds += [fd for fd in (draft.version_fd,) if fd >= 0]
@@ -230,7 +115,7 @@ class Publisher:
         size = self._rebase(draft, inode.fd)
         if keep_private:
             self._go_on_from_copy(draft)
-        self.counts["published"] += 1
+        self.counts["superseded" if placed.verdict is Verdict.THEIRS else "published"] += 1
         log.debug("published %r (%d bytes)", name, size)
 
     def _rebase(self, draft: Draft, fd: int) -> int:
@@ -243,9 +128,111 @@ class Publisher:
         draft.base = Base(fd, backing.identity_of(status))
         return status.st_size
 
+    def lock_of(self, directory: Node, name: bytes) -> Callable[[], AbstractContextManager[None]]:
+        """For worker threads: nobody else publishes under this name meanwhile, on any node."""
+        return partial(self._state.name_lock, directory.identity.ino, name)
+
+    def _order(
+        self,
+        draft: Draft,
+        inode: PrivateInode,
+        target: Node,
+        name: bytes,
+        demands: Demands,
+        *,
+        may_replace: bool = True,
+    ) -> Order:
+        store, home = self._backing, draft.directory
+        return Order(
+            draft=draft,
+            inode=inode,
+            directory=home.fd,
+            target=target.fd,
+            name=name,
+            may_replace=may_replace,
+            hidden=store.hidden_name(b"r"),
+            make_temp=partial(store.make_temp, home.fd, 0o600, store.hidden_name(b"j")),
+            lock=self.lock_of(target, name),
+            sync_target=self._sync_of(target),
+            demands=demands,
+            check_space=partial(store.check_space, home.fd, draft.caller, store.hidden_name(b"s")),
+        )
+
+    def _demands(self, directory: Node, name: bytes, written: Written | None) -> Demands:
+        policy = self.policy_of(directory, name)
+        return Demands(name, policy, policy.verify or self._verify, written)
+
     def _sync_of(self, directory: Node) -> Callable[[], None]:
         """To make a directory's names durable; one fsync(2) serves all publishes that wait for it."""
         return partial(self._syncs.sync, directory.identity, partial(backing.sync_directory, directory.fd))
+
+    # ------------------------------------ versions that get another name
+
+    async def check_new_name(self, directory: Node, name: bytes, target: Node, new_name: bytes) -> None:
+        """Before a rename: a version whose bytes are not what the new name promises goes into quarantine.
+
+        Raises PublishRefusedError (EIO).  Descriptors of both directories are pinned by the caller.
+        """
+        demands = self._demands(target, new_name, None)
+        if demands.policy.content:
+            await self._backing.run(DAEMON, self._check_entry, directory.fd, name, demands)
+
+    def _check_entry(self, directory: int, name: bytes, demands: Demands) -> None:
+        try:
+            fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
+        except OSError:
+            return  # rename(2) will say what is wrong; a symbolic link is none of ours
+        try:
+            if stat.S_ISREG(os.fstat(fd).st_mode):
+                check_name(fd, demands)
+        except PublishRefusedError as error:
+            self._keep_version(fd, directory, name, demands, error)
+            raise
+        finally:
+            os.close(fd)
+
+    def _keep_version(self, fd: int, directory: int, name: bytes, demands: Demands, error: PublishRefusedError) -> None:
+        status, write_id = os.fstat(fd), secrets.token_hex(8)
+        record = {
+            "write_id": write_id,
+            "name": os.fsdecode(name),
+            "path": self._path_text(directory, name),
+            "reason": f"it was to be renamed to {os.fsdecode(demands.name)}: {error.message}",
+            "errno": errno.errorcode.get(error.errno, str(error.errno)),
+            "uid": status.st_uid,
+            "gid": status.st_gid,
+            "pid": 0,
+            "size_bytes": status.st_size,
+        }
+        self.counts["refused"] += 1
+        if backing.identity_at(directory, name) == backing.identity_of(status):
+            self._state.keep(fd, write_id, record, (directory, name))
+            self.counts["quarantined"] += 1
+        log.warning("not renamed: %s (%s)", record["path"], record["reason"])
+
+    async def check_link(self, fd: int, target: Node, new_name: bytes) -> None:
+        """Before a link: the inode keeps the names that it has.  Raises PublishRefusedError (EIO)."""
+        demands = self._demands(target, new_name, None)
+        if demands.policy.content:
+            await self._backing.run(DAEMON, self._check_inode, fd, demands)
+
+    @staticmethod
+    def _check_inode(fd: int, demands: Demands) -> None:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            return
+        readable = backing.reopen(fd, os.O_RDONLY)
+        try:
+            check_name(readable, demands)
+        finally:
+            os.close(readable)
+
+    def _path_text(self, directory: int, name: bytes) -> str:
+        """A file's path below the root; its name alone where the directory is gone."""
+        try:
+            below = backing.path_below(self._backing.root_path, directory)
+        except OSError:
+            below = b""
+        return os.fsdecode(b"/".join(part for part in (below, name) if part))
 
     # ------------------------------------------- writers that are not seen
 
@@ -288,9 +275,10 @@ class Publisher:
             return
         inode = await self._copy(draft)
         async with self._names.holding((draft.directory.identity, draft.name)):
-            hidden = self._backing.hidden_name(b"r")
             home = draft.directory
-            order = Order(draft, inode, home.fd, home.fd, draft.name, True, hidden, self._sync_of(home))
+            # The name has shown these bytes already: that they do not suit it would be no news.
+            demands = dataclasses.replace(self._demands(home, draft.name, None), policy=Policy())
+            order = self._order(draft, inode, home, draft.name, demands)
             try:
                 placed = await self._backing.run_or_daemon(draft.caller, take_place, order)
             except BaseException:
@@ -391,11 +379,7 @@ class Publisher:
         }
 
     def _keep(self, draft: Draft, record: dict[str, Any]) -> bool:
-        try:
-            below = backing.path_below(self._backing.root_path, draft.directory.fd)
-            record["path"] = os.fsdecode(b"/".join(part for part in (below, draft.name) if part))
-        except OSError:
-            pass  # the directory is gone: the name alone has to do
+        record["path"] = self._path_text(draft.directory.fd, draft.name)
         with suppress(OSError):
             write_gathered(draft)  # what there is of it
         hidden = None if draft.temp_name is None else (draft.directory.fd, draft.temp_name)

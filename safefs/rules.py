@@ -1,4 +1,7 @@
-"""Classes of names: which protocol a file follows, from ordered glob rules of which the first match wins.
+"""What names say: which protocol a file follows and what is checked of it, from ordered glob rules.
+
+A rule gives a class, or what is checked before a publish (`verify`, `content`), or several of these.  Class and verify
+come from the first matching rule that gives them; content from all of them, until one says off.
 
 Guaranteed: a `RuleSet` never changes, `classify` does no I/O, works on bytes (names need not be UTF-8) and answers
 the same for the same arguments.  An administrator's rules come before the shipped ones (`rules.toml`).
@@ -14,13 +17,17 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import lru_cache
 from importlib import resources
-from typing import Any
+from itertools import takewhile
+from typing import Any, TypeVar
 
 from safefs.errors import ConfigError
 
 CACHED_NAMES = 16384
+GIVEN = ("class", "verify", "content")
 _RULE_HEADING = re.compile(r"^[ \t]*\[\[\s*rule\s*\]\]", re.MULTILINE)
 _SPECIAL = re.compile(rb"[*?\[]")
+
+Choice = TypeVar("Choice", bound=StrEnum)
 
 
 class NameClass(StrEnum):
@@ -37,14 +44,42 @@ class NameClass(StrEnum):
         return self in (NameClass.LOCK, NameClass.SHARED)
 
 
+class Verify(StrEnum):
+    """What is read back before a file is published."""
+
+    STORAGE = "storage"  # its bytes, after the kernel's copy of them was dropped
+    CACHE = "cache"  # its bytes, wherever they come from
+    OFF = "off"
+
+
+class Content(StrEnum):
+    """What a name says about the bytes of its file."""
+
+    SHA256 = "sha256"  # where the name ends with 64 hexadecimal digits: that they are it
+    GIT_BLOB = "git-blob"  # where it ends with 40: that they are the sha1 that git computes
+    SAFETENSORS = "safetensors"  # a header that accounts for every byte
+    ZIP = "zip"  # a central directory that fits the file
+    OFF = "off"  # nothing
+
+
 @dataclass(frozen=True)
 class Rule:
-    """One `[[rule]]` table: a class and the globs that lead to it."""
+    """One `[[rule]]` table: globs, and what they give; None is left to later rules."""
 
-    name_class: NameClass
+    name_class: NameClass | None
     globs: tuple[str, ...]
     source: str = "rule"
     reason: str = ""
+    verify: Verify | None = None
+    content: tuple[Content, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What is checked of a file of this name before it is published; `verify` None: what the mount says."""
+
+    verify: Verify | None = None
+    content: tuple[Content, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -77,6 +112,10 @@ class _Matcher:
         self.names = _any_of(map(_translate_component, others))
         self.paths = _any_of(_translate_path(glob) for glob in globs if b"/" in glob)
 
+    @property
+    def gives_policy(self) -> bool:
+        return self.rule.verify is not None or self.rule.content is not None
+
     def matches(self, name: bytes, directory: bytes) -> bool:
         return (
             name in self.literals
@@ -87,33 +126,45 @@ class _Matcher:
 
 
 class RuleSet:
-    """Ordered rules, ready to be asked; `uses_paths` says whether `directory` can make a difference."""
+    """Ordered rules, ready to be asked; `uses_paths` says whether a name's class can depend on its directory."""
 
     def __init__(self, rules: Iterable[Rule] = ()) -> None:
         self.rules = tuple(rules)
-        self.uses_paths = any("/" in glob for rule in self.rules for glob in rule.globs)
-        self._matchers = tuple(_Matcher(rule) for rule in self.rules)
+        matchers = tuple(_Matcher(rule) for rule in self.rules)
+        self._classes = tuple(matcher for matcher in matchers if matcher.rule.name_class is not None)
+        self._policies = tuple(matcher for matcher in matchers if matcher.gives_policy)
+        self.uses_paths = any("/" in glob for matcher in self._classes for glob in matcher.rule.globs)
         self._cached = lru_cache(maxsize=CACHED_NAMES)(self._find)
 
     def classify(self, name: bytes, directory: bytes = b"") -> Match:
         """The class of `name` in `directory`, which is relative to the mount's root and has no slash at its ends."""
         return self._cached(name, directory if self.uses_paths else b"")
 
+    def policy(self, name: bytes, directory: bytes) -> Policy:
+        """How a file of this name in this directory is published."""
+        found = [matcher.rule for matcher in self._policies if matcher.matches(name, directory)]
+        content = (kind for rule in found for kind in rule.content or ())
+        checks = dict.fromkeys(takewhile(lambda kind: kind is not Content.OFF, content))
+        return Policy(next((rule.verify for rule in found if rule.verify is not None), None), tuple(checks))
+
     def explain(self, path: bytes) -> dict[str, str]:
         """Why the file at `path`, relative to the mount's root, has its class: plain texts, for people and JSON."""
         directory, _, name = path.strip(b"/").rpartition(b"/")
-        match = self.classify(name, directory)
+        match, policy = self.classify(name, directory), self.policy(name, directory)
         return {
             "class": str(match.name_class),
             "glob": match.glob or "",
             "source": match.source,
             "reason": match.reason,
+            "verify": str(policy.verify or "default"),
+            "content": ", ".join(policy.content) or "off",
         }
 
     def _find(self, name: bytes, directory: bytes) -> Match:
-        for matcher in self._matchers:
-            if matcher.matches(name, directory):
-                return Match(matcher.rule.name_class, matcher.rule, _matching_glob(matcher.rule, name, directory))
+        for matcher in self._classes:
+            rule = matcher.rule
+            if rule.name_class is not None and matcher.matches(name, directory):
+                return Match(rule.name_class, rule, _matching_glob(rule, name, directory))
         return Match(NameClass.PRIVATE)
 
 
@@ -142,21 +193,39 @@ def parse_rules(tables: object, source: str, lines: list[int] | None = None) -> 
 
 def _parse_rule(table: object, source: str) -> Rule:
     if not isinstance(table, Mapping):
-        raise ConfigError(f"{source}: a rule is a table with class and match")
+        raise ConfigError(f"{source}: a rule is a table with match and what it gives")
     for key in table:
-        if key not in ("class", "match", "reason"):
-            raise ConfigError(f"{source}: unknown key {key!r} (a rule has class, match and reason)")
-    return Rule(_parse_class(table, source), _parse_globs(table, source), source, _parse_reason(table, source))
+        if key not in ("match", "reason", *GIVEN):
+            raise ConfigError(f"{source}: unknown key {key!r} (a rule has match, reason and {', '.join(GIVEN)})")
+    if not any(key in table for key in GIVEN):
+        raise ConfigError(f"{source}: the rule gives nothing (one of {', '.join(GIVEN)})")
+    return Rule(
+        _parse_choice(table, "class", NameClass, source),
+        _parse_globs(table, source),
+        source,
+        _parse_reason(table, source),
+        _parse_choice(table, "verify", Verify, source),
+        _parse_content(table, source),
+    )
 
 
-def _parse_class(table: Mapping[str, Any], source: str) -> NameClass:
+def _parse_choice(table: Mapping[str, Any], key: str, choices: type[Choice], source: str) -> Choice | None:
+    if key not in table:
+        return None
     try:
-        return NameClass(table["class"])
-    except KeyError:
-        raise ConfigError(f"{source}: the rule has no class") from None
+        return choices(table[key])
     except ValueError:
-        known = ", ".join(NameClass)
-        raise ConfigError(f"{source}: unknown class {table['class']!r} (one of {known})") from None
+        raise ConfigError(f"{source}: unknown {key} {table[key]!r} (one of {', '.join(choices)})") from None
+
+
+def _parse_content(table: Mapping[str, Any], source: str) -> tuple[Content, ...] | None:
+    if "content" not in table:
+        return None
+    kinds = table["content"] if isinstance(table["content"], list) else [table["content"]]
+    try:
+        return tuple(Content(kind) for kind in kinds)
+    except ValueError as error:
+        raise ConfigError(f"{source}: content: {error} (some of {', '.join(Content)})") from None
 
 
 def _parse_globs(table: Mapping[str, Any], source: str) -> tuple[str, ...]:

@@ -8,14 +8,19 @@ write that goes well, but for one line per directory of `DaemonRecord.note_direc
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import secrets
 import socket
+import struct
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+import xxhash
 
 from safefs.backing import copy_contents, link_inode, sync_directory
 from safefs.errors import SafefsError
@@ -24,6 +29,11 @@ from safefs.processes import start_time
 RECORD_VERSION = 1
 QUARANTINE = "quarantine"
 DAEMONS = "daemons"
+LOCKS = "names.lock"
+LOCK_RANGE = (1 << 62) - 1
+NAME_LOCK_SECONDS = 30.0  # a publish holds it for a rename, and for comparing two files where there is a conflict
+LOCK_PAUSE_SECONDS, LOCK_PAUSES_SECONDS = 0.0005, 0.05  # between attempts, at first and at most
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # the backing has none
 
 
 def _read_first_line(path: str) -> str:
@@ -32,6 +42,11 @@ def _read_first_line(path: str) -> str:
             return file.readline().strip()
     except OSError:
         return ""
+
+
+def _flock(kind: int, start: int) -> bytes:
+    """struct flock for one byte; l_pid is 0 for locks of open file descriptions."""
+    return struct.pack("hhqqi", kind, os.SEEK_SET, start, 1, 0)
 
 
 def host_identity() -> dict[str, Any]:
@@ -62,7 +77,40 @@ class StateDirectory:
                 f"-o state=DIR",
                 error.errno or errno.EIO,
             ) from None
+        self._locks_fd = os.open(path / LOCKS, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         self.quarantine_fd = os.open(path / QUARANTINE, os.O_PATH | os.O_DIRECTORY)
+
+    @contextmanager
+    def name_lock(self, directory: int, name: bytes) -> Iterator[None]:
+        """Keep all other daemons on this backing from publishing under a name of the directory with this st_ino.
+
+        A byte range of one file, locked by open file description (fcntl(2), F_OFD_SETLK), so it ends with the daemon.
+        Between nodes it is as good as the backing's fcntl locks.  Threads of this daemon exclude each other before
+        they come here.  Raises OSError (EBUSY) when another holds it for `NAME_LOCK_SECONDS`.
+        """
+        key = xxhash.xxh3_64_intdigest(b"%d/%s" % (directory, name)) & LOCK_RANGE
+        held = self._lock(key)
+        try:
+            yield
+        finally:
+            if held:
+                fcntl.fcntl(self._locks_fd, fcntl.F_OFD_SETLK, _flock(fcntl.F_UNLCK, key))
+
+    def _lock(self, key: int) -> bool:
+        deadline, pause = time.monotonic() + NAME_LOCK_SECONDS, LOCK_PAUSE_SECONDS
+        while True:
+            try:
+                fcntl.fcntl(self._locks_fd, fcntl.F_OFD_SETLK, _flock(fcntl.F_WRLCK, key))
+                return True
+            except OSError as error:
+                if error.errno in NO_LOCKS:
+                    return False
+                if error.errno not in (errno.EAGAIN, errno.EACCES):
+                    raise
+            if time.monotonic() > deadline:
+                raise OSError(errno.EBUSY, "another daemon holds the lock of the name")
+            time.sleep(pause)
+            pause = min(2 * pause, LOCK_PAUSES_SECONDS)
 
     def keep(self, fd: int, write_id: str, record: dict[str, Any], hidden: tuple[int, bytes] | None) -> None:
         """Keep the inode of a refused draft: by rename of its hidden name, by link, or by copy."""

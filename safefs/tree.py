@@ -7,7 +7,7 @@ import os
 import stat
 import struct
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -20,7 +20,7 @@ from safefs.model import Caller
 from safefs.namespace import ROOT_NODEID, Node, Ticket
 from safefs.native import native
 
-CAPABILITY = os.fsencode(backing.CAPABILITY)
+CAPABILITY, PROVENANCE = os.fsencode(backing.CAPABILITY), os.fsencode(backing.PROVENANCE)
 FIRST_DRAFT_COOKIE = -(1 << 63)  # offsets of a family's own drafts, after the backing's entries
 DT_REG = 8
 LINK_ATTEMPTS = 3  # of a file whose name is being given to another inode
@@ -178,6 +178,7 @@ class Tree:
         def make_link(directory: int, new_name: bytes) -> Found:
             return backing.make_link(fd, directory, new_name)
 
+        await self.fs.publisher.check_link(fd, self.fs.node(directory_id), name)
         return await self._make(directory_id, name, caller, make_link)
 
     # ------------------------------------------------------------ removal
@@ -306,7 +307,9 @@ class Tree:
         else:
             if own is not None:
                 await fs.publish(own)
-            status = await fs.backing.run(caller, self._rename_entry, old.fd, name, new.fd, new_name, flags)
+            await fs.publisher.check_new_name(old, name, new, new_name)
+            lock = fs.publisher.lock_of(new, new_name)
+            status = await fs.backing.run(caller, self._rename_entry, old.fd, name, new.fd, new_name, flags, lock)
             moved = fs.nodes.find(backing.identity_of(status))
             if moved is not None and moved is not fs.root:
                 fs.moved(moved, new, new_name)
@@ -314,9 +317,12 @@ class Tree:
             fs.rename_draft(own, new, new_name)
 
     @staticmethod
-    def _rename_entry(old: int, name: bytes, new: int, new_name: bytes, flags: int) -> os.stat_result:
-        status = os.stat(name, dir_fd=old, follow_symlinks=False)
-        backing.rename(old, name, new, new_name, flags)
+    def _rename_entry(
+        old: int, name: bytes, new: int, new_name: bytes, flags: int, lock: Callable[[], AbstractContextManager[None]]
+    ) -> os.stat_result:
+        with lock():
+            status = os.stat(name, dir_fd=old, follow_symlinks=False)
+            backing.rename(old, name, new, new_name, flags)
         return status
 
     # -------------------------------------------------------- directories
@@ -395,6 +401,7 @@ class Tree:
     # --------------------------------------------------------------- xattr
 
     async def setxattr(self, nodeid: int, name: bytes, value: bytes, flags: int, caller: Caller) -> None:
+        self._require_writable_attribute(name)
         draft = self.fs.node(nodeid).draft
         if draft is not None and name == CAPABILITY:
             draft.may_have_capability = True
@@ -406,12 +413,19 @@ class Tree:
             raise failure(errno.ENODATA)  # the kernel asks for it before every file's first write
         return (await self._on_inodes(nodeid, caller, os.getxattr, name))[0]
 
+    @staticmethod
+    def _require_writable_attribute(name: bytes) -> None:
+        if name.startswith(PROVENANCE):
+            raise failure(errno.EPERM)
+
     async def removexattr(self, nodeid: int, name: bytes, caller: Caller) -> None:
+        self._require_writable_attribute(name)
         await self._on_inodes(nodeid, caller, os.removexattr, name)
 
     async def listxattr(self, nodeid: int, caller: Caller) -> list[bytes]:
         names = (await self._on_inodes(nodeid, caller, os.listxattr))[0]
-        return [os.fsencode(name) for name in names]
+        # Who copies a file with its attributes would be refused those of safefs.
+        return [os.fsencode(name) for name in names if not name.startswith(backing.PROVENANCE)]
 
     async def _on_inodes(self, nodeid: int, caller: Caller, function: Callable[..., T], *arguments: object) -> list[T]:
         fs = self.fs

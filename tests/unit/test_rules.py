@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from safefs.errors import ConfigError
-from safefs.rules import NameClass, Rule, RuleSet, parse_rules, rule_lines, shipped_rules
+from safefs.rules import Content, NameClass, Policy, Rule, RuleSet, Verify, parse_rules, rule_lines, shipped_rules
 
 SHIPPED = RuleSet(shipped_rules())
 
@@ -58,8 +58,44 @@ def test_every_shipped_glob_matches_something_of_its_own() -> None:
     """A glob that an earlier rule covers whole is dead text."""
     for rule in SHIPPED.rules:
         for glob in rule.globs:
-            name = re.sub(r"\[!?(.)[^]]*\]", r"\1", glob).replace("*", "x").encode()
-            assert SHIPPED.classify(name).rule is rule, glob
+            path = re.sub(r"\[!?(.)[^]]*\]", r"\1", glob).replace("*", "x").encode()
+            directory, _, name = path.rpartition(b"/")
+            if rule.name_class is not None:
+                assert SHIPPED.classify(name).rule is rule, glob
+            if rule.content is not None:
+                assert set(rule.content) <= set(SHIPPED.policy(name, directory).content), glob
+
+
+PATHS = {
+    b"hub/models--a/blobs/abc": ("sha256", "git-blob"),
+    b"blobs/abc": ("sha256", "git-blob"),
+    b"oci/blobs/sha256/abc": ("sha256", "git-blob"),
+    b"models/blobs/sha256-abc": ("sha256", "git-blob"),
+    b"a/model.safetensors": ("safetensors",),
+    b"blobs/x.whl": ("sha256", "git-blob", "zip"),
+    b"other/abc": (),
+}
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_shipped_checks(path: bytes) -> None:
+    directory, _, name = path.rpartition(b"/")
+    policy = SHIPPED.policy(name, directory)
+    assert (policy.content, policy.verify) == (PATHS[path], None)
+
+
+def test_checks_add_up_until_one_says_off() -> None:
+    tables = [
+        {"match": "*.a", "verify": "storage"},
+        {"match": "*.a", "content": "zip", "verify": "off"},
+        {"match": "x.*", "content": "off"},
+        {"match": "*.a", "content": ["zip", "sha256"]},
+    ]
+    rules = RuleSet(parse_rules(tables, "file"))
+    assert rules.policy(b"y.a", b"") == Policy(Verify.STORAGE, (Content.ZIP, Content.SHA256))
+    assert rules.policy(b"x.a", b"") == Policy(Verify.STORAGE, (Content.ZIP,))
+    assert rules.policy(b"x.b", b"") == Policy()
+    assert rules.classify(b"y.a").rule is None
 
 
 def test_in_place_classes() -> None:
@@ -148,7 +184,10 @@ def test_refused_globs(glob: str, complaint: str) -> None:
     ("table", "complaint"),
     [
         ({"class": "shared", "match": ["a"], "stale": "off"}, "unknown key 'stale'"),
-        ({"match": ["a"]}, "no class"),
+        ({"match": ["a"]}, "gives nothing"),
+        ({"verify": "maybe", "match": ["a"]}, "unknown verify 'maybe'"),
+        ({"content": "md5", "match": ["a"]}, "content: 'md5'"),
+        ({"content": ["zip", 1], "match": ["a"]}, "content: 1"),
         ({"class": "secret", "match": ["a"]}, "unknown class 'secret'"),
         ({"class": "shared"}, "match"),
         ({"class": "shared", "match": []}, "match"),
@@ -181,7 +220,8 @@ def test_source_is_the_position_where_lines_are_in_doubt() -> None:
 
 def test_explain_splits_the_path() -> None:
     explained = RuleSet([Rule(NameClass.SHARED, ("a/*.x",), "file:1", "because")]).explain(b"a/b.x")
-    assert explained == {"class": "shared", "glob": "a/*.x", "source": "file:1", "reason": "because"}
+    found = {"class": "shared", "glob": "a/*.x", "source": "file:1", "reason": "because"}
+    assert explained == {**found, "verify": "default", "content": "off"}
 
 
 PLAIN = st.binary(min_size=1, max_size=20).filter(lambda name: b"/" not in name and b"\0" not in name)
