@@ -84,7 +84,12 @@ def _safetensors(fd: int, size: int) -> str | None:
 
 
 def _zip(fd: int, size: int) -> str | None:
-    """The end record leads to the central directory, and that to every member: all of it inside the file."""
+    """The end record leads to the central directory, and that to every member: all of it inside the file.
+
+    An empty file passes: zip(1) makes one under the name, to see whether it may, and takes its mode for the archive.
+    """
+    if not size:
+        return None
     tail_start = max(0, size - ZIP_END.size - MAX_COMMENT_BYTES)
     tail = os.pread(fd, size - tail_start, tail_start)
     position = tail.rfind(b"PK\5\6")

@@ -53,4 +53,7 @@ def _ask(mount: LiveMount, relative: Path) -> dict[str, str] | None:
 def _sentence(relative: Path, answer: dict[str, str]) -> str:
     name = os.fsencode(relative).decode("utf-8", "backslashreplace")
     glob = f", glob {answer['glob']}" if answer["glob"] else ""
-    return f"{name}: {answer['class']} ({answer['source']}{glob}): {answer['reason']}"
+    unusual = {"verify": "default", "content": "off"}
+    checks = [f"{key} {answer[key]}" for key, usual in unusual.items() if answer.get(key, usual) != usual]
+    published = f"; before it is published: {', '.join(checks)}" if checks else ""
+    return f"{name}: {answer['class']} ({answer['source']}{glob}): {answer['reason']}{published}"

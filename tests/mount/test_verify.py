@@ -193,8 +193,9 @@ def test_formats(name: str, mount: Mount, writer: Actor) -> None:
     whole = FORMATS[name]
     assert closed(writer, mount / name, whole) == 0
     assert closed(writer, mount / name, whole[:-1]) == errno.EIO
-    assert closed(writer, mount / name, b"") == errno.EIO
     assert content(mount / name) == whole
+    # zip(1) itself makes an empty file first.
+    assert closed(writer, mount / name, b"") == (errno.EIO if name.endswith(".safetensors") else 0)
     assert in_quarantine(mount.backing, lambda data: data == whole[:-1])
 
 

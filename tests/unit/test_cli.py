@@ -343,9 +343,15 @@ class TestRules:
 
     def test_a_configuration(self, tmp_path: Path) -> None:
         config = tmp_path / "c.toml"
-        config.write_text('[[rule]]\nclass = "shared"\nmatch = "a/*.bin"\nreason = "why not"\n')
+        text = (
+            '[[rule]]\nclass = "shared"\nmatch = "a/*.bin"\nreason = "why not"\ncontent = "zip"\nverify = "storage"\n'
+        )
+        config.write_text(text)
         answer = json.loads(run("rules", "a/x.bin", "--config", config, "--json").output)
-        assert answer == {"class": "shared", "glob": "a/*.bin", "source": f"{config}:1", "reason": "why not"}
+        found = {"class": "shared", "glob": "a/*.bin", "source": f"{config}:1", "reason": "why not"}
+        assert answer == {**found, "verify": "storage", "content": "zip"}
+        shown = run("rules", "a/x.bin", "--config", config).output
+        assert "; before it is published: verify storage, content zip" in shown
 
     def test_names_that_are_not_utf8(self) -> None:
         assert run("rules", os.fsdecode(b"\xff.part")).output.startswith("\\xff.part: partial")

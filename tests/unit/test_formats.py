@@ -139,7 +139,7 @@ def test_zip64() -> None:
     assert problem(Content.ZIP, data[:200] + data[300:]) is not None
 
 
-@given(data=st.binary(max_size=400))
+@given(data=st.binary(min_size=1, max_size=400))
 def test_anything_else_is_no_zip_file(data: bytes) -> None:
     assert problem(Content.ZIP, data) is not None
 
