@@ -135,6 +135,8 @@ class Settings:
     hot: bool = True
     passthrough: str = "auto"
     verify: Verify = Verify.CACHE
+    quarantine_age_seconds: float = 30 * 86400.0
+    quarantine_bytes: int = 0
     log_file: Path | None = None
     log_level: str = "info"
 
@@ -200,6 +202,26 @@ def _verify(text: str) -> Verify:
     return Verify(_choice(tuple(Verify))(text))
 
 
+def parse_duration(text: str) -> float:
+    """Seconds of a text such as 90s, 15m, 12h, 30d; 0 for off.  ValueError says what is wrong with it."""
+    found = re.fullmatch(r"(\d{1,9})([smhd])", text)
+    if text == "off":
+        return 0.0
+    if found is None:
+        raise ValueError("is no time (write 90s, 15m, 12h, 30d or off)")
+    return float(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a text such as 500M, 20G, 1T; 0 for off.  ValueError says what is wrong with it."""
+    found = re.fullmatch(r"(\d{1,9})([KMGT]?)", text)
+    if text == "off":
+        return 0
+    if found is None:
+        raise ValueError("is no size (write 500M, 20G, 1T or off)")
+    return int(found[1]) << {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}[found[2]]
+
+
 def _absolute_path(text: str) -> Path:
     if not text.startswith("/"):
         raise ValueError("is not an absolute path")
@@ -225,6 +247,8 @@ _VALUE_OPTIONS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "temp": ("temp", _choice(_TEMP_KINDS)),
     "passthrough": ("passthrough", _choice(_PASSTHROUGH)),
     "verify": ("verify", _verify),
+    "quarantine_age": ("quarantine_age_seconds", parse_duration),
+    "quarantine_size": ("quarantine_bytes", parse_size),
     "log_file": ("log_file", _absolute_path),
     "log_level": ("log_level", _choice(_LOG_LEVELS)),
 }

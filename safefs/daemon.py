@@ -28,6 +28,7 @@ from safefs.closing import Closing
 from safefs.config import Settings
 from safefs.control import control_socket, find_mount, sd_notify, serve_control
 from safefs.errors import SafefsError
+from safefs.events import EventKind, EventLog
 from safefs.files import Files
 from safefs.filesystem import DIRECTORY_ATTR_SECONDS, FileSystem
 from safefs.fuse import mount
@@ -51,6 +52,9 @@ DESCRIPTORS_FOR_HANDLES = 2  # of this many parts of the limit one goes to nodes
 SMALLEST_NODE_CACHE = 32
 LARGEST_NODE_CACHE = 262_144
 WANTED_DESCRIPTORS = 1_048_576
+EVENTS_SECONDS = 0.5  # between writes of the events that happened
+HOUSEKEEPING_SECONDS = 3600.0
+EVENTS_KEPT_SECONDS = 90 * 86400.0  # after the last of a daemon that is gone
 NETWORK_NAME_CACHES = frozenset({"nfs", "nfs4"})
 
 
@@ -112,7 +116,8 @@ class Daemon:
         )
         self.state = StateDirectory(self._scratch() if settings.read_only else settings.state)
         self.record = DaemonRecord(self.state, self.backing.node_id)
-        self.publisher = Publisher(self.backing, self.state, self.record, settings.verify)
+        self.events = EventLog(self.state.events, self.backing.node_id)
+        self.publisher = Publisher(self.backing, self.state, self.record, self.events, settings.verify)
         cache_size = node_cache_size(settings, limit)
         hot = self._configure_hot(cache_size) if settings.hot else Cold()
         self.fs = FileSystem(settings, self.backing, self.publisher, cache_size, hot)
@@ -145,11 +150,13 @@ class Daemon:
 
     async def run(self, ready: Callable[[], None]) -> None:
         """Mount, serve, and return once the mount is gone and everything is settled."""
-        recovery = Recovery(self.backing, self.state, self.record)
+        recovery = Recovery(self.backing, self.state, self.record, self.events)
         async with trio.open_nursery() as helpers:
             helpers.start_soon(recovery.run)
             helpers.start_soon(self.fs.sweep_tickets)
             helpers.start_soon(self.fs.sweep_gathered)
+            helpers.start_soon(self._write_events)
+            helpers.start_soon(self._keep_house)
             async with trio.open_nursery() as requests:
                 files, closing = Files(self.fs), Closing(self.fs, requests)
                 tree = Tree(self.fs, files, refresh_misses=self._refreshes_misses())
@@ -168,6 +175,27 @@ class Daemon:
                         await self._end(closing)
                 requests.cancel_scope.cancel()
             helpers.cancel_scope.cancel()
+
+    async def _write_events(self) -> None:
+        while True:
+            await trio.sleep(EVENTS_SECONDS)
+            await self.backing.run(backing.DAEMON, self.events.write)
+
+    async def _keep_house(self) -> None:
+        """Now and then: what was kept for long enough goes."""
+        settings = self.settings
+        while not settings.read_only:
+            try:
+                purged = await self.backing.run(
+                    backing.DAEMON, self.state.prune, settings.quarantine_age_seconds, settings.quarantine_bytes
+                )
+                await self.backing.run(backing.DAEMON, self.state.prune_events, EVENTS_KEPT_SECONDS)
+            except OSError as error:
+                log.warning("the state directory could not be tidied up: %s", error)
+            else:
+                for kept in purged:
+                    self.events.note(EventKind.PURGED, kept.path, write_id=kept.write_id, size=kept.size_bytes)
+            await trio.sleep(HOUSEKEEPING_SECONDS)
 
     def _refreshes_misses(self) -> bool:
         choice = self.settings.negative_refresh
@@ -246,6 +274,7 @@ class Daemon:
         if self.settings.hot:
             await trio.to_thread.run_sync(native.hot_stop)
         pyfuse3.close(unmount=False)
+        await self.backing.run(backing.DAEMON, self.events.write)
         with suppress(OSError):
             await self.backing.run(backing.DAEMON, self.record.remove)
         log.info("unmounted %s", self.settings.mountpoint)

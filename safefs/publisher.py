@@ -24,6 +24,7 @@ from safefs.backing import DAEMON, Backing
 from safefs.digest import Written
 from safefs.draft import Base, Draft, DraftEvent, DraftState
 from safefs.errors import PublishRefusedError
+from safefs.events import EventKind, EventLog
 from safefs.gate import GroupSync, KeyedLocks
 from safefs.model import Closer, Identity
 from safefs.namespace import Node
@@ -34,12 +35,22 @@ from safefs.state import DaemonRecord, StateDirectory
 
 log = logging.getLogger(__name__)
 
+_OUTCOMES = {
+    Verdict.OURS: EventKind.PUBLISHED,
+    Verdict.BOTH: EventKind.JOINED,
+    Verdict.THEIRS: EventKind.SUPERSEDED,
+}
+_REFUSALS = {errno.ESTALE: EventKind.CONFLICT, errno.EINTR: EventKind.KILLED}
+
 
 class Publisher:
     """Publishes and refuses drafts of one backing directory."""
 
-    def __init__(self, store: Backing, state: StateDirectory, record: DaemonRecord, verify: Verify) -> None:
+    def __init__(
+        self, store: Backing, state: StateDirectory, record: DaemonRecord, events: EventLog, verify: Verify
+    ) -> None:
         self._backing = store
+        self._events = events
         self._verify = verify
         self._state = state
         self._record = record
@@ -84,7 +95,7 @@ class Publisher:
                     reason = f"publishing failed: {error.strerror}"
                     await self._refuse(draft, PublishRefusedError(reason, error.errno or errno.EIO))
             replaced = draft.base.identity if draft.base else None
-            self._published(draft, name, placed, keep_private)
+            self._published(draft, target, name, placed, keep_private)
             if self.on_publish is not None:
                 self.on_publish(target, replaced)
 
@@ -102,8 +113,8 @@ class Publisher:
                 await self._backing.run(DAEMON, drop_inode, draft.directory.fd, inode)
             raise
 
-    def _published(self, draft: Draft, name: bytes, placed: Placed, keep_private: bool) -> None:
-        inode = placed.inode
+    def _published(self, draft: Draft, target: Node, name: bytes, placed: Placed, keep_private: bool) -> None:
+        inode, write_id = placed.inode, draft.write_id
         draft.move(DraftEvent.RENAMED)
         draft.modified = draft.created = draft.exclusive = draft.fresh = False
         draft.spare_fds += [fd for fd in (draft.version_fd,) if fd >= 0]
@@ -115,8 +126,12 @@ class Publisher:
         size = self._rebase(draft, inode.fd)
         if keep_private:
             self._go_on_from_copy(draft)
-        self.counts["superseded" if placed.verdict is Verdict.THEIRS else "published"] += 1
-        log.debug("published %r (%d bytes)", name, size)
+        self._note(_OUTCOMES[placed.verdict], draft, self._path_text(target.fd, name), size=size, write_id=write_id)
+
+    def _note(self, kind: EventKind, draft: Draft, path: str, **details: Any) -> None:
+        self.counts[kind] += 1
+        pid = draft.opener.tgid if draft.opener else 0
+        self._events.note(kind, path, uid=draft.caller.uid, pid=pid, **details)
 
     def _rebase(self, draft: Draft, fd: int) -> int:
         """The version behind `fd` is what a further round builds on; returns its size."""
@@ -193,7 +208,7 @@ class Publisher:
 
     def _keep_version(self, fd: int, directory: int, name: bytes, demands: Demands, error: PublishRefusedError) -> None:
         status, write_id = os.fstat(fd), secrets.token_hex(8)
-        record = {
+        record: dict[str, Any] = {
             "write_id": write_id,
             "name": os.fsdecode(name),
             "path": self._path_text(directory, name),
@@ -204,7 +219,8 @@ class Publisher:
             "pid": 0,
             "size_bytes": status.st_size,
         }
-        self.counts["refused"] += 1
+        self.counts[EventKind.REFUSED] += 1
+        self._events.note(EventKind.REFUSED, record["path"], reason=record["reason"], write_id=write_id)
         if backing.identity_at(directory, name) == backing.identity_of(status):
             self._state.keep(fd, write_id, record, (directory, name))
             self.counts["quarantined"] += 1
@@ -287,7 +303,7 @@ class Publisher:
         self._rebase(draft, inode.fd)
         self._go_on_from_copy(draft)
         draft.unlinkable = True
-        self.counts["late writers"] += 1
+        self._note(EventKind.LATE_WRITE, draft, self._path_text(draft.directory.fd, draft.name))
         log.info(
             "%r is written to after it was published; its name shows %s", draft.name, "a copy" if placed else "another"
         )
@@ -334,7 +350,7 @@ class Publisher:
             except PublishRefusedError as error:
                 log.info("a killed writer's %r did not go back: %s", draft.name, error.message)
             else:
-                self.counts["partial kept"] += 1
+                self._note(EventKind.PARTIAL_KEPT, draft, self._path_text(draft.directory.fd, draft.name))
             return
         reason = "its writer was killed" if draft.closer is Closer.KILLED else "how its writer ended is not known"
         await self.refuse(draft, reason, errno.EINTR)
@@ -354,8 +370,9 @@ class Publisher:
         draft.move(DraftEvent.REFUSED)
         draft.modified = False
         draft.error = error.errno
-        self.counts["refused"] += 1
         record = self._describe(draft, error)
+        kind = _REFUSALS.get(error.errno, EventKind.REFUSED)
+        self._note(kind, draft, record["path"], reason=error.message, write_id=draft.write_id)
         try:
             if await self._backing.run(DAEMON, self._keep, draft, record):
                 self.counts["quarantined"] += 1
@@ -369,7 +386,7 @@ class Publisher:
         return {
             "write_id": draft.write_id,
             "name": os.fsdecode(draft.name),
-            "path": os.fsdecode(draft.name),
+            "path": self._path_text(draft.directory.fd, draft.name),
             "reason": error.message,
             "errno": errno.errorcode.get(error.errno, str(error.errno)),
             "uid": draft.caller.uid,
@@ -379,7 +396,6 @@ class Publisher:
         }
 
     def _keep(self, draft: Draft, record: dict[str, Any]) -> bool:
-        record["path"] = self._path_text(draft.directory.fd, draft.name)
         with suppress(OSError):
             write_gathered(draft)  # what there is of it
         hidden = None if draft.temp_name is None else (draft.directory.fd, draft.temp_name)

@@ -20,6 +20,7 @@ import trio
 
 from safefs import backing
 from safefs.backing import DAEMON, RENAME_NOREPLACE, Backing
+from safefs.events import EventKind, EventLog
 from safefs.processes import start_time
 from safefs.state import DAEMONS, RECORD_VERSION, DaemonRecord, StateDirectory, host_identity
 
@@ -33,8 +34,9 @@ SETTLING_SUFFIX = ".settling"
 class Recovery:
     """Keeps this daemon's heartbeat and looks for daemons that have lost theirs."""
 
-    def __init__(self, store: Backing, state: StateDirectory, record: DaemonRecord) -> None:
+    def __init__(self, store: Backing, state: StateDirectory, record: DaemonRecord, events: EventLog) -> None:
         self._backing = store
+        self._events = events
         self._state = state
         self._record = record
         self._me = host_identity()
@@ -107,6 +109,7 @@ class Recovery:
             except OSError as error:
                 log.warning("leftovers in %r could not be settled: %s", entry["directory"], error)
         shutil.rmtree(mine)
+        self._events.note(EventKind.RECOVERED, "", daemon=path.name.partition(".")[0], files=settled)
         log.info("settled what the dead daemon %s left behind: %d files", path.name, settled)
 
     @staticmethod

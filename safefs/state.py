@@ -17,6 +17,7 @@ import struct
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ from safefs.processes import start_time
 RECORD_VERSION = 1
 QUARANTINE = "quarantine"
 DAEMONS = "daemons"
+EVENTS = "events"
+RECORD_SUFFIX = ".json"
 LOCKS = "names.lock"
 LOCK_RANGE = (1 << 62) - 1
 NAME_LOCK_SECONDS = 30.0  # a publish holds it for a rename, and for comparing two files where there is a conflict
@@ -62,6 +65,22 @@ def host_identity() -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class Kept:
+    """One file in quarantine; `record` is what was written down about it, empty where that was cut short."""
+
+    write_id: str
+    file: Path
+    size_bytes: int
+    time: float  # seconds since the epoch
+    record: dict[str, Any]
+
+    @property
+    def path(self) -> str:
+        """The name that it was meant for, below the backing directory."""
+        return str(self.record.get("path") or self.record.get("name") or "")
+
+
 class StateDirectory:
     """The quarantine and the daemons' records below one state directory."""
 
@@ -69,7 +88,7 @@ class StateDirectory:
         self.path = path
         try:
             path.mkdir(mode=0o700, exist_ok=True)
-            for name in (QUARANTINE, DAEMONS):
+            for name in (QUARANTINE, DAEMONS, EVENTS):
                 (path / name).mkdir(mode=0o700, exist_ok=True)
         except OSError as error:
             raise SafefsError(
@@ -77,6 +96,7 @@ class StateDirectory:
                 f"-o state=DIR",
                 error.errno or errno.EIO,
             ) from None
+        self.events = path / EVENTS
         self._locks_fd = os.open(path / LOCKS, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         self.quarantine_fd = os.open(path / QUARANTINE, os.O_PATH | os.O_DIRECTORY)
 
@@ -149,13 +169,55 @@ class StateDirectory:
 
     def _write_record(self, write_id: str, record: dict[str, Any]) -> None:
         text = json.dumps({"version": RECORD_VERSION, "time": time.time(), **record}, indent=1)
-        with open(self.path / QUARANTINE / f"{write_id}.json", "x", encoding="ascii") as file:
+        with open(self.path / QUARANTINE / f"{write_id}{RECORD_SUFFIX}", "x", encoding="ascii") as file:
             file.write(text + "\n")
         sync_directory(self.quarantine_fd)
 
+    def kept(self) -> list[Kept]:
+        """What is in quarantine, the oldest first.  Blocks."""
+        entries = [self._kept(name) for name in os.listdir(self.path / QUARANTINE) if not name.endswith(RECORD_SUFFIX)]
+        return sorted((entry for entry in entries if entry is not None), key=lambda entry: entry.time)
+
+    def _kept(self, write_id: str) -> Kept | None:
+        path = self.path / QUARANTINE / write_id
+        try:
+            status = path.lstat()
+        except FileNotFoundError:
+            return None  # purged meanwhile
+        try:
+            record = json.loads(path.with_name(write_id + RECORD_SUFFIX).read_text(encoding="ascii"))
+        except (OSError, ValueError):
+            record = {}  # being kept at this moment, or cut short by a crash
+        return Kept(write_id, path, status.st_size, float(record.get("time", status.st_mtime)), record)
+
+    def purge(self, write_id: str) -> None:
+        """Remove one file from quarantine, and its record after it."""
+        for name in (write_id, write_id + RECORD_SUFFIX):
+            (self.path / QUARANTINE / name).unlink(missing_ok=True)
+
+    def prune(self, age_seconds: float, total_bytes: int) -> list[Kept]:
+        """Remove what is older than this, and the oldest of what is more than this; 0: no limit.  Blocks."""
+        entries, now = self.kept(), time.time()
+        excess = sum(entry.size_bytes for entry in entries) - total_bytes if total_bytes else 0
+        purged = []
+        for entry in entries:
+            if (age_seconds and now - entry.time > age_seconds) or excess > 0:
+                self.purge(entry.write_id)
+                excess -= entry.size_bytes
+                purged.append(entry)
+        return purged
+
+    def prune_events(self, age_seconds: float) -> None:
+        """Remove the events of daemons that have no record any more, once nothing was added for so long."""
+        living = set(os.listdir(self.path / DAEMONS))
+        for path in self.events.iterdir():
+            with suppress(FileNotFoundError):
+                if path.name.partition(".")[0] not in living and time.time() - path.stat().st_mtime > age_seconds:
+                    path.unlink()
+
     def count(self) -> int:
         """How many drafts are in quarantine."""
-        return sum(not name.endswith(".json") for name in os.listdir(self.path / QUARANTINE))
+        return sum(not name.endswith(RECORD_SUFFIX) for name in os.listdir(self.path / QUARANTINE))
 
 
 class DaemonRecord:

@@ -13,7 +13,9 @@ from typing import Any
 import click
 
 import safefs
+from safefs.cli.events import show_events
 from safefs.cli.mounting import MountRequest, mount_background, mount_foreground
+from safefs.cli.quarantine import list_quarantine, purge, restore, show_quarantined
 from safefs.cli.rules import show_rules
 from safefs.cli.status import show_status
 from safefs.cli.unmounting import unmount
@@ -136,6 +138,64 @@ def status(mountpoint: Path | None, as_json: bool) -> None:
 def rules(path: Path, config: Path | None, as_json: bool) -> None:
     """Say which class PATH has, and which rule says so.  PATH need not exist."""
     show_rules(path, config, as_json=as_json)
+
+
+_PLACE = click.argument("path", type=_PATH, required=False)
+_AT = click.option("--at", "path", type=_PATH, help="A mountpoint or backing directory (default: the only mount).")
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+@cli.command()
+@_PLACE
+@click.option("--follow", "-f", is_flag=True, help="Go on with what happens from now on.")
+@_JSON
+def events(path: Path | None, follow: bool, as_json: bool) -> None:
+    """Show what happened on the backing directory of PATH, on all nodes."""
+    show_events(path, follow=follow, as_json=as_json)
+
+
+@cli.group()
+def quarantine() -> None:
+    """What was written and not published: look at it, publish it after all, or remove it."""
+
+
+@quarantine.command("list")
+@_PLACE
+@_JSON
+def quarantine_list(path: Path | None, as_json: bool) -> None:
+    """List what is in quarantine on the backing directory of PATH."""
+    list_quarantine(path, as_json=as_json)
+
+
+@quarantine.command("show")
+@click.argument("write_id", metavar="ID")
+@_AT
+@_JSON
+def quarantine_show(write_id: str, path: Path | None, as_json: bool) -> None:
+    """Show all that is known of one file."""
+    show_quarantined(write_id, path, as_json=as_json)
+
+
+@quarantine.command("restore")
+@click.argument("write_id", metavar="ID")
+@_AT
+@click.option("--to", "target", type=_PATH, help="Another name on the mount than the one it was meant for.")
+def quarantine_restore(write_id: str, path: Path | None, target: Path | None) -> None:
+    """Publish a file under the name that it was meant for, with the checks of any close."""
+    restore(write_id, path, target)
+
+
+@quarantine.command("purge")
+@click.argument("write_ids", metavar="[ID]…", nargs=-1)
+@_AT
+@click.option("--older", metavar="TIME", help="What is older than 90s, 15m, 12h or 30d.")
+@click.option("--over", metavar="SIZE", help="The oldest, until all of it takes no more than 500M, 20G or 1T.")
+@click.option("--all", "everything", is_flag=True, help="Everything.")
+def quarantine_purge(
+    write_ids: tuple[str, ...], path: Path | None, older: str | None, over: str | None, everything: bool
+) -> None:
+    """Remove files from quarantine for good."""
+    purge(write_ids, path, older=older, over=over, everything=everything)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})

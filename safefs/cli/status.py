@@ -5,18 +5,15 @@ from __future__ import annotations
 import errno
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.table import Column, Table
 
+from safefs.cli.tables import print_details, print_rows
 from safefs.control import LiveMount, find_mount, find_mounts, request
 from safefs.errors import SafefsError
 
-PIPE_COLUMNS = 10_000
 _HEAD_KEYS = ("mountpoint", "source", "live", "problem")
 
 
@@ -30,7 +27,7 @@ def show_status(mountpoint: Path | None, *, as_json: bool) -> None:
     if mount is None:
         raise SafefsError(f"{mountpoint}: no safefs mount here", errno.EINVAL)
     report = describe(mount)
-    click.echo(json.dumps(report, indent=2)) if as_json else _print_details(report)
+    click.echo(json.dumps(report, indent=2)) if as_json else _print_report(report)
     if not report["live"]:
         raise SafefsError(f"{mountpoint}: {report['problem']}", errno.ENOTCONN)
 
@@ -49,29 +46,13 @@ def _print_table(reports: list[dict[str, Any]]) -> None:
     if not reports:
         click.echo("no safefs mounts")
         return
-    columns = (Column(name, overflow="fold") for name in ("mountpoint", "source", "daemon", "pid", "drafts"))
-    table = Table(*columns, box=None, pad_edge=False)
+    rows = []
     for report in reports:
         daemon = "live" if report["live"] else report["problem"]
-        cells = (report["mountpoint"], report["source"], daemon, report.get("pid", ""), report.get("drafts", ""))
-        table.add_row(*(_printable(cell) for cell in cells))
-    _print(table)
+        rows.append((report["mountpoint"], report["source"], daemon, report.get("pid", ""), report.get("drafts", "")))
+    print_rows(("mountpoint", "source", "daemon", "pid", "drafts"), rows)
 
 
-def _print_details(report: dict[str, Any]) -> None:
-    table = Table("key", Column("value", overflow="fold"), box=None, show_header=False, pad_edge=False)
-    for key in (*_HEAD_KEYS, *(key for key in report if key not in _HEAD_KEYS)):
-        if key in report:
-            table.add_row(key, _printable(report[key]))
-    _print(table)
-
-
-def _print(table: Table) -> None:
-    """A terminal's lines are folded; in a pipe a line is a mount, however long."""
-    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else PIPE_COLUMNS)
-    console.print(table)
-
-
-def _printable(value: object) -> str:
-    text = json.dumps(value) if isinstance(value, (dict, list)) else str(value)
-    return text.encode("utf-8", "backslashreplace").decode()
+def _print_report(report: dict[str, Any]) -> None:
+    keys = (*_HEAD_KEYS, *(key for key in report if key not in _HEAD_KEYS))
+    print_details((key, report[key]) for key in keys if key in report)

@@ -14,6 +14,7 @@ import pytest
 
 from safefs import backing, recovery
 from safefs.backing import Backing
+from safefs.events import EventLog
 from safefs.recovery import DEAD_AFTER_SECONDS, Recovery
 from safefs.state import RECORD_VERSION, DaemonRecord, StateDirectory, host_identity
 
@@ -87,7 +88,7 @@ def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Node]:
     store = Backing(tmp_path, impersonate=False, max_threads=2)
     state = StateDirectory(tmp_path / ".safefs")
     record = DaemonRecord(state, store.node_id)
-    yield Node(tmp_path, state, record, Recovery(store, state, record))
+    yield Node(tmp_path, state, record, Recovery(store, state, record, EventLog(state.events, store.node_id)))
     record.remove()
     os.close(state.quarantine_fd)
     os.close(store.root_fd)

@@ -1,0 +1,55 @@
+"""Which backing directory, and whose state, a path on the command line means."""
+
+from __future__ import annotations
+
+import errno
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from safefs.control import LiveMount, find_mounts, request
+from safefs.errors import SafefsError
+from safefs.state import StateDirectory
+
+STATE_NAME = ".safefs"
+
+
+@dataclass(frozen=True)
+class Place:
+    """A backing directory with a state directory, and the live mount that was asked for it, if there was one."""
+
+    backing: Path
+    state_path: Path
+    mount: LiveMount | None
+
+    def state(self) -> StateDirectory:
+        """Raises SafefsError where it cannot be used."""
+        if not os.access(self.state_path, os.R_OK | os.W_OK | os.X_OK):
+            raise SafefsError(f"{self.state_path}: only its owner may look into it: run this as root", errno.EACCES)
+        return StateDirectory(self.state_path)
+
+
+def find_place(path: Path | None) -> Place:
+    """The place that a path lies in: on a mount, or in a backing directory.
+
+    Without a path: that of the working directory, or of the only mount.
+    """
+    mounts = find_mounts()
+    absolute = Path(os.path.abspath(path or os.curdir))
+    above = [mount for mount in mounts if mount.mountpoint in (absolute, *absolute.parents)]
+    if above:
+        return _of_mount(max(above, key=lambda mount: len(mount.mountpoint.parts)))
+    if path is None:
+        if len(mounts) != 1:
+            found = "there is no mount" if not mounts else f"there are {len(mounts)} mounts"
+            raise SafefsError(f"{found}: name a mountpoint or a backing directory", errno.EINVAL)
+        return _of_mount(mounts[0])
+    for directory in (absolute, *absolute.parents):
+        if (directory / STATE_NAME).is_dir():
+            return Place(directory, directory / STATE_NAME, None)
+    raise SafefsError(f"{path}: neither on a safefs mount nor in a directory that safefs has worked on", errno.EINVAL)
+
+
+def _of_mount(mount: LiveMount) -> Place:
+    answer = request(mount.socket_path, {"op": "status"})
+    return Place(Path(str(answer["backing"])), Path(str(answer["state"])), mount)
