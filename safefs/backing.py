@@ -23,6 +23,7 @@ from typing import TypeVar
 import trio
 
 from safefs import processes
+from safefs.digest import PROVENANCE
 from safefs.model import Caller, Identity
 from safefs.native import native
 
@@ -43,7 +44,6 @@ SPACE_BYTES = 1 << 17  # less than this is no space: a write of that size is wha
 OTHER_FILESYSTEM = (errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS)
 POSIX_ACL = "system.posix_acl_access"
 CAPABILITY = "security.capability"
-PROVENANCE = "user.safefs."  # extended attributes of versions, which only safefs writes
 NO_TMPFILE = (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT)  # open(2), O_TMPFILE
 REFUSED = (errno.EACCES, errno.EPERM)
 

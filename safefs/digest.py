@@ -14,6 +14,8 @@ from typing import Protocol
 import xxhash
 
 DIGEST_NAME = "xxh3-128"
+PROVENANCE = "user.safefs."  # extended attributes of versions, which only safefs writes
+DIGEST_ATTRIBUTE, ORIGIN_ATTRIBUTE = PROVENANCE + "digest", PROVENANCE + "origin"
 BLOCK_BYTES = 4 << 20  # of what was written: one rewritten header must not cost the comparison of all the rest
 
 

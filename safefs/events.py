@@ -39,6 +39,7 @@ class EventKind(StrEnum):
     PARTIAL_KEPT = "partial kept"  # a killed writer's partial file went back under its name
     LATE_WRITE = "late write"
     RECOVERED = "recovered"  # what a dead daemon left was settled
+    DAMAGED = "damaged"  # scrub took a file away that is not what it was published as, or what its name says
     RESTORED = "restored"
     PURGED = "purged"
 

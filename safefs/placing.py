@@ -17,11 +17,11 @@ from dataclasses import dataclass, replace
 from enum import Enum, auto
 
 from safefs import backing
+from safefs.digest import DIGEST_ATTRIBUTE, ORIGIN_ATTRIBUTE
 from safefs.draft import Draft
 from safefs.errors import PublishRefusedError
 from safefs.seal import Demands, seal
 
-DIGEST, ORIGIN = backing.PROVENANCE + "digest", backing.PROVENANCE + "origin"
 RECORD_BYTES = 4096  # what a writer with O_APPEND can add to a file that another has added to
 # After these the server may have done what it was asked for: only a look tells.
 REPLY_LOST = (errno.EIO, errno.ETIMEDOUT, errno.ESTALE, errno.EINTR, errno.ECONNRESET, errno.ENOTCONN)
@@ -220,9 +220,9 @@ def note_provenance(fd: int, draft: Draft, digest: str | None) -> None:
         "size": os.fstat(fd).st_size,
     }
     with suppress(OSError):
-        os.setxattr(fd, ORIGIN, json.dumps(origin, separators=(",", ":")).encode("ascii"))
+        os.setxattr(fd, ORIGIN_ATTRIBUTE, json.dumps(origin, separators=(",", ":")).encode("ascii"))
         if digest is not None:
-            os.setxattr(fd, DIGEST, digest.encode("ascii"))
+            os.setxattr(fd, DIGEST_ATTRIBUTE, digest.encode("ascii"))
 
 
 def take_place(order: Order) -> bool:

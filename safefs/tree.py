@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from safefs import backing
 from safefs.backing import DAEMON, RENAME_EXCHANGE, RENAME_NOREPLACE
+from safefs.digest import PROVENANCE
 from safefs.draft import Draft, DraftEvent
 from safefs.files import Files
 from safefs.filesystem import Entry, FileSystem, close_all, failure
@@ -20,7 +21,7 @@ from safefs.model import Caller
 from safefs.namespace import ROOT_NODEID, Node, Ticket
 from safefs.native import native
 
-CAPABILITY, PROVENANCE = os.fsencode(backing.CAPABILITY), os.fsencode(backing.PROVENANCE)
+CAPABILITY = os.fsencode(backing.CAPABILITY)
 FIRST_DRAFT_COOKIE = -(1 << 63)  # offsets of a family's own drafts, after the backing's entries
 DT_REG = 8
 LINK_ATTEMPTS = 3  # of a file whose name is being given to another inode
@@ -415,7 +416,7 @@ class Tree:
 
     @staticmethod
     def _require_writable_attribute(name: bytes) -> None:
-        if name.startswith(PROVENANCE):
+        if os.fsdecode(name).startswith(PROVENANCE):
             raise failure(errno.EPERM)
 
     async def removexattr(self, nodeid: int, name: bytes, caller: Caller) -> None:
@@ -425,7 +426,7 @@ class Tree:
     async def listxattr(self, nodeid: int, caller: Caller) -> list[bytes]:
         names = (await self._on_inodes(nodeid, caller, os.listxattr))[0]
         # Who copies a file with its attributes would be refused those of safefs.
-        return [os.fsencode(name) for name in names if not name.startswith(backing.PROVENANCE)]
+        return [os.fsencode(name) for name in names if not name.startswith(PROVENANCE)]
 
     async def _on_inodes(self, nodeid: int, caller: Caller, function: Callable[..., T], *arguments: object) -> list[T]:
         fs = self.fs

@@ -17,6 +17,7 @@ from safefs.cli.events import show_events
 from safefs.cli.mounting import MountRequest, mount_background, mount_foreground
 from safefs.cli.quarantine import list_quarantine, purge, restore, show_quarantined
 from safefs.cli.rules import show_rules
+from safefs.cli.scrub import scrub_tree, show_version
 from safefs.cli.status import show_status
 from safefs.cli.unmounting import unmount
 from safefs.config import known_options
@@ -152,6 +153,29 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def events(path: Path | None, follow: bool, as_json: bool) -> None:
     """Show what happened on the backing directory of PATH, on all nodes."""
     show_events(path, follow=follow, as_json=as_json)
+
+
+@cli.command()
+@click.argument("path", type=_PATH)
+@_JSON
+def show(path: Path, as_json: bool) -> None:
+    """Show what was written down when the file PATH was published: digest, node, uid, pid, command, time."""
+    show_version(path, as_json=as_json)
+
+
+@cli.command()
+@click.argument("path", type=_PATH)
+@click.option("--repair", type=click.Choice(["quarantine"]), help="What becomes of damaged files.")
+@click.option("--resume", is_flag=True, help="Go on where the last scrub of PATH was interrupted.")
+@click.option("--jobs", type=click.IntRange(1, 256), default=min(8, os.cpu_count() or 1), help="Files side by side.")
+@click.option("--config", type=_PATH, help="Take the rules from this configuration file.")
+@_JSON
+def scrub(path: Path, repair: str | None, resume: bool, jobs: int, config: Path | None, as_json: bool) -> None:
+    """Read all files below PATH and compare them with their digests and with what their names promise.
+
+    Also a tree that safefs never wrote.  Exit code: 0 all is well, 1 something is damaged, 2 something cannot be read.
+    """
+    scrub_tree(path, config, threads=jobs, repair=repair is not None, resume=resume, as_json=as_json)
 
 
 @cli.group()

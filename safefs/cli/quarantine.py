@@ -14,11 +14,10 @@ from pathlib import Path
 import click
 import xxhash
 
-from safefs.backing import PROVENANCE
 from safefs.cli.places import Place, find_place
 from safefs.cli.tables import print_details, print_rows, size_text, time_text
 from safefs.config import parse_duration, parse_size
-from safefs.digest import digest_text, read_file
+from safefs.digest import PROVENANCE, digest_text, read_file
 from safefs.errors import SafefsError
 from safefs.events import EventKind, append_events, event_of
 from safefs.state import Kept

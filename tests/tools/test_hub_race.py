@@ -5,6 +5,7 @@ The bare directory is the control: there the damage must be seen, else the test 
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from tests.support.hub_race import (
     start_download,
     storm,
 )
-from tests.support.mounting import Mount
+from tests.support.mounting import Mount, safefs_command
 from tests.support.venvs import HUB_REQUIREMENTS, hub_venv
 
 VERSIONS = list(HUB_REQUIREMENTS)
@@ -54,6 +55,10 @@ def test_control_bare_directory_is_poisoned(hub: Hub, backing: Path, resumed: bo
     assert not outcome.reader_undisturbed, outcome.description
     # The rest of the file a second time, behind its end.
     assert outcome.size == MODEL_SIZE + (MODEL_SIZE - outcome.starts["second"][0]), outcome.description
+    # Who has such a cache already finds out, though safefs never wrote to it.
+    found = subprocess.run(safefs_command("scrub", backing / "hf"), capture_output=True, text=True, timeout=60)
+    assert found.returncode == 1, found.stderr
+    assert f"{blob_path(hub, backing / 'hf')}: damaged: its name says sha256" in found.stdout
 
 
 @pytest.mark.parametrize("version", VERSIONS)
