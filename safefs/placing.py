@@ -128,9 +128,23 @@ def carry_out(order: Order) -> Placed:
     note_provenance(order.inode.fd, draft, seal(order.inode.fd, order.demands))
     with order.lock():
         placed = _settle(order)
-        order.sync_target()
-    version_fd = backing.reopen(placed.inode.fd, os.O_PATH)
+        try:
+            _sync_names(order)
+            version_fd = backing.reopen(placed.inode.fd, os.O_PATH)
+        except BaseException:
+            if placed.inode is not order.inode:
+                os.close(placed.inode.fd)
+            raise
     return replace(placed, inode=replace(placed.inode, version_fd=version_fd))
+
+
+def _sync_names(order: Order) -> None:
+    try:
+        order.sync_target()
+    except OSError as error:
+        # There is no way back that would not be a second change of the name: it shows a whole file, unproven.
+        reason = f"its name shows it, but its directory could not be synced: {error.strerror}"
+        raise PublishRefusedError(reason, error.errno or errno.EIO) from None
 
 
 def _settle(order: Order) -> Placed:
