@@ -1,4 +1,4 @@
-"""Fixtures: a fresh backing directory, one mount of it, and two mounts that stand for two nodes."""
+"""Fixtures: a fresh backing directory, one mount of it, two mounts that stand for two nodes, and processes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.mount.actors import Actor, actor
 from tests.support.mounting import Mount, mounted
 
 MountFactory = Callable[..., Mount]
@@ -45,3 +46,24 @@ def mount(make_mount: MountFactory) -> Mount:
 def two_mounts(make_mount: MountFactory) -> tuple[Mount, Mount]:
     """Two mounts of one backing directory: two nodes."""
     return make_mount(), make_mount()
+
+
+@pytest.fixture
+def writer() -> Iterator[Actor]:
+    """A process that writes."""
+    with actor() as party:
+        yield party
+
+
+@pytest.fixture
+def stranger() -> Iterator[Actor]:
+    """A process that is no relative of `writer`."""
+    with actor() as party:
+        yield party
+
+
+@pytest.fixture
+def third() -> Iterator[Actor]:
+    """One more stranger."""
+    with actor() as party:
+        yield party

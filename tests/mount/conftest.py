@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from tests.conftest import MountFactory
-from tests.mount.actors import Actor, actor
 from tests.support.mounting import Mount
 
 # For the claims that the kind of temporary file could break.
@@ -26,24 +23,3 @@ def nodes(request: pytest.FixtureRequest, make_mount: MountFactory) -> tuple[Mou
     """Two mounts of one directory; parametrized by `both_temps`, with that kind of temporary file."""
     kind = getattr(request, "param", "auto")
     return make_mount("-o", f"temp={kind}"), make_mount("-o", f"temp={kind}")
-
-
-@pytest.fixture
-def writer() -> Iterator[Actor]:
-    """A process that writes."""
-    with actor() as party:
-        yield party
-
-
-@pytest.fixture
-def stranger() -> Iterator[Actor]:
-    """A process that is no relative of `writer`."""
-    with actor() as party:
-        yield party
-
-
-@pytest.fixture
-def third() -> Iterator[Actor]:
-    """One more stranger."""
-    with actor() as party:
-        yield party
