@@ -86,7 +86,7 @@ def test_verdicts(tmp_path: Path) -> None:
         file.write(b"D")
     assert verdict(tmp_path, "file") is Verdict.DAMAGED
     assert verdict(tmp_path, "missing") is Verdict.CHANGED
-    (tmp_path / "a" * 1).mkdir()
+    (tmp_path / "a").mkdir()
     assert verdict(tmp_path, "a") is Verdict.UNREADABLE
 
 
