@@ -96,6 +96,8 @@ def look(root: int, path: Path, policy_of: PolicyOf) -> Finding:
 
 def _look(fd: int, path: Path, policy: Policy) -> Finding:
     before = os.fstat(fd)
+    if not stat.S_ISREG(before.st_mode):
+        return Finding(path, Verdict.CHANGED, "it is no regular file any more")
     recorded = _recorded(fd)
     named = named_digest(policy.content, path[-1], before.st_size)
     whole = xxhash.xxh3_128()

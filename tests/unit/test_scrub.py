@@ -87,7 +87,7 @@ def test_verdicts(tmp_path: Path) -> None:
     assert verdict(tmp_path, "file") is Verdict.DAMAGED
     assert verdict(tmp_path, "missing") is Verdict.CHANGED
     (tmp_path / "a").mkdir()
-    assert verdict(tmp_path, "a") is Verdict.UNREADABLE
+    assert verdict(tmp_path, "a") is Verdict.CHANGED
 
 
 @pytest.mark.parametrize("threads", [1, 4])
