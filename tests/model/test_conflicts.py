@@ -184,11 +184,12 @@ def close(number: int, parties: Parties, reference: Reference) -> None:
         assert in_quarantine(parties.backing, lambda data: data == ours)
 
 
-def test_any_interleaving(parties: Parties) -> None:
+def interleave(parties: Parties, examples: int) -> None:
+    """Try so many plans, each with a name of its own."""
     numbers = itertools.count()
 
     @settings(
-        max_examples=EXAMPLES,
+        max_examples=examples,
         deadline=None,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
     )
@@ -202,3 +203,7 @@ def test_any_interleaving(parties: Parties) -> None:
                 assert content(place) == expected, place
 
     run()
+
+
+def test_any_interleaving(parties: Parties) -> None:
+    interleave(parties, EXAMPLES)

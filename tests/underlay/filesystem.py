@@ -1,0 +1,313 @@
+"""A shared filesystem as bad as the real ones: one process of this for each node, all on one directory.
+
+    python -m tests.underlay.filesystem SOURCE MOUNTPOINT [--negative SECONDS] [--estale] [--short BYTES]
+
+- flock and fcntl locks succeed for everybody and exclude nobody on another node: the kernel keeps them for each mount,
+  as Lustre does with -o localflock;
+- a name that was missing stays missing for `negative` seconds, as on NFS;
+- a file that lost its name cannot be read any more (ESTALE), as on Gluster;
+- a write takes at most `short` bytes;
+- what was not synced is gone when the power fails: on SIGUSR2 every file that was written to after its last fsync is
+  filled with zeros, on all nodes, and the process ends.
+
+Made to be short, not to be quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import errno
+import os
+import signal
+import stat
+import sys
+from collections.abc import Callable, Sequence
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import pyfuse3
+import trio
+
+RENAME = ctypes.CDLL(None, use_errno=True).renameat2
+
+
+def proc(fd: int) -> str:
+    return f"/proc/self/fd/{fd}"
+
+
+def handled(method: Callable[..., Any]) -> Callable[..., Any]:
+    """OSError becomes its errno."""
+
+    @wraps(method)
+    async def wrapper(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return await method(*args, **kwargs)
+        except OSError as error:
+            raise pyfuse3.FUSEError(error.errno or errno.EIO) from None
+
+    return wrapper
+
+
+class Underlay(pyfuse3.Operations):
+    """A node is known by its st_ino, which is the same everywhere; its O_PATH descriptor stays open to the end."""
+
+    enable_writeback_cache = False
+
+    def __init__(self, source: Path, *, negative_seconds: float, estale: bool, short_bytes: int) -> None:
+        super().__init__()
+        self._negative, self._estale, self._short = negative_seconds, estale, short_bytes
+        self._nodes = {pyfuse3.ROOT_INODE: os.open(source, os.O_PATH | os.O_DIRECTORY)}
+        self._unsynced: set[int] = set()  # nodes
+        self._opened: dict[int, int] = {}  # descriptor → node
+        self._listings: dict[int, list[bytes]] = {}
+
+    def lose_power(self) -> None:
+        for node in self._unsynced:
+            with open(proc(self._nodes[node]), "r+b") as file:
+                file.write(bytes(os.fstat(file.fileno()).st_size))
+
+    # ------------------------------------------------------------- entries
+
+    def _attributes(self, number: int) -> pyfuse3.EntryAttributes:
+        status, shown = os.fstat(self._nodes[number]), pyfuse3.EntryAttributes()
+        for name in ("st_mode", "st_nlink", "st_uid", "st_gid", "st_rdev", "st_size", "st_blocks"):
+            setattr(shown, name, getattr(status, name))
+        for name in ("st_atime_ns", "st_mtime_ns", "st_ctime_ns"):
+            setattr(shown, name, getattr(status, name))
+        shown.st_ino = pyfuse3.InodeT(number)
+        shown.entry_timeout = shown.attr_timeout = 0
+        return shown
+
+    def _found(self, parent: int, name: bytes) -> pyfuse3.EntryAttributes:
+        fd = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=self._nodes[parent])
+        number = os.fstat(fd).st_ino
+        if number in self._nodes:
+            os.close(fd)
+        else:
+            self._nodes[number] = fd
+        return self._attributes(number)
+
+    def _made(self, parent: int, name: bytes, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        os.chown(name, ctx.uid, ctx.gid, dir_fd=self._nodes[parent], follow_symlinks=False)
+        return self._found(parent, name)
+
+    @handled
+    async def lookup(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        try:
+            return self._found(parent_inode, name)
+        except FileNotFoundError:
+            missing = pyfuse3.EntryAttributes()
+            missing.st_ino = pyfuse3.InodeT(0)
+            missing.entry_timeout = self._negative
+            return missing
+
+    async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
+        pass
+
+    @handled
+    async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        return self._attributes(inode)
+
+    @handled
+    async def setattr(
+        self, inode: int, attr: Any, fields: Any, fh: int | None, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        path = proc(self._nodes[inode])
+        if fields.update_size:
+            os.truncate(path, attr.st_size)
+            self._unsynced.add(inode)
+        if fields.update_mode:
+            os.chmod(path, stat.S_IMODE(attr.st_mode))
+        if fields.update_uid or fields.update_gid:
+            os.chown(path, attr.st_uid if fields.update_uid else -1, attr.st_gid if fields.update_gid else -1)
+        if fields.update_atime or fields.update_mtime:
+            status = os.stat(path)
+            atime = attr.st_atime_ns if fields.update_atime else status.st_atime_ns
+            mtime = attr.st_mtime_ns if fields.update_mtime else status.st_mtime_ns
+            os.utime(path, ns=(atime, mtime))
+        return self._attributes(inode)
+
+    # --------------------------------------------------------------- names
+
+    @handled
+    async def readlink(self, inode: int, ctx: pyfuse3.RequestContext) -> bytes:
+        return os.readlink(b"", dir_fd=self._nodes[inode])
+
+    @handled
+    async def mkdir(
+        self, parent_inode: int, name: bytes, mode: int, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        os.mkdir(name, mode & ~ctx.umask, dir_fd=self._nodes[parent_inode])
+        return self._made(parent_inode, name, ctx)
+
+    @handled
+    async def symlink(
+        self, parent_inode: int, name: bytes, target: bytes, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        os.symlink(target, name, dir_fd=self._nodes[parent_inode])
+        return self._made(parent_inode, name, ctx)
+
+    @handled
+    async def link(
+        self, inode: int, new_parent_inode: int, new_name: bytes, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        os.link(proc(self._nodes[inode]), new_name, dst_dir_fd=self._nodes[new_parent_inode], follow_symlinks=True)
+        return self._found(new_parent_inode, new_name)
+
+    @handled
+    async def unlink(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
+        os.unlink(name, dir_fd=self._nodes[parent_inode])
+
+    @handled
+    async def rmdir(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
+        os.rmdir(name, dir_fd=self._nodes[parent_inode])
+
+    @handled
+    async def rename(
+        self, old_id: int, name: bytes, new_id: int, new_name: bytes, flags: int, ctx: pyfuse3.RequestContext
+    ) -> None:
+        if RENAME(self._nodes[old_id], name, self._nodes[new_id], new_name, flags) < 0:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+    # ---------------------------------------------------------------- files
+
+    def _open(self, number: int, flags: int) -> pyfuse3.FileInfo:
+        fd = os.open(proc(self._nodes[number]), flags & ~(os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_APPEND))
+        self._opened[fd] = number
+        if flags & os.O_TRUNC:
+            self._unsynced.add(number)
+        return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(fd), keep_cache=False)
+
+    @handled
+    async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
+        return self._open(inode, flags)
+
+    @handled
+    async def create(
+        self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: pyfuse3.RequestContext
+    ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
+        made = os.O_CREAT | os.O_EXCL | os.O_WRONLY
+        os.close(os.open(name, made, mode & ~ctx.umask, dir_fd=self._nodes[parent_inode]))
+        entry = self._made(parent_inode, name, ctx)
+        return self._open(entry.st_ino, flags), entry
+
+    @handled
+    async def read(self, fh: int, off: int, size: int) -> bytes:
+        if self._estale and os.fstat(fh).st_nlink == 0:
+            raise OSError(errno.ESTALE, "it has no name any more")
+        return os.pread(fh, size, off)
+
+    @handled
+    async def write(self, fh: int, off: int, buf: bytes) -> int:
+        self._unsynced.add(self._opened[fh])
+        return os.pwrite(fh, buf[: self._short] if self._short else buf, off)
+
+    @handled
+    async def fsync(self, fh: int, datasync: bool) -> None:
+        self._unsynced.discard(self._opened[fh])
+
+    async def flush(self, fh: int) -> None:
+        pass
+
+    @handled
+    async def release(self, fh: int) -> None:
+        self._opened.pop(fh)
+        os.close(fh)
+
+    # ---------------------------------------------------------- directories
+
+    @handled
+    async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
+        fd = os.open(proc(self._nodes[inode]), os.O_RDONLY | os.O_DIRECTORY)
+        self._opened[fd] = inode
+        return fd
+
+    @handled
+    async def readdir(self, fh: int, start_id: int, token: Any) -> None:
+        if start_id == 0:
+            self._listings[fh] = sorted(map(os.fsencode, os.listdir(fh)))
+        for number, name in enumerate(self._listings[fh][start_id:], start_id + 1):
+            try:
+                entry = self._found(self._opened[fh], name)
+            except FileNotFoundError:
+                continue
+            if not pyfuse3.readdir_reply(token, name, entry, number):
+                return
+
+    @handled
+    async def releasedir(self, fh: int) -> None:
+        self._opened.pop(fh)
+        self._listings.pop(fh, None)
+        os.close(fh)
+
+    async def fsyncdir(self, fh: int, datasync: bool) -> None:
+        pass
+
+    # ----------------------------------------------------------------- rest
+
+    @handled
+    async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
+        status, shown = os.fstatvfs(self._nodes[pyfuse3.ROOT_INODE]), pyfuse3.StatvfsData()
+        for name in ("bsize", "frsize", "blocks", "bfree", "bavail", "files", "ffree", "favail", "namemax"):
+            setattr(shown, f"f_{name}", getattr(status, f"f_{name}"))
+        return shown
+
+    @handled
+    async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: pyfuse3.RequestContext) -> None:
+        os.setxattr(proc(self._nodes[inode]), name, value)
+
+    @handled
+    async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
+        return os.getxattr(proc(self._nodes[inode]), name)
+
+    @handled
+    async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> list[bytes]:
+        return [os.fsencode(name) for name in os.listxattr(proc(self._nodes[inode]))]
+
+    @handled
+    async def removexattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
+        os.removexattr(proc(self._nodes[inode]), name)
+
+    async def access(self, inode: int, mode: int, ctx: pyfuse3.RequestContext) -> bool:
+        return True
+
+
+async def serve(filesystem: Underlay) -> None:
+    async def watch() -> None:
+        with trio.open_signal_receiver(signal.SIGUSR2, signal.SIGTERM) as signals:
+            async for number in signals:
+                if number == signal.SIGUSR2:
+                    filesystem.lose_power()
+                    os._exit(0)
+                pyfuse3.terminate()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(watch)
+        await pyfuse3.main()
+        nursery.cancel_scope.cancel()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("source", type=Path)
+    parser.add_argument("mountpoint", type=Path)
+    parser.add_argument("--negative", type=float, default=30)
+    parser.add_argument("--estale", action="store_true")
+    parser.add_argument("--short", type=int, default=0)
+    options = parser.parse_args()
+    os.umask(0)
+    filesystem = Underlay(
+        options.source, negative_seconds=options.negative, estale=options.estale, short_bytes=options.short
+    )
+    settings = {*pyfuse3.default_options, "fsname=underlay", "allow_other", "default_permissions"}
+    pyfuse3.init(filesystem, os.fspath(options.mountpoint), settings)
+    try:
+        trio.run(serve, filesystem)
+    finally:
+        pyfuse3.close(unmount=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,194 @@
+"""safefs on a shared filesystem without cluster locks, with stale negative names, short writes and unsynced data.
+
+Two nodes are two mounts of the bad filesystem (tests/underlay/filesystem.py) with a safefs on each.  The controls use
+the two mounts of the bad filesystem as they are.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import MountFactory
+from tests.model.test_conflicts import WRITERS, Parties, interleave
+from tests.mount.actors import Actor, actor
+from tests.mount.places import A, B, content
+from tests.support.hub_race import model_hub, race
+from tests.support.mounting import Mount, wait_until
+from tests.support.venvs import hub_venv
+from tests.tools.test_sentinel import sentinel
+
+ROOT = Path(__file__).resolve().parents[2]
+SECONDS = 30
+SENTINEL_ROUNDS = 15
+CREATE = os.O_CREAT | os.O_TRUNC | os.O_WRONLY
+
+
+@contextmanager
+def underlay(source: Path, mountpoint: Path, *options: str) -> Iterator[subprocess.Popen[bytes]]:
+    """One node's mount of the bad filesystem."""
+    mountpoint.mkdir(parents=True)
+    command = [sys.executable, "-m", "tests.underlay.filesystem", source, mountpoint, *options]
+    with subprocess.Popen(command, cwd=ROOT) as process:
+        try:
+            assert wait_until(lambda: mountpoint.is_mount() or process.poll() is not None, SECONDS)
+            assert process.poll() is None
+            yield process
+        finally:
+            subprocess.run(["umount", "-l", mountpoint], check=False, capture_output=True, timeout=SECONDS)
+            try:
+                process.wait(SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+@dataclass
+class Cluster:
+    """Two nodes: `bare` the bad filesystem on each, `mounts` the safefs above it, `source` what is on the disk."""
+
+    source: Path
+    bare: tuple[Path, Path]
+    processes: tuple[subprocess.Popen[bytes], subprocess.Popen[bytes]]
+    mounts: tuple[Mount, Mount]
+
+
+@pytest.fixture
+def cluster(request: pytest.FixtureRequest, tmp_path: Path, make_mount: MountFactory) -> Iterator[Cluster]:
+    """With the options of the bad filesystem as parameter."""
+    source = tmp_path / "disk"
+    source.mkdir()
+    bare = (tmp_path / "bare1", tmp_path / "bare2")
+    with ExitStack() as stack:
+        options = getattr(request, "param", ())
+        processes = tuple(stack.enter_context(underlay(source, place, *options)) for place in bare)
+        mounts = tuple(make_mount("-o", "negative_refresh=on", backing=place) for place in bare)
+        yield Cluster(source, bare, (processes[0], processes[1]), (mounts[0], mounts[1]))
+        for mount in mounts:
+            mount.stop()
+
+
+def locked(path: Path) -> int:
+    fd = os.open(path, os.O_RDONLY)
+    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return fd
+
+
+def test_control_flock_excludes_nobody(cluster: Cluster) -> None:
+    """The filesystem is as bad as it has to be: two nodes hold one exclusive lock."""
+    (cluster.source / "file").touch()
+    for fd in [locked(place / "file") for place in cluster.bare]:
+        os.close(fd)
+
+
+def test_names_that_were_missing(cluster: Cluster) -> None:
+    """The other node remembers that a name was missing; through safefs it is there when close() has returned."""
+    first, second = cluster.mounts
+    assert content(second / "file") is None
+    (first / "file").write_bytes(A)
+    assert content(second / "file") == A
+
+
+def test_control_names_that_were_missing(cluster: Cluster) -> None:
+    first, second = cluster.bare
+    assert content(second / "file") is None
+    (first / "file").write_bytes(A)
+    assert content(second / "file") is None
+
+
+@pytest.mark.parametrize("cluster", [("--short", "5000")], indirect=True)
+def test_short_writes(cluster: Cluster, make_mount: MountFactory, writer: Actor) -> None:
+    """What the daemon writes it goes on with; a file is whole.  (With passthrough the writer is told, as always.)"""
+    mount = make_mount("-o", "passthrough=off", backing=cluster.bare[0])
+    fd = writer.open(mount / "file", CREATE)
+    for data in (A, B):
+        writer.write(fd, data)
+    writer.closefd(fd)
+    assert content(cluster.source / "file") == A + B
+    mount.stop()
+
+
+@pytest.mark.parametrize("cluster", [("--short", "5000")], indirect=True)
+def test_control_short_writes(cluster: Cluster) -> None:
+    fd = os.open(cluster.bare[0] / "file", CREATE)
+    written = os.write(fd, A)
+    os.close(fd)
+    assert written < len(A)
+
+
+def test_what_was_closed_survives_the_power(cluster: Cluster, writer: Actor) -> None:
+    for number in range(5):
+        fd = writer.open(cluster.mounts[0] / f"file{number}", CREATE)
+        writer.write(fd, A)
+        writer.closefd(fd)
+    cluster.processes[0].send_signal(signal.SIGUSR2)
+    cluster.processes[0].wait(SECONDS)
+    for number in range(5):
+        assert content(cluster.source / f"file{number}") == A
+    cluster.mounts[0].process.kill()
+
+
+def test_control_what_was_closed_does_not(cluster: Cluster) -> None:
+    (cluster.bare[0] / "file").write_bytes(A)
+    cluster.processes[0].send_signal(signal.SIGUSR2)
+    cluster.processes[0].wait(SECONDS)
+    assert content(cluster.source / "file") == bytes(len(A))
+
+
+def test_conflicts(cluster: Cluster) -> None:
+    """The whole table, in any interleaving."""
+    with ExitStack() as stack:
+        parties = Parties(cluster.mounts, [stack.enter_context(actor()) for _ in range(WRITERS)])
+        interleave(parties, examples=25)
+
+
+def test_control_conflicts(cluster: Cluster, writer: Actor) -> None:
+    """Two nodes append to one file: the records of one are written over."""
+    (cluster.source / "file").write_bytes(b"one\n")
+    first = writer.open(cluster.bare[0] / "file", os.O_WRONLY | os.O_APPEND)
+    with actor() as stranger:
+        second = stranger.open(cluster.bare[1] / "file", os.O_WRONLY | os.O_APPEND)
+        writer.write(first, b"two\n")
+        stranger.write(second, b"three\n")
+    found = content(cluster.source / "file")
+    assert found is not None and not (b"two\n" in found and b"three\n" in found)
+
+
+@pytest.mark.timeout(200)
+def test_sentinel(cluster: Cluster) -> None:
+    """What was closed before the sentinel is there, whole, when the sentinel is."""
+    writer, reader = (mount.path for mount in cluster.mounts)
+    patient, eager = sentinel(writer, [("read", reader), ("eager", reader)], SENTINEL_ROUNDS, "plain")
+    assert patient["counts"] == {"reads": SENTINEL_ROUNDS * 20}, patient
+    assert set(eager["counts"]) <= {"reads"}, eager
+
+
+def test_control_sentinel(cluster: Cluster) -> None:
+    writer, reader = cluster.bare
+    _, eager = sentinel(writer, [("read", writer), ("eager", writer)], SENTINEL_ROUNDS, "plain")
+    assert eager["counts"].get("short", 0) + eager["counts"].get("empty", 0) > 0, (eager, reader)
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("version", ["1.17.0", "newest"])
+def test_hub_race(cluster: Cluster, version: str) -> None:
+    first, second = (mount / "hf" for mount in cluster.mounts)
+    with model_hub() as hub:
+        outcome = race(hub, hub_venv(version), first, second)
+    assert outcome.intact, outcome.description
+    assert outcome.exits == (0, 0), outcome.description
+
+
+@pytest.mark.timeout(200)
+def test_control_hub_race(cluster: Cluster) -> None:
+    with model_hub() as hub:
+        outcome = race(hub, hub_venv("1.17.0"), cluster.bare[0] / "hf", cluster.bare[1] / "hf")
+    assert not outcome.intact, outcome.description
