@@ -67,6 +67,7 @@ class Backing:
         self._groups = tuple(os.getgroups())
         self._tmpfile = temp != "hidden"
         self._serial = 0
+        self._acting = threading.local()  # as whom a worker thread acts at the moment
         self._probes_lock = threading.Lock()
         self._probes: dict[ProbeKey, int] = {}  # nameless inodes to ask for space with
 
@@ -102,11 +103,29 @@ class Backing:
         native.private_umask(caller.umask)
         if not self.impersonate or (caller.uid == 0 and caller.gid == 0):
             return function(*args)
-        native.become(caller.uid, caller.gid, processes.groups(caller.pid))
+        self._become(caller)
         try:
             return function(*args)
         finally:
+            self._become(None)
+
+    def _become(self, caller: Caller | None) -> None:
+        if caller is None:
             native.become(0, 0, self._groups)
+        else:
+            native.become(caller.uid, caller.gid, processes.groups(caller.pid))
+        self._acting.caller = caller
+
+    def as_daemon(self, function: Callable[..., T], *args: object) -> T:
+        """Within a function that `run` has called as somebody: call another one as the daemon itself."""
+        caller: Caller | None = getattr(self._acting, "caller", None)
+        if caller is None:
+            return function(*args)
+        self._become(None)
+        try:
+            return function(*args)
+        finally:
+            self._become(caller)
 
     def hidden_name(self, kind: bytes) -> bytes:
         """A new hidden name of this daemon: what it is for, and whose leftover it would be."""

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from safefs.errors import ConfigError
-from safefs.rules import Rule, RuleSet, Verify, parse_rules, rule_lines, shipped_rules
+from safefs.rules import Rule, RuleSet, Verify, parse_duration, parse_rules, rule_lines, shipped_rules
 
 __all__ = ["ConfigError", "Option", "Settings", "has_option", "load_rules", "load_settings", "parse_options"]
 
@@ -137,6 +137,7 @@ class Settings:
     verify: Verify = Verify.CACHE
     quarantine_age_seconds: float = 30 * 86400.0
     quarantine_bytes: int = 0
+    retain_seconds: float | None = None  # None: as the backing needs it
     log_file: Path | None = None
     log_level: str = "info"
 
@@ -202,16 +203,6 @@ def _verify(text: str) -> Verify:
     return Verify(_choice(tuple(Verify))(text))
 
 
-def parse_duration(text: str) -> float:
-    """Seconds of a text such as 90s, 15m, 12h, 30d; 0 for off.  ValueError says what is wrong with it."""
-    found = re.fullmatch(r"(\d{1,9})([smhd])", text)
-    if text == "off":
-        return 0.0
-    if found is None:
-        raise ValueError("is no time (write 90s, 15m, 12h, 30d or off)")
-    return float(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
-
-
 def parse_size(text: str) -> int:
     """Bytes of a text such as 500M, 20G, 1T; 0 for off.  ValueError says what is wrong with it."""
     found = re.fullmatch(r"(\d{1,9})([KMGT]?)", text)
@@ -220,6 +211,10 @@ def parse_size(text: str) -> int:
     if found is None:
         raise ValueError("is no size (write 500M, 20G, 1T or off)")
     return int(found[1]) << {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}[found[2]]
+
+
+def _retain(text: str) -> float | None:
+    return None if text == "auto" else parse_duration(text)
 
 
 def _absolute_path(text: str) -> Path:
@@ -247,6 +242,7 @@ _VALUE_OPTIONS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "temp": ("temp", _choice(_TEMP_KINDS)),
     "passthrough": ("passthrough", _choice(_PASSTHROUGH)),
     "verify": ("verify", _verify),
+    "retain": ("retain_seconds", _retain),
     "quarantine_age": ("quarantine_age_seconds", parse_duration),
     "quarantine_size": ("quarantine_bytes", parse_size),
     "log_file": ("log_file", _absolute_path),

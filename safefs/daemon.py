@@ -55,6 +55,9 @@ WANTED_DESCRIPTORS = 1_048_576
 EVENTS_SECONDS = 0.5  # between writes of the events that happened
 HOUSEKEEPING_SECONDS = 3600.0
 EVENTS_KEPT_SECONDS = 90 * 86400.0  # after the last of a daemon that is gone
+SWEEP_SECONDS = 60.0
+RETAIN_SECONDS = 3600.0  # longer than it takes to load a model
+BREAKS_DESCRIPTORS = frozenset({"fuse.glusterfs", "fuse.juicefs"})  # of a file that loses its last name
 NETWORK_NAME_CACHES = frozenset({"nfs", "nfs4"})
 
 
@@ -117,13 +120,21 @@ class Daemon:
         self.state = StateDirectory(self._scratch() if settings.read_only else settings.state)
         self.record = DaemonRecord(self.state, self.backing.node_id)
         self.events = EventLog(self.state.events, self.backing.node_id)
-        self.publisher = Publisher(self.backing, self.state, self.record, self.events, settings.verify)
+        self.publisher = Publisher(
+            self.backing, self.state, self.record, self.events, settings.verify, self._retain_seconds()
+        )
         cache_size = node_cache_size(settings, limit)
         hot = self._configure_hot(cache_size) if settings.hot else Cold()
         self.fs = FileSystem(settings, self.backing, self.publisher, cache_size, hot)
         self.connection: mount.Connection | None = None
         self.stopping = False
         self.serving = False
+
+    def _retain_seconds(self) -> float:
+        """By default versions are retained where readers on other nodes would lose theirs without it."""
+        if self.settings.retain_seconds is not None:
+            return self.settings.retain_seconds
+        return RETAIN_SECONDS if self.type in BREAKS_DESCRIPTORS else 0.0
 
     def _configure_hot(self, cache_size: int) -> Hot:
         """Tell the C extension what its answers depend on; it may use half as many descriptors as Python's nodes."""
@@ -157,6 +168,7 @@ class Daemon:
             helpers.start_soon(self.fs.sweep_gathered)
             helpers.start_soon(self._write_events)
             helpers.start_soon(self._keep_house)
+            helpers.start_soon(self._sweep_retained)
             async with trio.open_nursery() as requests:
                 files, closing = Files(self.fs), Closing(self.fs, requests)
                 tree = Tree(self.fs, files, refresh_misses=self._refreshes_misses())
@@ -196,6 +208,12 @@ class Daemon:
                 for kept in purged:
                     self.events.note(EventKind.PURGED, kept.path, write_id=kept.write_id, size=kept.size_bytes)
             await trio.sleep(HOUSEKEEPING_SECONDS)
+
+    async def _sweep_retained(self) -> None:
+        while True:
+            await trio.sleep(SWEEP_SECONDS)
+            with suppress(OSError):
+                await self.backing.run(backing.DAEMON, self.state.retained.sweep)
 
     def _refreshes_misses(self) -> bool:
         choice = self.settings.negative_refresh

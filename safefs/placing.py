@@ -15,6 +15,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from enum import Enum, auto
+from typing import Protocol
 
 from safefs import backing
 from safefs.digest import DIGEST_ATTRIBUTE, ORIGIN_ATTRIBUTE
@@ -36,6 +37,19 @@ class PrivateInode:
     version_fd: int = -1  # O_PATH, once a name shows it
 
 
+class NameKeeper(Protocol):
+    """What all daemons on a backing agree on for one name of a directory (safefs/publisher.py has it)."""
+
+    def locked(self) -> AbstractContextManager[None]:
+        """Nobody else changes meanwhile what the name shows."""
+
+    def retain(self) -> None:
+        """The version that the name shows is about to be replaced."""
+
+    def retains(self, ino: int) -> bool:
+        """Whether one of the names of this inode is the hidden one under which it is retained."""
+
+
 @dataclass(frozen=True, slots=True)
 class Order:
     """One publish, as the worker thread gets it."""
@@ -48,7 +62,7 @@ class Order:
     may_replace: bool
     hidden: bytes
     make_temp: Callable[[], tuple[int, bytes | None, os.stat_result]]  # for what a conflict is settled with
-    lock: Callable[[], AbstractContextManager[None]]  # of the name, against all daemons
+    keeper: NameKeeper
     sync_target: Callable[[], None]
     demands: Demands
     check_space: Callable[[], None]
@@ -126,7 +140,7 @@ def carry_out(order: Order) -> Placed:
         # Whoever changed attributes since then found the copy; the draft's own family changed both.
         backing.copy_metadata(draft.base.fd, order.inode.fd)
     note_provenance(order.inode.fd, draft, seal(order.inode.fd, order.demands))
-    with order.lock():
+    with order.keeper.locked():
         placed = _settle(order)
         try:
             _sync_names(order)
@@ -157,7 +171,8 @@ def _settle(order: Order) -> Placed:
         return _place(order, order.inode, over=True)
     if shown is not None:
         return _settle_conflict(order, draft.base.fd)
-    if os.fstat(draft.base.fd).st_nlink == 0:
+    base = os.fstat(draft.base.fd)
+    if base.st_nlink - order.keeper.retains(base.st_ino) <= 0:
         raise PublishRefusedError("the version that it was based on was deleted", errno.ESTALE)
     return _place(order, order.inode, over=False)  # renamed away: that is how a downloader finishes
 
@@ -210,6 +225,8 @@ def _joined(order: Order, base: int, theirs: int) -> PrivateInode:
 
 
 def _place(order: Order, inode: PrivateInode, *, over: bool) -> Placed:
+    if over:
+        order.keeper.retain()
     try:
         backing.place(
             inode.fd, inode.temp_name, order.directory, order.target, order.name, replace=over, hidden=order.hidden
@@ -246,7 +263,7 @@ def take_place(order: Order) -> bool:
     if backing.identity_at(order.target, order.name) == own:
         note_provenance(order.inode.fd, order.draft, seal(order.inode.fd, order.demands))
         inode = order.inode
-        with order.lock():
+        with order.keeper.locked():
             placed = backing.swap(inode.fd, inode.temp_name, order.directory, order.name, own, order.hidden)
             order.sync_target()
     elif order.inode.temp_name is not None:

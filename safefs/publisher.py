@@ -16,6 +16,7 @@ import stat
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -29,6 +30,7 @@ from safefs.gate import GroupSync, KeyedLocks
 from safefs.model import Closer, Identity
 from safefs.namespace import Node
 from safefs.placing import Order, Placed, PrivateInode, Verdict, carry_out, drop_inode, take_place, write_gathered
+from safefs.retained import NO_LINKS, slot_of
 from safefs.rules import NameClass, Policy, Verify
 from safefs.seal import Demands, check_name
 from safefs.state import DaemonRecord, StateDirectory
@@ -43,15 +45,63 @@ _OUTCOMES = {
 _REFUSALS = {errno.ESTALE: EventKind.CONFLICT, errno.EINTR: EventKind.KILLED}
 
 
+@dataclass(frozen=True, slots=True)
+class Keeper:
+    """A name of a directory, as all daemons on the backing know it through the state directory (placing.NameKeeper)."""
+
+    state: StateDirectory
+    store: Backing
+    directory: int
+    ino: int
+    name: bytes
+    retain_seconds: float
+
+    def locked(self) -> AbstractContextManager[None]:
+        return self.state.name_lock(self.ino, self.name)
+
+    def retain(self) -> None:
+        """Best effort: where the backing has no links, or an inode too many, the version goes as it always did."""
+        if not self.retain_seconds or not self.state.retained.usable:
+            return
+        try:
+            status = os.stat(self.name, dir_fd=self.directory, follow_symlinks=False)
+            if stat.S_ISREG(status.st_mode):
+                self.store.as_daemon(self._keep)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            self.state.retained.usable = error.errno not in NO_LINKS
+            log.warning("%r is not retained: %s", self.name, error)
+
+    def _keep(self) -> None:
+        try:
+            path = backing.path_below(self.store.root_path, self.directory)
+        except OSError:
+            path = b""
+        shown = os.fsdecode(os.path.join(path, self.name))
+        slot = slot_of(self.ino, self.name)
+        self.state.retained.keep(self.directory, self.name, slot, shown, self.retain_seconds)
+
+    def retains(self, ino: int) -> bool:
+        return self.store.as_daemon(self.state.retained.has, slot_of(self.ino, self.name), ino)
+
+
 class Publisher:
     """Publishes and refuses drafts of one backing directory."""
 
     def __init__(
-        self, store: Backing, state: StateDirectory, record: DaemonRecord, events: EventLog, verify: Verify
+        self,
+        store: Backing,
+        state: StateDirectory,
+        record: DaemonRecord,
+        events: EventLog,
+        verify: Verify,
+        retain_seconds: float,
     ) -> None:
         self._backing = store
         self._events = events
         self._verify = verify
+        self._retain_seconds = retain_seconds
         self._state = state
         self._record = record
         self._names = KeyedLocks()
@@ -143,9 +193,17 @@ class Publisher:
         draft.base = Base(fd, backing.identity_of(status))
         return status.st_size
 
-    def lock_of(self, directory: Node, name: bytes) -> Callable[[], AbstractContextManager[None]]:
-        """For worker threads: nobody else publishes under this name meanwhile, on any node."""
-        return partial(self._state.name_lock, directory.identity.ino, name)
+    def keeper_of(self, directory: Node, name: bytes) -> Keeper:
+        """For worker threads, while the directory's descriptor is pinned."""
+        seconds = self.policy_of(directory, name).retain_seconds
+        return Keeper(
+            state=self._state,
+            store=self._backing,
+            directory=directory.fd,
+            ino=directory.identity.ino,
+            name=name,
+            retain_seconds=self._retain_seconds if seconds is None else seconds,
+        )
 
     def _order(
         self,
@@ -167,7 +225,7 @@ class Publisher:
             may_replace=may_replace,
             hidden=store.hidden_name(b"r"),
             make_temp=partial(store.make_temp, home.fd, 0o600, store.hidden_name(b"j")),
-            lock=self.lock_of(target, name),
+            keeper=self.keeper_of(target, name),
             sync_target=self._sync_of(target),
             demands=demands,
             check_space=partial(store.check_space, home.fd, draft.caller, store.hidden_name(b"s")),

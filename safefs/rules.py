@@ -1,7 +1,7 @@
 """What names say: which protocol a file follows and what is checked of it, from ordered glob rules.
 
-A rule gives a class, or what is checked before a publish (`verify`, `content`), or several of these.  Class and verify
-come from the first matching rule that gives them; content from all of them, until one says off.
+A rule gives a class, or something about publishing (`verify`, `content`, `retain`), or several of these.  Each comes
+from the first matching rule that gives it; content from all of them, until one says off.
 
 Guaranteed: a `RuleSet` never changes, `classify` does no I/O, works on bytes (names need not be UTF-8) and answers
 the same for the same arguments.  An administrator's rules come before the shipped ones (`rules.toml`).
@@ -23,7 +23,8 @@ from typing import Any, TypeVar
 from safefs.errors import ConfigError
 
 CACHED_NAMES = 16384
-GIVEN = ("class", "verify", "content")
+GIVEN = ("class", "verify", "content", "retain")
+_DURATION = re.compile(r"(\d{1,9})([smhd])")
 _RULE_HEADING = re.compile(r"^[ \t]*\[\[\s*rule\s*\]\]", re.MULTILINE)
 _SPECIAL = re.compile(rb"[*?\[]")
 
@@ -72,14 +73,16 @@ class Rule:
     reason: str = ""
     verify: Verify | None = None
     content: tuple[Content, ...] | None = None
+    retain_seconds: float | None = None
 
 
 @dataclass(frozen=True)
 class Policy:
-    """What is checked of a file of this name before it is published; `verify` None: what the mount says."""
+    """How a file of this name is published; None: as the mount says."""
 
     verify: Verify | None = None
     content: tuple[Content, ...] = ()
+    retain_seconds: float | None = None  # for how long what is replaced stays reachable
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,8 @@ class _Matcher:
 
     @property
     def gives_policy(self) -> bool:
-        return self.rule.verify is not None or self.rule.content is not None
+        given = (self.rule.verify, self.rule.content, self.rule.retain_seconds)
+        return any(value is not None for value in given)
 
     def matches(self, name: bytes, directory: bytes) -> bool:
         return (
@@ -145,7 +149,11 @@ class RuleSet:
         found = [matcher.rule for matcher in self._policies if matcher.matches(name, directory)]
         content = (kind for rule in found for kind in rule.content or ())
         checks = dict.fromkeys(takewhile(lambda kind: kind is not Content.OFF, content))
-        return Policy(next((rule.verify for rule in found if rule.verify is not None), None), tuple(checks))
+        return Policy(
+            next((rule.verify for rule in found if rule.verify is not None), None),
+            tuple(checks),
+            next((rule.retain_seconds for rule in found if rule.retain_seconds is not None), None),
+        )
 
     def explain(self, path: bytes) -> dict[str, str]:
         """Why the file at `path`, relative to the mount's root, has its class: plain texts, for people and JSON."""
@@ -158,6 +166,7 @@ class RuleSet:
             "reason": match.reason,
             "verify": str(policy.verify or "default"),
             "content": ", ".join(policy.content) or "off",
+            "retain": "default" if policy.retain_seconds is None else f"{policy.retain_seconds:g} s",
         }
 
     def _find(self, name: bytes, directory: bytes) -> Match:
@@ -206,6 +215,7 @@ def _parse_rule(table: object, source: str) -> Rule:
         _parse_reason(table, source),
         _parse_choice(table, "verify", Verify, source),
         _parse_content(table, source),
+        _parse_retain(table, source),
     )
 
 
@@ -226,6 +236,25 @@ def _parse_content(table: Mapping[str, Any], source: str) -> tuple[Content, ...]
         return tuple(Content(kind) for kind in kinds)
     except ValueError as error:
         raise ConfigError(f"{source}: content: {error} (some of {', '.join(Content)})") from None
+
+
+def _parse_retain(table: Mapping[str, Any], source: str) -> float | None:
+    if "retain" not in table:
+        return None
+    try:
+        return parse_duration(str(table["retain"]))
+    except ValueError as error:
+        raise ConfigError(f"{source}: retain: {table['retain']!r} {error}") from None
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of a text such as 90s, 15m, 12h, 30d; 0 for off.  ValueError says what is wrong with it."""
+    found = _DURATION.fullmatch(text)
+    if text == "off":
+        return 0.0
+    if found is None:
+        raise ValueError("is no time (write 90s, 15m, 12h, 30d or off)")
+    return float(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
 
 
 def _parse_globs(table: Mapping[str, Any], source: str) -> tuple[str, ...]:

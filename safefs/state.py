@@ -26,11 +26,13 @@ import xxhash
 from safefs.backing import copy_contents, link_inode, sync_directory
 from safefs.errors import SafefsError
 from safefs.processes import start_time
+from safefs.retained import RetainedVersions
 
 RECORD_VERSION = 1
 QUARANTINE = "quarantine"
 DAEMONS = "daemons"
 EVENTS = "events"
+RETAINED = "retained"
 RECORD_SUFFIX = ".json"
 LOCKS = "names.lock"
 LOCK_RANGE = (1 << 62) - 1
@@ -97,6 +99,7 @@ class StateDirectory:
                 error.errno or errno.EIO,
             ) from None
         self.events = path / EVENTS
+        self.retained = RetainedVersions(path / RETAINED)
         self._locks_fd = os.open(path / LOCKS, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         self.quarantine_fd = os.open(path / QUARANTINE, os.O_PATH | os.O_DIRECTORY)
 

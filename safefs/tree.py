@@ -7,7 +7,7 @@ import os
 import stat
 import struct
 from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -20,6 +20,7 @@ from safefs.filesystem import Entry, FileSystem, close_all, failure
 from safefs.model import Caller
 from safefs.namespace import ROOT_NODEID, Node, Ticket
 from safefs.native import native
+from safefs.placing import NameKeeper
 
 CAPABILITY = os.fsencode(backing.CAPABILITY)
 FIRST_DRAFT_COOKIE = -(1 << 63)  # offsets of a family's own drafts, after the backing's entries
@@ -194,14 +195,20 @@ class Tree:
         await fs.ordering.wait_name(directory, name)
         own = await self._own_draft(directory, name, caller)
         async with fs.held(own), fs.pinned(directory):
+            keeper = fs.publisher.keeper_of(directory, name)
             if own is None:
-                await fs.backing.run(caller, backing.unlink, directory.fd, name)
+                await fs.backing.run(caller, self._unlink_entry, directory.fd, name, keeper)
                 return
             has_version = own.base is not None
             await self._cancel(own)
             if has_version:
                 with suppress(FileNotFoundError):
-                    await fs.backing.run(caller, backing.unlink, directory.fd, name)
+                    await fs.backing.run(caller, self._unlink_entry, directory.fd, name, keeper)
+
+    @staticmethod
+    def _unlink_entry(directory: int, name: bytes, keeper: NameKeeper) -> None:
+        keeper.retain()
+        backing.unlink(directory, name)
 
     async def _cancel(self, draft: Draft) -> None:
         """Deleted on purpose: what was written goes, descriptors go on working on an inode without a name."""
@@ -309,8 +316,8 @@ class Tree:
             if own is not None:
                 await fs.publish(own)
             await fs.publisher.check_new_name(old, name, new, new_name)
-            lock = fs.publisher.lock_of(new, new_name)
-            status = await fs.backing.run(caller, self._rename_entry, old.fd, name, new.fd, new_name, flags, lock)
+            keeper = fs.publisher.keeper_of(new, new_name)
+            status = await fs.backing.run(caller, self._rename_entry, old.fd, name, new.fd, new_name, flags, keeper)
             moved = fs.nodes.find(backing.identity_of(status))
             if moved is not None and moved is not fs.root:
                 fs.moved(moved, new, new_name)
@@ -319,10 +326,12 @@ class Tree:
 
     @staticmethod
     def _rename_entry(
-        old: int, name: bytes, new: int, new_name: bytes, flags: int, lock: Callable[[], AbstractContextManager[None]]
+        old: int, name: bytes, new: int, new_name: bytes, flags: int, keeper: NameKeeper
     ) -> os.stat_result:
-        with lock():
+        with keeper.locked():
             status = os.stat(name, dir_fd=old, follow_symlinks=False)
+            if not flags & RENAME_NOREPLACE and backing.identity_at(new, new_name) != backing.identity_of(status):
+                keeper.retain()
             backing.rename(old, name, new, new_name, flags)
         return status
 

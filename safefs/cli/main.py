@@ -14,8 +14,9 @@ import click
 
 import safefs
 from safefs.cli.events import show_events
+from safefs.cli.history import restore_version, show_history
 from safefs.cli.mounting import MountRequest, mount_background, mount_foreground
-from safefs.cli.quarantine import list_quarantine, purge, restore, show_quarantined
+from safefs.cli.quarantine import list_quarantine, purge, restore_quarantined, show_quarantined
 from safefs.cli.rules import show_rules
 from safefs.cli.scrub import scrub_tree, show_version
 from safefs.cli.status import show_status
@@ -165,6 +166,22 @@ def show(path: Path, as_json: bool) -> None:
 
 @cli.command()
 @click.argument("path", type=_PATH)
+@_JSON
+def history(path: Path, as_json: bool) -> None:
+    """List the versions that PATH showed before, as far as they are retained (-o retain=TIME, or by rule)."""
+    show_history(path, as_json=as_json)
+
+
+@cli.command()
+@click.argument("version", metavar="PATH@N")
+@click.option("--to", "target", type=_PATH, help="Another name on the mount.")
+def restore(version: str, target: Path | None) -> None:
+    """Publish version N of `safefs history PATH` again."""
+    restore_version(version, target)
+
+
+@cli.command()
+@click.argument("path", type=_PATH)
 @click.option("--repair", type=click.Choice(["quarantine"]), help="What becomes of damaged files.")
 @click.option("--resume", is_flag=True, help="Go on where the last scrub of PATH was interrupted.")
 @click.option("--jobs", type=click.IntRange(1, 256), default=min(8, os.cpu_count() or 1), help="Files side by side.")
@@ -206,7 +223,7 @@ def quarantine_show(write_id: str, path: Path | None, as_json: bool) -> None:
 @click.option("--to", "target", type=_PATH, help="Another name on the mount than the one it was meant for.")
 def quarantine_restore(write_id: str, path: Path | None, target: Path | None) -> None:
     """Publish a file under the name that it was meant for, with the checks of any close."""
-    restore(write_id, path, target)
+    restore_quarantined(write_id, path, target)
 
 
 @quarantine.command("purge")

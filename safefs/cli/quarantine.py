@@ -5,24 +5,21 @@ from __future__ import annotations
 import errno
 import json
 import os
-import secrets
-import shutil
 import socket
-import stat
 from pathlib import Path
 
 import click
 import xxhash
 
 from safefs.cli.places import Place, find_place
+from safefs.cli.publishing import publish_copy
 from safefs.cli.tables import print_details, print_rows, size_text, time_text
-from safefs.config import parse_duration, parse_size
-from safefs.digest import PROVENANCE, digest_text, read_file
+from safefs.config import parse_size
+from safefs.digest import digest_text, read_file
 from safefs.errors import SafefsError
 from safefs.events import EventKind, append_events, event_of
+from safefs.rules import parse_duration
 from safefs.state import Kept
-
-COPY_BYTES = 4 << 20
 
 
 def list_quarantine(path: Path | None, *, as_json: bool) -> None:
@@ -48,7 +45,7 @@ def show_quarantined(write_id: str, path: Path | None, *, as_json: bool) -> None
     click.echo(json.dumps(description, indent=2)) if as_json else print_details(description.items())
 
 
-def restore(write_id: str, path: Path | None, target: Path | None) -> None:
+def restore_quarantined(write_id: str, path: Path | None, target: Path | None) -> None:
     """Publish a file through the mount: with every check that a close makes, under the name that it was meant for."""
     place = find_place(path)
     entry = _entry(place, write_id)
@@ -64,35 +61,13 @@ def restore(write_id: str, path: Path | None, target: Path | None) -> None:
     if place.mount.mountpoint not in absolute.parents:
         raise SafefsError(f"{target}: not on the mount {place.mount.mountpoint}", errno.EINVAL)
     try:
-        _publish(entry.file, absolute)
+        publish_copy(entry.file, absolute)
     except OSError as error:
         number = error.errno or errno.EIO
         raise SafefsError(f"{target}: not restored: {error.strerror}; it stays in quarantine", number) from None
     place.state().purge(write_id)
     _note(place, EventKind.RESTORED, [entry], to=os.fspath(absolute.relative_to(place.mount.mountpoint)))
     click.echo(f"restored {target}")
-
-
-def _publish(source: Path, target: Path) -> None:
-    """Write a whole file as its owner's and close it; the mount publishes it or refuses."""
-    with open(source, "rb", buffering=0) as reading:
-        status = os.fstat(reading.fileno())
-        # Under a name of its own first: a restore that is interrupted changes nothing.
-        temporary = target.with_name(f"{target.name}.restore-{secrets.token_hex(4)}.partial")
-        try:
-            fd = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-            with open(fd, "wb", buffering=0) as writing:
-                shutil.copyfileobj(reading, writing, COPY_BYTES)
-                os.fchown(fd, status.st_uid, status.st_gid)
-                os.fchmod(fd, stat.S_IMODE(status.st_mode))
-                for name in os.listxattr(source):
-                    if name.startswith("user.") and not name.startswith(PROVENANCE):
-                        os.setxattr(fd, name, os.getxattr(source, name))
-                os.utime(fd, ns=(status.st_atime_ns, status.st_mtime_ns))
-            temporary.rename(target)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
 
 
 def purge(

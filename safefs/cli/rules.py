@@ -53,7 +53,7 @@ def _ask(mount: LiveMount, relative: Path) -> dict[str, str] | None:
 def _sentence(relative: Path, answer: dict[str, str]) -> str:
     name = os.fsencode(relative).decode("utf-8", "backslashreplace")
     glob = f", glob {answer['glob']}" if answer["glob"] else ""
-    unusual = {"verify": "default", "content": "off"}
+    unusual = {"verify": "default", "content": "off", "retain": "default"}
     checks = [f"{key} {answer[key]}" for key, usual in unusual.items() if answer.get(key, usual) != usual]
-    published = f"; before it is published: {', '.join(checks)}" if checks else ""
+    published = f"; when it is published: {', '.join(checks)}" if checks else ""
     return f"{name}: {answer['class']} ({answer['source']}{glob}): {answer['reason']}{published}"

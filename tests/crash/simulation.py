@@ -22,10 +22,10 @@ from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
-from safefs import backing, digest, formats, placing, seal, state
+from safefs import backing, digest, formats, placing, publisher, retained, seal, state
 from safefs.native import native
 
-MODULES: tuple[ModuleType, ...] = (backing, digest, formats, placing, seal, state)
+MODULES: tuple[ModuleType, ...] = (backing, digest, formats, placing, publisher, retained, seal, state)
 
 # What reaches a filesystem: each of these can fail, and the daemon can die before each.
 CALLS = (
@@ -121,7 +121,7 @@ class Simulation:
         """The names that a call may change, as (st_ino of the directory, name)."""
         if call == "unlink":
             pairs = [(kwargs["dir_fd"], args[0])]
-        elif call in ("rename", "link"):
+        elif call in ("rename", "link") and "dst_dir_fd" in kwargs:
             pairs = [(kwargs["src_dir_fd"], args[0]), (kwargs["dst_dir_fd"], args[1])]
         elif call == "renameat2":
             pairs = [(args[0], args[1]), (args[2], args[3])]

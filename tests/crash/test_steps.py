@@ -25,6 +25,7 @@ from safefs.errors import PublishRefusedError
 from safefs.gate import Gate
 from safefs.model import Caller
 from safefs.placing import Order, PrivateInode, carry_out
+from safefs.publisher import Keeper
 from safefs.rules import NameClass, Policy, Verify
 from safefs.seal import Demands
 from safefs.state import StateDirectory
@@ -134,7 +135,7 @@ def prepare(place: Path, case: Case, temp: str, stack: ExitStack, simulation: Si
         may_replace=case.replace,
         hidden=backing.HIDDEN_PREFIX + b"0~r~2",
         make_temp=partial(store.make_temp, home, 0o600, backing.HIDDEN_PREFIX + b"0~j~3"),
-        lock=partial(state.name_lock, os.fstat(home).st_ino, NAME),
+        keeper=Keeper(state, store, home, os.fstat(home).st_ino, NAME, 60.0),
         sync_target=partial(backing.sync_directory, home),
         demands=Demands(NAME, Policy(), Verify.CACHE, written),
         check_space=lambda: None,

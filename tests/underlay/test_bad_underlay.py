@@ -104,6 +104,25 @@ def test_control_names_that_were_missing(cluster: Cluster) -> None:
     assert content(second / "file") is None
 
 
+@pytest.mark.parametrize("cluster", [("--estale",)], indirect=True)
+@pytest.mark.parametrize("retain", ["1h", "off"])
+def test_readers_of_a_replaced_file(cluster: Cluster, make_mount: MountFactory, retain: str) -> None:
+    """The filesystem breaks descriptors of files without a name; a retained version has one.  `off` is the control."""
+    first, second = (make_mount("-o", f"retain={retain}", backing=place) for place in cluster.bare)
+    (first / "file").write_bytes(A)
+    with open(second / "file", "rb", buffering=0) as reader:
+        (first / "file").write_bytes(B)
+        assert content(second / "file") == B
+        os.posix_fadvise(reader.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        if retain == "off":
+            with pytest.raises(OSError, match="Stale file handle"):
+                reader.read()
+        else:
+            assert reader.read() == A
+    for mount in (first, second):
+        mount.stop()
+
+
 @pytest.mark.parametrize("cluster", [("--short", "5000")], indirect=True)
 def test_short_writes(cluster: Cluster, make_mount: MountFactory, writer: Actor) -> None:
     """What the daemon writes it goes on with; a file is whole.  (With passthrough the writer is told, as always.)"""

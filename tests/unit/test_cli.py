@@ -349,9 +349,9 @@ class TestRules:
         config.write_text(text)
         answer = json.loads(run("rules", "a/x.bin", "--config", config, "--json").output)
         found = {"class": "shared", "glob": "a/*.bin", "source": f"{config}:1", "reason": "why not"}
-        assert answer == {**found, "verify": "storage", "content": "zip"}
+        assert answer == {**found, "verify": "storage", "content": "zip", "retain": "default"}
         shown = run("rules", "a/x.bin", "--config", config).output
-        assert "; before it is published: verify storage, content zip" in shown
+        assert "; when it is published: verify storage, content zip" in shown
 
     def test_names_that_are_not_utf8(self) -> None:
         assert run("rules", os.fsdecode(b"\xff.part")).output.startswith("\\xff.part: partial")

@@ -213,7 +213,13 @@ def test_has_option() -> None:
 
 def test_every_known_option_can_be_named() -> None:
     values = {"temp": "auto", "negative_refresh": "on", "log_level": "info", "subtype": "safefs"}
-    values |= {"max_descriptors": "999", "passthrough": "auto", "verify": "storage"}
+    values |= {
+        "max_descriptors": "999",
+        "passthrough": "auto",
+        "verify": "storage",
+        "retain": "auto",
+        "quarantine_age": "1d",
+    }
     for name in known_options():
         written = [name, f"{name}={values.get(name, '9')}", f"{name}=/x"]
         assert any(accepted(option) for option in written), name

@@ -89,11 +89,11 @@ def test_checks_add_up_until_one_says_off() -> None:
         {"match": "*.a", "verify": "storage"},
         {"match": "*.a", "content": "zip", "verify": "off"},
         {"match": "x.*", "content": "off"},
-        {"match": "*.a", "content": ["zip", "sha256"]},
+        {"match": "*.a", "content": ["zip", "sha256"], "retain": "2h"},
     ]
     rules = RuleSet(parse_rules(tables, "file"))
-    assert rules.policy(b"y.a", b"") == Policy(Verify.STORAGE, (Content.ZIP, Content.SHA256))
-    assert rules.policy(b"x.a", b"") == Policy(Verify.STORAGE, (Content.ZIP,))
+    assert rules.policy(b"y.a", b"") == Policy(Verify.STORAGE, (Content.ZIP, Content.SHA256), 7200.0)
+    assert rules.policy(b"x.a", b"") == Policy(Verify.STORAGE, (Content.ZIP,), 7200.0)
     assert rules.policy(b"x.b", b"") == Policy()
     assert rules.classify(b"y.a").rule is None
 
@@ -187,6 +187,7 @@ def test_refused_globs(glob: str, complaint: str) -> None:
         ({"match": ["a"]}, "gives nothing"),
         ({"verify": "maybe", "match": ["a"]}, "unknown verify 'maybe'"),
         ({"content": "md5", "match": ["a"]}, "content: 'md5'"),
+        ({"retain": "long", "match": ["a"]}, "retain: 'long' is no time"),
         ({"content": ["zip", 1], "match": ["a"]}, "content: 1"),
         ({"class": "secret", "match": ["a"]}, "unknown class 'secret'"),
         ({"class": "shared"}, "match"),
@@ -221,7 +222,7 @@ def test_source_is_the_position_where_lines_are_in_doubt() -> None:
 def test_explain_splits_the_path() -> None:
     explained = RuleSet([Rule(NameClass.SHARED, ("a/*.x",), "file:1", "because")]).explain(b"a/b.x")
     found = {"class": "shared", "glob": "a/*.x", "source": "file:1", "reason": "because"}
-    assert explained == {**found, "verify": "default", "content": "off"}
+    assert explained == {**found, "verify": "default", "content": "off", "retain": "default"}
 
 
 PLAIN = st.binary(min_size=1, max_size=20).filter(lambda name: b"/" not in name and b"\0" not in name)
