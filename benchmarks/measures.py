@@ -67,6 +67,8 @@ def _contents(scale: Scale) -> Iterator[Measure]:
 
     yield measure("write", "a new file, from open to the last write", work.contents("write"))
     yield measure("write-sync", "a new file, from open to fsync and close", work.contents("write-sync"))
+    closed = "a new file, from its last write until it is durable: by close on safefs, elsewhere by fsync and close"
+    yield measure("close", closed, work.closing())
     yield measure("overwrite", "blocks that are there, through one descriptor", work.contents("overwrite"))
     yield measure("overwrite-sync", "the same, to fsync and close", work.contents("overwrite-sync"))
     yield measure(

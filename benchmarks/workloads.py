@@ -84,6 +84,18 @@ def publishing(clients: int) -> Workload:
     return run
 
 
+def closing() -> Workload:
+    """The end of writing one large file: until it is durable, by closing it where that is enough."""
+
+    def run(turn: Turn) -> Value:
+        os.sync()
+        size = turn.scale.file_bytes
+        operation = "close" if turn.publishes else "sync-close"
+        return Value.of(turn.loop(Job(operation, steps=1, size=size), turn.scratch / "data"), size)
+
+    return run
+
+
 def repeated(command: Callable[[Path], Sequence[str | Path]]) -> Workload:
     """A program of the user's: once for the caches, then again and again for a time; the mean duration."""
 

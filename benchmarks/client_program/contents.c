@@ -39,13 +39,32 @@ static void sync_and_close(struct work *work)
     check(close(work->fd), "close");
 }
 
-/* A file with all its blocks on disk, and clean, left open for what comes next. */
-static void fill(struct work *work)
+/* A file that was just written, left open for what comes next. */
+static void fill_dirty(struct work *work)
 {
     work->fd = check(open(work->path, O_RDWR | O_CREAT | O_TRUNC, 0644), work->path);
     for (long done = 0; done < work->size; done += BUFFER_BYTES)
         check_whole(write(work->fd, work->buffer, BUFFER_BYTES), BUFFER_BYTES, "write");
+}
+
+/* The same with all its blocks on disk, and clean. */
+static void fill(struct work *work)
+{
+    fill_dirty(work);
     check(fsync(work->fd), "fsync");
+}
+
+static long close_written(struct work *work, long number)
+{
+    (void)number;
+    check(close(work->fd), "close");
+    return work->size;
+}
+
+static long sync_and_close_written(struct work *work, long number)
+{
+    check(fsync(work->fd), "fsync");
+    return close_written(work, number);
 }
 
 static long overwrite_at(struct work *work, off_t offset)
@@ -102,6 +121,8 @@ const struct operation content_operations[] = {
     {"write", NULL, write_new, NULL},
     {"write-sync", NULL, write_new, sync_and_close},
     {"modify-sync", NULL, write_existing, sync_and_close},
+    {"close", fill_dirty, close_written, NULL},
+    {"sync-close", fill_dirty, sync_and_close_written, NULL},
     {"overwrite", fill, overwrite, NULL},
     {"overwrite-sync", fill, overwrite, sync_and_close},
     {"overwrite-randomly", fill, overwrite_randomly, NULL},
