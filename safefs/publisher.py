@@ -27,7 +27,7 @@ from safefs.draft import Base, Draft, DraftEvent, DraftState
 from safefs.errors import PublishRefusedError
 from safefs.events import EventKind, EventLog
 from safefs.gate import GroupSync, KeyedLocks
-from safefs.model import Closer, Identity
+from safefs.model import Caller, Closer, Identity
 from safefs.namespace import Node
 from safefs.placing import Order, Placed, PrivateInode, Verdict, carry_out, drop_inode, take_place, write_gathered
 from safefs.retained import NO_LINKS, slot_of
@@ -241,18 +241,24 @@ class Publisher:
 
     # ------------------------------------ versions that get another name
 
-    async def check_new_name(self, directory: Node, name: bytes, target: Node, new_name: bytes) -> None:
+    async def check_new_name(
+        self, directory: Node, name: bytes, target: Node, new_name: bytes, caller: Caller
+    ) -> None:
         """Before a rename: a version whose bytes are not what the new name promises goes into quarantine.
 
-        Raises PublishRefusedError (EIO).  Descriptors of both directories are pinned by the caller.
+        Raises PublishRefusedError (EIO).  Descriptors of both directories are pinned.  A file that neither the daemon
+        (root_squash) nor the caller may read is renamed unseen: rename(2) asks for no right to read.
         """
         demands = self._demands(target, new_name, None)
         if demands.policy.content:
-            await self._backing.run(DAEMON, self._check_entry, directory.fd, name, demands)
+            with suppress(PermissionError):
+                await self._backing.run_or_caller(caller, self._check_entry, directory.fd, name, demands)
 
     def _check_entry(self, directory: int, name: bytes, demands: Demands) -> None:
         try:
             fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
+        except PermissionError:
+            raise
         except OSError:
             return  # rename(2) will say what is wrong; a symbolic link is none of ours
         try:
@@ -280,15 +286,16 @@ class Publisher:
         self.counts[EventKind.REFUSED] += 1
         self._events.note(EventKind.REFUSED, record["path"], reason=record["reason"], write_id=write_id)
         if backing.identity_at(directory, name) == backing.identity_of(status):
-            self._state.keep(fd, write_id, record, (directory, name))
+            self._backing.as_daemon(self._state.keep, fd, write_id, record, (directory, name))
             self.counts["quarantined"] += 1
         log.warning("not renamed: %s (%s)", record["path"], record["reason"])
 
-    async def check_link(self, fd: int, target: Node, new_name: bytes) -> None:
-        """Before a link: the inode keeps the names that it has.  Raises PublishRefusedError (EIO)."""
+    async def check_link(self, fd: int, target: Node, new_name: bytes, caller: Caller) -> None:
+        """Before a link, likewise; the inode keeps the names that it has."""
         demands = self._demands(target, new_name, None)
         if demands.policy.content:
-            await self._backing.run(DAEMON, self._check_inode, fd, demands)
+            with suppress(PermissionError):
+                await self._backing.run_or_caller(caller, self._check_inode, fd, demands)
 
     @staticmethod
     def _check_inode(fd: int, demands: Demands) -> None:

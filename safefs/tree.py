@@ -180,7 +180,7 @@ class Tree:
         def make_link(directory: int, new_name: bytes) -> Found:
             return backing.make_link(fd, directory, new_name)
 
-        await self.fs.publisher.check_link(fd, self.fs.node(directory_id), name)
+        await self.fs.publisher.check_link(fd, self.fs.node(directory_id), name, caller)
         return await self._make(directory_id, name, caller, make_link)
 
     # ------------------------------------------------------------ removal
@@ -315,7 +315,7 @@ class Tree:
         else:
             if own is not None:
                 await fs.publish(own)
-            await fs.publisher.check_new_name(old, name, new, new_name)
+            await fs.publisher.check_new_name(old, name, new, new_name, caller)
             keeper = fs.publisher.keeper_of(new, new_name)
             status = await fs.backing.run(caller, self._rename_entry, old.fd, name, new.fd, new_name, flags, keeper)
             moved = fs.nodes.find(backing.identity_of(status))
