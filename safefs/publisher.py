@@ -243,27 +243,30 @@ class Publisher:
 
     async def check_new_name(
         self, directory: Node, name: bytes, target: Node, new_name: bytes, caller: Caller
-    ) -> None:
+    ) -> Identity | None:
         """Before a rename: a version whose bytes are not what the new name promises goes into quarantine.
 
-        Raises PublishRefusedError (EIO).  Descriptors of both directories are pinned.  A file that neither the daemon
+        Returns the inode that was looked at, which has to be the one that is renamed.  Raises PublishRefusedError (EIO).  Descriptors of both directories are pinned.  A file that neither the daemon
         (root_squash) nor the caller may read is renamed unseen: rename(2) asks for no right to read.
         """
         demands = self._demands(target, new_name, None)
         if demands.policy.content:
             with suppress(PermissionError):
-                await self._backing.run_or_caller(caller, self._check_entry, directory.fd, name, demands)
+                return await self._backing.run_or_caller(caller, self._check_entry, directory.fd, name, demands)
+        return None
 
-    def _check_entry(self, directory: int, name: bytes, demands: Demands) -> None:
+    def _check_entry(self, directory: int, name: bytes, demands: Demands) -> Identity | None:
         try:
             fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
         except PermissionError:
             raise
         except OSError:
-            return  # rename(2) will say what is wrong; a symbolic link is none of ours
+            return None  # rename(2) will say what is wrong; a symbolic link is none of ours
         try:
-            if stat.S_ISREG(os.fstat(fd).st_mode):
+            status = os.fstat(fd)
+            if stat.S_ISREG(status.st_mode):
                 check_name(fd, demands)
+            return backing.identity_of(status)
         except PublishRefusedError as error:
             self._keep_version(fd, directory, name, demands, error)
             raise

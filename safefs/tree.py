@@ -9,6 +9,7 @@ import struct
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 from safefs import backing
@@ -17,7 +18,7 @@ from safefs.digest import PROVENANCE
 from safefs.draft import Draft, DraftEvent
 from safefs.files import Files
 from safefs.filesystem import Entry, FileSystem, close_all, failure
-from safefs.model import Caller
+from safefs.model import Caller, Identity
 from safefs.namespace import ROOT_NODEID, Node, Ticket
 from safefs.native import native
 from safefs.placing import NameKeeper
@@ -315,9 +316,9 @@ class Tree:
         else:
             if own is not None:
                 await fs.publish(own)
-            await fs.publisher.check_new_name(old, name, new, new_name, caller)
-            keeper = fs.publisher.keeper_of(new, new_name)
-            status = await fs.backing.run(caller, self._rename_entry, old.fd, name, new.fd, new_name, flags, keeper)
+            checked = await fs.publisher.check_new_name(old, name, new, new_name, caller)
+            renaming = partial(self._rename_entry, checked, fs.publisher.keeper_of(new, new_name))
+            status = await fs.backing.run(caller, renaming, old.fd, name, new.fd, new_name, flags)
             moved = fs.nodes.find(backing.identity_of(status))
             if moved is not None and moved is not fs.root:
                 fs.moved(moved, new, new_name)
@@ -326,10 +327,12 @@ class Tree:
 
     @staticmethod
     def _rename_entry(
-        old: int, name: bytes, new: int, new_name: bytes, flags: int, keeper: NameKeeper
+        checked: Identity | None, keeper: NameKeeper, old: int, name: bytes, new: int, new_name: bytes, flags: int
     ) -> os.stat_result:
         with keeper.locked():
             status = os.stat(name, dir_fd=old, follow_symlinks=False)
+            if checked is not None and backing.identity_of(status) != checked:
+                raise failure(errno.ESTALE)  # another file by now: the kernel asks once more, and it is checked then
             if not flags & RENAME_NOREPLACE and backing.identity_at(new, new_name) != backing.identity_of(status):
                 keeper.retain()
             backing.rename(old, name, new, new_name, flags)
