@@ -246,8 +246,9 @@ class Publisher:
     ) -> Identity | None:
         """Before a rename: a version whose bytes are not what the new name promises goes into quarantine.
 
-        Returns the inode that was looked at, which has to be the one that is renamed.  Raises PublishRefusedError (EIO).  Descriptors of both directories are pinned.  A file that neither the daemon
-        (root_squash) nor the caller may read is renamed unseen: rename(2) asks for no right to read.
+        Returns the inode that was looked at, which has to be the one that is renamed.  Raises PublishRefusedError
+        (EIO).  Descriptors of both directories are pinned.  A file that neither the daemon (root_squash) nor the
+        caller may read is renamed unseen: rename(2) asks for no right to read.
         """
         demands = self._demands(target, new_name, None)
         if demands.policy.content:
