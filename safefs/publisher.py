@@ -15,7 +15,7 @@ import secrets
 import stat
 from collections import Counter
 from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -135,7 +135,7 @@ class Publisher:
                 return
             if draft.error:
                 await self._refuse(draft, PublishRefusedError("a write to it failed", draft.error))
-            async with self._names.holding((target.identity, name)):
+            async with self.holding(target, name):
                 draft.move(DraftEvent.SEAL)
                 try:
                     placed = await self._carry_out(draft, target, name, replace, keep_private)
@@ -192,6 +192,10 @@ class Publisher:
         draft.spare_fds.clear()
         draft.base = Base(fd, backing.identity_of(status))
         return status.st_size
+
+    def holding(self, directory: Node, name: bytes) -> AbstractAsyncContextManager[None]:
+        """Nobody else in this daemon changes what the name shows.  Its threads share the lock of Keeper.locked."""
+        return self._names.holding((directory.identity, name))
 
     def keeper_of(self, directory: Node, name: bytes) -> Keeper:
         """For worker threads, while the directory's descriptor is pinned."""
@@ -359,7 +363,7 @@ class Publisher:
         if draft.state is not DraftState.PUBLISHED or draft.base is None or draft.base.fd != draft.fd:
             return
         inode = await self._copy(draft)
-        async with self._names.holding((draft.directory.identity, draft.name)):
+        async with self.holding(draft.directory, draft.name):
             home = draft.directory
             # The name has shown these bytes already: that they do not suit it would be no news.
             demands = dataclasses.replace(self._demands(home, draft.name, None), policy=Policy())

@@ -318,7 +318,8 @@ class Tree:
                 await fs.publish(own)
             checked = await fs.publisher.check_new_name(old, name, new, new_name, caller)
             renaming = partial(self._rename_entry, checked, fs.publisher.keeper_of(new, new_name))
-            status = await fs.backing.run(caller, renaming, old.fd, name, new.fd, new_name, flags)
+            async with fs.publisher.holding(new, new_name):
+                status = await fs.backing.run(caller, renaming, old.fd, name, new.fd, new_name, flags)
             moved = fs.nodes.find(backing.identity_of(status))
             if moved is not None and moved is not fs.root:
                 fs.moved(moved, new, new_name)

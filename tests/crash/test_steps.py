@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from safefs.draft import Base, Draft, DraftEvent
 from safefs.errors import PublishRefusedError
 from safefs.gate import Gate
 from safefs.model import Caller
-from safefs.placing import Order, PrivateInode, carry_out
+from safefs.placing import Order, PrivateInode, carry_out, take_place
 from safefs.publisher import Keeper
 from safefs.rules import NameClass, Policy, Verify
 from safefs.seal import Demands
@@ -179,6 +179,37 @@ def test_every_call(name: str, fault: Fault, temp: str, tmp_path: Path, stack: E
             break
         hits += 1
     assert 8 < hits < MAX_CALLS - 1, f"{hits} calls were hit"
+
+
+@pytest.mark.parametrize("temp", ["auto", "hidden"])
+@pytest.mark.parametrize("fault", Fault, ids=lambda fault: fault.name)
+def test_every_call_of_a_late_writers_copy(fault: Fault, temp: str, tmp_path: Path, stack: ExitStack) -> None:
+    """The published inode, to which somebody still writes, changes places with a copy of it."""
+    case, hits = CASES["over another"], 0
+    for number in range(1, MAX_CALLS):
+        simulation = Simulation(fault, number)
+        stage = prepare(tmp_path / str(number), case, temp, stack, Simulation())
+        placed = carry_out(stage.order)
+        os.sync()
+        order = copied(stage.order, simulation)
+        with simulation.installed(), suppress(OSError, Killed):
+            take_place(order)
+        assert stage.content() == OURS
+        for ino in simulation.may_show(stage.directory, NAME, os.fstat(placed.inode.fd).st_ino):
+            assert ino is not None and simulation.is_whole(ino)
+        if not simulation.hit:
+            assert (stage.directory / os.fsdecode(NAME)).stat().st_ino == os.fstat(order.inode.fd).st_ino
+            break
+        hits += 1
+    assert 8 < hits < MAX_CALLS - 1, f"{hits} calls were hit"
+
+
+def copied(order: Order, simulation: Simulation) -> Order:
+    """The order to put a copy in the place of what the draft has published."""
+    fd, temp_name, _ = order.make_temp()
+    backing.copy_contents(order.draft.fd, fd)
+    simulation.wrote(fd)
+    return replace(order, inode=PrivateInode(fd, temp_name), demands=Demands(NAME, Policy(), Verify.CACHE))
 
 
 # Controls: the checks see what is wrong where it is wrong.

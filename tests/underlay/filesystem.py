@@ -1,10 +1,11 @@
 """A shared filesystem as bad as the real ones: one process of this for each node, all on one directory.
 
-    python -m tests.underlay.filesystem SOURCE MOUNTPOINT [--negative SECONDS] [--estale] [--short BYTES]
+    python -m tests.underlay.filesystem SOURCE MOUNTPOINT [--negative SECONDS] [--attr SECONDS] [--estale] [--short N]
 
 - flock and fcntl locks succeed for everybody and exclude nobody on another node: the kernel keeps them for each mount,
   as Lustre does with -o localflock;
-- a name that was missing stays missing for `negative` seconds, as on NFS;
+- a name that was missing stays missing for `negative` seconds, as on NFS; size and times that another node changes show
+  `attr` seconds later;
 - a file that lost its name cannot be read any more (ESTALE), as on Gluster;
 - a write takes at most `short` bytes;
 - what was not synced is gone when the power fails: on SIGUSR2 every file that was written to after its last fsync is
@@ -55,8 +56,11 @@ class Underlay(pyfuse3.Operations):
 
     enable_writeback_cache = False
 
-    def __init__(self, source: Path, *, negative_seconds: float, estale: bool, short_bytes: int) -> None:
+    def __init__(
+        self, source: Path, *, negative_seconds: float, attr_seconds: float, estale: bool, short_bytes: int
+    ) -> None:
         super().__init__()
+        self._attr = attr_seconds
         self._negative, self._estale, self._short = negative_seconds, estale, short_bytes
         self._nodes = {pyfuse3.ROOT_INODE: os.open(source, os.O_PATH | os.O_DIRECTORY)}
         self._unsynced: set[int] = set()  # nodes
@@ -77,7 +81,7 @@ class Underlay(pyfuse3.Operations):
         for name in ("st_atime_ns", "st_mtime_ns", "st_ctime_ns"):
             setattr(shown, name, getattr(status, name))
         shown.st_ino = pyfuse3.InodeT(number)
-        shown.entry_timeout = shown.attr_timeout = 0
+        shown.entry_timeout, shown.attr_timeout = 0, self._attr
         return shown
 
     def _found(self, parent: int, name: bytes) -> pyfuse3.EntryAttributes:
@@ -294,12 +298,17 @@ def main() -> None:
     parser.add_argument("source", type=Path)
     parser.add_argument("mountpoint", type=Path)
     parser.add_argument("--negative", type=float, default=30)
+    parser.add_argument("--attr", type=float, default=3)
     parser.add_argument("--estale", action="store_true")
     parser.add_argument("--short", type=int, default=0)
     options = parser.parse_args()
     os.umask(0)
     filesystem = Underlay(
-        options.source, negative_seconds=options.negative, estale=options.estale, short_bytes=options.short
+        options.source,
+        negative_seconds=options.negative,
+        attr_seconds=options.attr,
+        estale=options.estale,
+        short_bytes=options.short,
     )
     settings = {*pyfuse3.default_options, "fsname=underlay", "allow_other", "default_permissions"}
     pyfuse3.init(filesystem, os.fspath(options.mountpoint), settings)

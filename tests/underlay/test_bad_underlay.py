@@ -104,6 +104,25 @@ def test_control_names_that_were_missing(cluster: Cluster) -> None:
     assert content(second / "file") is None
 
 
+def test_sizes_on_the_other_node(cluster: Cluster) -> None:
+    """A file that grows is a new inode each time: there is nothing old to show."""
+    first, second = cluster.mounts
+    for size in (1, 2, 3):
+        (first / "file").write_bytes(A * size)
+        with open(second / "file", "rb") as reader:
+            assert (os.fstat(reader.fileno()).st_size, reader.read()) == (size * len(A), A * size)
+
+
+def test_control_sizes_on_the_other_node(cluster: Cluster) -> None:
+    first, second = cluster.bare
+    seen = []
+    for size in (1, 2, 3):
+        (first / "file").write_bytes(A * size)
+        with open(second / "file", "rb") as reader:
+            seen.append(os.fstat(reader.fileno()).st_size)
+    assert seen != [len(A), 2 * len(A), 3 * len(A)]
+
+
 @pytest.mark.parametrize("cluster", [("--estale",)], indirect=True)
 @pytest.mark.parametrize("retain", ["1h", "off"])
 def test_readers_of_a_replaced_file(cluster: Cluster, make_mount: MountFactory, retain: str) -> None:
