@@ -93,22 +93,25 @@ class Rounds:
         """
         start = time.monotonic()
         for number in range(count):
-            begin = time.monotonic()
-            self._round(number, count, start + limit_seconds)
-            now = time.monotonic()
-            if now + (now - begin) > start + limit_seconds:
+            expected = self._round(number, count, start + limit_seconds)
+            if time.monotonic() + expected > start + limit_seconds:
                 return
 
-    def _round(self, number: int, count: int, deadline: float) -> None:
+    def _round(self, number: int, count: int, deadline: float) -> float:
+        """How many seconds it took those that are also in the next round."""
+        seconds = 0.0
         for measure in self.measures:
             if time.monotonic() > deadline:
                 self.fleet.run.notes.append(f"{measure.name} in round {number + 1}: out of time")
                 continue
             for system in rotated(self.systems, number):
+                begin = time.monotonic()
                 if self._takes_part(system, measure, number):
                     self.tell(f"round {number + 1} of {count}: {measure.name} on {system.name}")
                     self._attempt(measure, system, number)
+                seconds += 0 if system.once else time.monotonic() - begin
                 self.advance()
+        return seconds
 
     def _takes_part(self, system: System, measure: Measure, number: int) -> bool:
         failed = system.name in self.fleet.run.left_out or (measure.name, system.name) in self._failed
