@@ -1,6 +1,6 @@
 # Everything here sets up what it needs first, asks nothing and can be run again.
 
-.PHONY: setup demo test test-modes check bench clean
+.PHONY: setup demo test test-modes test-nightly check bench clean
 
 setup:
 	@scripts/setup build
@@ -24,6 +24,11 @@ test-modes:
 	@SAFEFS_TEST_OPTIONS=passthrough=off $(PYTEST) -q
 	@SAFEFS_TEST_OPTIONS=hot=off $(PYTEST) -q
 	@SAFEFS_TEST_OPTIONS=passthrough=off,hot=off $(PYTEST) -q
+
+# What is tried at random, a thousand times: most of an hour.
+test-nightly:
+	@scripts/setup test
+	@SAFEFS_MODEL_EXAMPLES=1000 $(PYTEST) -q tests/model
 
 check:
 	@scripts/setup build

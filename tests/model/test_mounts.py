@@ -1,4 +1,7 @@
-"""One mount against a reference: what a writer does, what it sees itself, and what a stranger sees meanwhile.
+"""Mounts against a reference: what a writer does, what it sees itself, and what a stranger sees meanwhile.
+
+Writer and stranger are on one mount; or on two, where the stranger and a program beside both mounts write as well, to
+names that have no draft (tests/model/test_conflicts.py is about those).
 
 The reference is a plain directory that always holds what is published: what a stranger may see.  Pending writes are
 kept beside it, in memory, and reach it by rename when their last handle closes.  That is where the contract differs
@@ -246,6 +249,8 @@ class Setup:
     """What all examples share."""
 
     mount: Path
+    strangers_mount: Path
+    backing: Path
     reference: Path
     writer: Actor
     stranger: Actor
@@ -265,7 +270,8 @@ class OneMount(RuleBasedStateMachine):
         shared = self.setup_of_all
         name = str(next(shared.numbers))
         self.writer, self.stranger = shared.writer, shared.stranger
-        self.root = shared.mount / name
+        self.root, self.strangers_root = shared.mount / name, shared.strangers_mount / name
+        self.backing = shared.backing / name
         reference = shared.reference / name
         reference.mkdir()
         self.reference = Reference(reference)
@@ -395,7 +401,8 @@ class OneMount(RuleBasedStateMachine):
         seen = self.reference.seen_by_strangers().get(path)
         if seen is None or seen[0] != "file":
             return None
-        descriptor, number = self.stranger("attempt(os.open, p, os.O_RDONLY)", p=self.at(path))
+        there = os.path.join(self.strangers_root, path)
+        descriptor, number = self.stranger("attempt(os.open, p, os.O_RDONLY)", p=there)
         assert number == 0
         self.open_readers[descriptor] = seen[-1]
         return int(descriptor)
@@ -498,7 +505,8 @@ class OneMount(RuleBasedStateMachine):
     # ---------------------------------------------------------- what is seen
 
     def _assert_seen(self, observer: Actor, expected: dict[str, Any]) -> None:
-        seen = observer("walk(root)", root=os.fspath(self.root))
+        root = self.root if observer is self.writer else self.strangers_root
+        seen = observer("walk(root)", root=os.fspath(root))
         drafts = self.reference.drafts
         for path in seen:
             if path in drafts and observer is self.writer:
@@ -539,26 +547,89 @@ class OneMount(RuleBasedStateMachine):
             self._assert_seen(self.stranger, expected)
 
 
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setup]:
-    """One mount, a writer and a stranger for all examples."""
-    directory = tmp_path_factory.mktemp("model")
-    reference = directory / "reference"
+class TwoMounts(OneMount):
+    """The stranger is on another node and writes there; a third one knows no mount at all."""
+
+    def _is_free(self, path: str) -> bool:
+        """No draft of the writer has to do with the name, and a file can be there."""
+        reference, drafts = self.reference, self.reference.drafts
+        parent = os.path.dirname(path)
+        return (
+            not any(path == draft or path.startswith(draft + "/") for draft in drafts)
+            and not os.path.islink(reference.at(path))
+            and not os.path.isdir(reference.at(path))
+            and os.path.isdir(reference.at(parent))
+            and not os.path.islink(reference.at(parent))
+        )
+
+    def _replace(self, place: str, path: str, data: bytes) -> None:
+        """As a program does that knows how: a temporary name, then a rename."""
+        Path(place, "temporary").write_bytes(data)
+        Path(place, "temporary").chmod(0o644)
+        os.rename(os.path.join(place, "temporary"), os.path.join(place, path))
+
+    @rule(path=paths, data=payloads)
+    def the_other_node_writes(self, path: str, data: bytes) -> None:
+        if self._is_free(path):
+            mode = self.reference.version(path)[1] if os.path.lexists(self.reference.at(path)) else 0o644
+            code = "file = open(p, 'wb', 0); file.write(data); file.close()"
+            self.stranger(code, p=os.path.join(self.strangers_root, path), data=data)
+            self.reference.publish(Pending(path, False, bytearray(data), mode))
+
+    @rule(path=paths, data=payloads)
+    def somebody_writes_below(self, path: str, data: bytes) -> None:
+        if self._is_free(path):
+            self._replace(os.fspath(self.backing), path, data)
+            self._replace(os.fspath(self.reference.root), path, data)
+
+    @rule(path=paths)
+    def somebody_removes_below(self, path: str) -> None:
+        if self._is_free(path) and os.path.lexists(self.reference.at(path)):
+            os.unlink(self.backing / path)
+            os.unlink(self.reference.at(path))
+
+    @rule(path=paths)
+    def the_other_node_removes(self, path: str) -> None:
+        if self._is_free(path) and os.path.lexists(self.reference.at(path)):
+            self.stranger("os.unlink(p)", p=os.path.join(self.strangers_root, path))
+            os.unlink(self.reference.at(path))
+
+
+@contextlib.contextmanager
+def everything(directory: Path, *, nodes: int) -> Iterator[Setup]:
+    """The mounts, a writer and a stranger for all examples."""
+    backing, reference = directory / "backing", directory / "reference"
     reference.mkdir()
-    with (
-        mounted(directory / "backing", directory / "mnt") as mount,
-        actor(umask=UMASK) as writer,
-        actor(umask=UMASK) as stranger,
-    ):
+    # What another node or nobody's mount changes shows in stat(2) a second later otherwise.
+    exact = ("-o", "entry_timeout=0,attr_timeout=0") if nodes > 1 else ()
+    with contextlib.ExitStack() as stack:
+        mounts = [stack.enter_context(mounted(backing, directory / f"mnt{node}", *exact)) for node in range(nodes)]
+        writer, stranger = (stack.enter_context(actor(umask=UMASK)) for _ in range(2))
         for party in (writer, stranger):
             party(OBSERVE)
-        yield Setup(mount.path, reference, writer, stranger)
+        yield Setup(mounts[0].path, mounts[-1].path, backing, reference, writer, stranger)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setup]:
+    """For everything that happens on one mount."""
+    with everything(tmp_path_factory.mktemp("model"), nodes=1) as setup:
+        yield setup
 
 
 def test_one_mount_agrees_with_the_reference(shared: Setup) -> None:
-    OneMount.setup_of_all = shared
+    run(OneMount, shared)
+
+
+def test_two_mounts_agree_with_the_reference(tmp_path: Path) -> None:
+    with everything(tmp_path, nodes=2) as setup:
+        run(TwoMounts, setup)
+
+
+def run(machine: type[OneMount], setup: Setup) -> None:
+    machine.setup_of_all = setup
     run_state_machine_as_test(
-        OneMount,
+        machine,
         settings=settings(
             max_examples=EXAMPLES,
             stateful_step_count=STEPS,
