@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -190,9 +190,16 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Client:
 class TestRounds:
     """Two bare directories as systems, and measures that only write down that they ran."""
 
-    def go(self, tmp_path: Path, client: Client, workload: Callable[[Turn], Value], rounds: int = 2) -> Run:
+    def go(
+        self,
+        tmp_path: Path,
+        client: Client,
+        workload: Callable[[Turn], Value],
+        rounds: int = 2,
+        more: Sequence[System] = (),
+    ) -> Run:
         run = make_run()
-        systems = [System("native", "bare"), System("safefs", "bare as well", publishes=True)]
+        systems = [System("native", "bare"), System("safefs", "bare as well", publishes=True), *more]
         with ExitStack() as stack:
             fleet = Fleet(Place(tmp_path, stack), QUICK, run, with_package=False)
             measures = [Measure(RATE, workload), Measure(DURATION, workload)]
@@ -206,6 +213,13 @@ class TestRounds:
             *((0, measure, system) for measure in ("create", "load") for system in ("native", "safefs")),
             *((1, measure, system) for measure in ("create", "load") for system in ("safefs", "native")),
         ]
+
+    def test_what_is_measured_once_is_in_the_first_round(self, tmp_path: Path, client: Client) -> None:
+        run = self.go(tmp_path, client, lambda _: Value(1.0, 0.0), 3, [System("rclone", "bare too", once=True)])
+        rounds = {
+            system: sorted({s.round for s in run.samples if s.system == system}) for system in ("safefs", "rclone")
+        }
+        assert rounds == {"safefs": [0, 1, 2], "rclone": [0]}
 
     def test_a_failed_measure_is_not_tried_again(self, tmp_path: Path, client: Client) -> None:
         def workload(turn: Turn) -> Value:
