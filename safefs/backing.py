@@ -231,7 +231,8 @@ def find_refreshed(directory: int, name: bytes) -> tuple[int, os.stat_result]:
 
 
 def is_removed(directory: int) -> bool:
-    return os.fstat(directory).st_nlink == 0
+    """Whether a directory has lost its name, here or on another node: clients of NFS and others remember attributes."""
+    return native.link_count(directory) == 0
 
 
 def identity_of(status: os.stat_result) -> Identity:

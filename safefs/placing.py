@@ -21,6 +21,7 @@ from safefs import backing
 from safefs.digest import DIGEST_ATTRIBUTE, ORIGIN_ATTRIBUTE
 from safefs.draft import Draft
 from safefs.errors import PublishRefusedError
+from safefs.native import native
 from safefs.seal import Demands, seal
 
 RECORD_BYTES = 4096  # what a writer with O_APPEND can add to a file that another has added to
@@ -171,8 +172,8 @@ def _settle(order: Order) -> Placed:
         return _place(order, order.inode, over=True)
     if shown is not None:
         return _settle_conflict(order, draft.base.fd)
-    base = os.fstat(draft.base.fd)
-    if base.st_nlink - order.keeper.retains(base.st_ino) <= 0:
+    links = native.link_count(draft.base.fd)
+    if links - order.keeper.retains(draft.base.identity.ino) <= 0:
         raise PublishRefusedError("the version that it was based on was deleted", errno.ESTALE)
     return _place(order, order.inode, over=False)  # renamed away: that is how a downloader finishes
 

@@ -676,6 +676,20 @@ static PyObject *native_fallocate(PyObject *module, PyObject *args)
 	Py_END_ALLOW_THREADS return result_or_errno(result);
 }
 
+static PyObject *native_link_count(PyObject *module, PyObject *arg)
+{
+	(void)module;
+	struct statx status;
+	long fd = PyLong_AsLong(arg);
+	if (fd == -1 && PyErr_Occurred())
+		return NULL;
+	int result;
+	Py_BEGIN_ALLOW_THREADS result =
+		statx((int)fd, "", AT_EMPTY_PATH | AT_STATX_FORCE_SYNC, STATX_NLINK, &status);
+	Py_END_ALLOW_THREADS if (result < 0) return PyErr_SetFromErrno(PyExc_OSError);
+	return PyLong_FromUnsignedLong(status.stx_nlink);
+}
+
 static PyObject *native_utimensat(PyObject *module, PyObject *args)
 {
 	(void)module;
@@ -866,6 +880,7 @@ static PyMethodDef native_methods[] = {
 	{"linkat", native_linkat, METH_VARARGS, "linkat(2)"},
 	{"renameat2", native_renameat2, METH_VARARGS, "renameat2(2)"},
 	{"fallocate", native_fallocate, METH_VARARGS, "fallocate(2)"},
+	{"link_count", native_link_count, METH_O, "st_nlink of a descriptor, asked of the server (AT_STATX_FORCE_SYNC)."},
 	{"utimensat", native_utimensat, METH_VARARGS, "utimensat(2), with UTIME_NOW and UTIME_OMIT"},
 	{"fchown", native_fchown, METH_VARARGS, "fchownat(2) of a descriptor, O_PATH and symbolic links included"},
 	{"name_to_handle", native_name_to_handle, METH_O, "name_to_handle_at(2) of a descriptor"},

@@ -32,7 +32,7 @@ CALLS = (
     *("open", "pwrite", "pread", "preadv", "fsync", "ftruncate", "lseek", "stat", "fstat", "unlink", "rename", "link"),
     *("setxattr", "removexattr", "getxattr", "listxattr", "chmod", "fchmod", "chown", "utime", "fstatvfs"),
 )
-NATIVE_CALLS = ("linkat", "renameat2", "fallocate")
+NATIVE_CALLS = ("linkat", "renameat2", "fallocate", "link_count")
 
 
 class Fault(Enum):
@@ -82,7 +82,7 @@ class Simulation:
         """For the modules that carry out a publish, calls go through here."""
         simulated, simulated_native = _Shim(os, self, CALLS), _Shim(native, self, NATIVE_CALLS)
         patches = [patch.object(module, "os", simulated) for module in MODULES]
-        patches.append(patch.object(backing, "native", simulated_native))
+        patches += [patch.object(module, "native", simulated_native) for module in (backing, placing)]
         for each in patches:
             each.start()
         try:
