@@ -17,14 +17,13 @@ from collections import deque
 from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 log = logging.getLogger(__name__)
 
 MAX_WAITING = 10_000
 FILE_BYTES = 8 << 20  # then the file becomes the old one, of which each daemon has one
 SUFFIX, OLD_SUFFIX = ".jsonl", ".old.jsonl"
-READ_BYTES = 1 << 20
 
 
 class EventKind(StrEnum):
@@ -102,32 +101,41 @@ class EventLog:
 
 
 class EventReader:
-    """Reads the events of all writers, and goes on where it stopped."""
+    """Reads the events of all writers, and goes on where it stopped.
+
+    The files stay open in between: one that became the old one, or is gone, is read to its end, and its st_ino is not
+    given to another one meanwhile.
+    """
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._positions: dict[tuple[int, int], int] = {}  # (st_dev, st_ino) → bytes read: a file keeps it when it ages
+        self._files: dict[tuple[int, int], BinaryIO] = {}  # by st_dev and st_ino
 
     def read(self) -> list[Event]:
         """What is new, in the order of time.  Raises OSError where the directory cannot be read."""
-        events = [event for path in sorted(self._directory.glob(f"*{SUFFIX}")) for event in self._read_file(path)]
+        for path in self._directory.glob(f"*{SUFFIX}"):
+            self._open(path)
+        events = [event for file in self._files.values() for event in _new_lines(file)]
+        for key in [key for key, file in self._files.items() if not os.fstat(file.fileno()).st_nlink]:
+            self._files.pop(key).close()
         return sorted(events, key=lambda event: float(event.get("time", 0)))
 
-    def _read_file(self, path: Path) -> Iterator[Event]:
+    def _open(self, path: Path) -> None:
         try:
-            with open(path, "rb") as file:
-                status = os.fstat(file.fileno())
-                key = (status.st_dev, status.st_ino)
-                file.seek(self._positions.get(key, 0))
-                for line in file:
-                    if not line.endswith(b"\n"):
-                        break  # it is being written
-                    self._positions[key] = self._positions.get(key, 0) + len(line)
-                    event = _parsed(line)
-                    if event is not None:
-                        yield event
+            file = open(path, "rb")  # noqa: SIM115 - for as long as it has a name
         except FileNotFoundError:
             return
+        status = os.fstat(file.fileno())
+        if self._files.setdefault((status.st_dev, status.st_ino), file) is not file:
+            file.close()
+
+
+def _new_lines(file: BinaryIO) -> Iterator[Event]:
+    while (line := file.readline()).endswith(b"\n"):
+        event = _parsed(line)
+        if event is not None:
+            yield event
+    file.seek(-len(line), os.SEEK_CUR)  # one that is being written
 
 
 def _parsed(line: bytes) -> Event | None:
