@@ -35,6 +35,13 @@ from safefs.state import DaemonRecord, StateDirectory
 log = logging.getLogger(__name__)
 
 
+def _refusal(write_id: str, name: bytes, error: PublishRefusedError) -> dict[str, Any]:
+    """The beginning of a record in quarantine; its path is known only where its directory still has one."""
+    text, number = os.fsdecode(name), error.errno
+    code = errno.errorcode.get(number, str(number))
+    return {"write_id": write_id, "name": text, "path": text, "reason": error.message, "errno": code}
+
+
 class Publisher:
     """Publishes and refuses drafts of one backing directory."""
 
@@ -106,7 +113,6 @@ class Publisher:
         inode = placed.inode
         draft.move(DraftEvent.RENAMED)
         draft.modified = draft.created = draft.exclusive = draft.fresh = False
-        draft.spare_fds += [fd for fd in (draft.version_fd,) if fd >= 0]
         draft.version_fd = inode.version_fd
         if not keep_private:
             if inode.fd != draft.fd:
@@ -194,11 +200,9 @@ class Publisher:
     def _keep_version(self, fd: int, directory: int, name: bytes, demands: Demands, error: PublishRefusedError) -> None:
         status, write_id = os.fstat(fd), secrets.token_hex(8)
         record = {
-            "write_id": write_id,
-            "name": os.fsdecode(name),
+            **_refusal(write_id, name, error),
             "path": self._path_text(directory, name),
             "reason": f"it was to be renamed to {os.fsdecode(demands.name)}: {error.message}",
-            "errno": errno.errorcode.get(error.errno, str(error.errno)),
             "uid": status.st_uid,
             "gid": status.st_gid,
             "pid": 0,
@@ -237,8 +241,7 @@ class Publisher:
     # ------------------------------------------- writers that are not seen
 
     async def _copy(self, draft: Draft) -> PrivateInode:
-        if not self._backing.uses_tmpfile:
-            await self.note_directory(draft.directory)
+        await self.announce_temp(draft.directory)
         hidden = self._backing.hidden_name(b"d")
         return await self._backing.run_or_daemon(draft.caller, self._copy_inode, draft, hidden)
 
@@ -293,6 +296,11 @@ class Publisher:
         )
         if self.on_publish is not None:
             self.on_publish(draft.directory, None)
+
+    async def announce_temp(self, directory: Node) -> None:
+        """A private inode is about to be made, under a hidden name where the backing needs one."""
+        if not self._backing.uses_tmpfile:
+            await self.note_directory(directory)
 
     async def note_directory(self, directory: Node) -> None:
         """Put on record that a hidden name may appear in a directory, once each."""
@@ -367,11 +375,7 @@ class Publisher:
 
     def _describe(self, draft: Draft, error: PublishRefusedError) -> dict[str, Any]:
         return {
-            "write_id": draft.write_id,
-            "name": os.fsdecode(draft.name),
-            "path": os.fsdecode(draft.name),
-            "reason": error.message,
-            "errno": errno.errorcode.get(error.errno, str(error.errno)),
+            **_refusal(draft.write_id, draft.name, error),
             "uid": draft.caller.uid,
             "gid": draft.caller.gid,
             "pid": draft.opener.tgid if draft.opener else 0,
