@@ -61,7 +61,7 @@ class Written:
             run.hasher.update(part)
             run.end += len(part)
 
-    def forget(self, offset: int = 0, end: int | None = None) -> None:
+    def forget(self, offset: int, end: int | None = None) -> None:
         """Bytes in this range are not what `add` was told any more; all from `offset` on without an end."""
         first, last = offset // BLOCK_BYTES, None if end is None else (end - 1) // BLOCK_BYTES
         for block in [block for block in self._runs if block >= first and (last is None or block <= last)]:

@@ -257,7 +257,7 @@ class Files:
     async def _stage_missing(self, directory: Node, name: bytes, mode: int, caller: Caller) -> Staged | os.stat_result:
         """The beginning of a draft for a name that does not exist; what the name shows where it does."""
         fs = self.fs
-        await self._announce_temp(directory)
+        await fs.publisher.announce_temp(directory)
         hidden = fs.backing.hidden_name(b"d")
         return await fs.backing.run(caller, self._make_missing, directory.fd, name, mode, hidden, caller.pid)
 
@@ -267,10 +267,6 @@ class Files:
         fd, temp_name, status = self.fs.backing.make_temp(directory, mode, hidden)
         backing_id = self.fs.register(fd) if self.fs.passthrough.active else 0
         return Staged(PrivateInode(fd, temp_name), status, status, self._introduce(tid), backing_id=backing_id)
-
-    async def _announce_temp(self, directory: Node) -> None:
-        if not self.fs.backing.uses_tmpfile:
-            await self.fs.publisher.note_directory(directory)
 
     @staticmethod
     def _introduce(tid: int) -> tuple[Process | None, int]:
@@ -307,7 +303,7 @@ class Files:
         Nothing is copied yet: reads go to the version until the first write.
         """
         fs = self.fs
-        await self._announce_temp(directory)
+        await fs.publisher.announce_temp(directory)
         hidden = fs.backing.hidden_name(b"d")
         staged = await fs.backing.run_or_daemon(caller, self._make_upon, directory.fd, name, hidden, caller.pid)
         return self._new_draft(directory, name, caller, staged)
@@ -382,7 +378,7 @@ class Files:
             await self.fs.publisher.detach(draft)
             return
         fs = self.fs
-        await self._announce_temp(draft.directory)
+        await fs.publisher.announce_temp(draft.directory)
         make, hidden = fs.backing.make_temp, fs.backing.hidden_name(b"d")
         # What was published is the base now.
         draft.fd, draft.temp_name, _ = await fs.backing.run_or_daemon(

@@ -167,7 +167,6 @@ class Publisher:
         inode, write_id = placed.inode, draft.write_id
         draft.move(DraftEvent.RENAMED)
         draft.modified = draft.created = draft.exclusive = draft.fresh = False
-        draft.spare_fds += [fd for fd in (draft.version_fd,) if fd >= 0]
         draft.version_fd = inode.version_fd
         if not keep_private:
             if inode.fd != draft.fd:
@@ -280,12 +279,9 @@ class Publisher:
 
     def _keep_version(self, fd: int, directory: int, name: bytes, demands: Demands, error: PublishRefusedError) -> None:
         status, write_id = os.fstat(fd), secrets.token_hex(8)
-        record: dict[str, Any] = {
-            "write_id": write_id,
-            "name": os.fsdecode(name),
-            "path": self._path_text(directory, name),
+        record = {
+            **self._refusal(write_id, directory, name, error),
             "reason": f"it was to be renamed to {os.fsdecode(demands.name)}: {error.message}",
-            "errno": errno.errorcode.get(error.errno, str(error.errno)),
             "uid": status.st_uid,
             "gid": status.st_gid,
             "pid": 0,
@@ -326,8 +322,7 @@ class Publisher:
     # ------------------------------------------- writers that are not seen
 
     async def _copy(self, draft: Draft) -> PrivateInode:
-        if not self._backing.uses_tmpfile:
-            await self.note_directory(draft.directory)
+        await self.announce_temp(draft.directory)
         hidden = self._backing.hidden_name(b"d")
         return await self._backing.run_or_daemon(draft.caller, self._copy_inode, draft, hidden)
 
@@ -382,6 +377,11 @@ class Publisher:
         )
         if self.on_publish is not None:
             self.on_publish(draft.directory, None)
+
+    async def announce_temp(self, directory: Node) -> None:
+        """A private inode is about to be made, under a hidden name where the backing needs one."""
+        if not self._backing.uses_tmpfile:
+            await self.note_directory(directory)
 
     async def note_directory(self, directory: Node) -> None:
         """Put on record that a hidden name may appear in a directory, once each."""
@@ -455,13 +455,19 @@ class Publisher:
         draft.temp_name = None
         raise error
 
-    def _describe(self, draft: Draft, error: PublishRefusedError) -> dict[str, Any]:
+    def _refusal(self, write_id: str, directory: int, name: bytes, error: PublishRefusedError) -> dict[str, Any]:
+        """The beginning of a record in quarantine."""
         return {
-            "write_id": draft.write_id,
-            "name": os.fsdecode(draft.name),
-            "path": self._path_text(draft.directory.fd, draft.name),
+            "write_id": write_id,
+            "name": os.fsdecode(name),
+            "path": self._path_text(directory, name),
             "reason": error.message,
             "errno": errno.errorcode.get(error.errno, str(error.errno)),
+        }
+
+    def _describe(self, draft: Draft, error: PublishRefusedError) -> dict[str, Any]:
+        return {
+            **self._refusal(draft.write_id, draft.directory.fd, draft.name, error),
             "uid": draft.caller.uid,
             "gid": draft.caller.gid,
             "pid": draft.opener.tgid if draft.opener else 0,

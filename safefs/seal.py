@@ -12,13 +12,13 @@ import os
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import xxhash
 
 from safefs.digest import Written, digest_text, read_file
 from safefs.errors import PublishRefusedError
-from safefs.formats import format_problem, named_digest
+from safefs.formats import NamedDigest, format_problem, named_digest
 from safefs.rules import Policy, Verify
 
 ALONGSIDE_BYTES = 8 << 20  # from here on a file is synced and read at the same time
@@ -39,28 +39,22 @@ def seal(fd: int, demands: Demands) -> str | None:
 
     Raises PublishRefusedError (EIO) where a check fails, OSError where syncing or reading does.
     """
-    reads = demands.verify is not Verify.OFF or named_digest(demands.policy.content, demands.name, 0) is not None
     size = os.fstat(fd).st_size
-    if demands.verify is Verify.STORAGE or not reads or size < ALONGSIDE_BYTES:
-        os.fsync(fd)
-        if demands.verify is Verify.STORAGE:
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        if reads:
-            return _check(fd, size, demands)
-        _leave_atime(fd)
-        _check_format(fd, demands)
-        return None
-    return _alongside(lambda: os.fsync(fd), lambda: _check(fd, size, demands))
+    named = named_digest(demands.policy.content, demands.name, size)
+    reads = demands.verify is not Verify.OFF or named is not None
+    if reads and demands.verify is not Verify.STORAGE and size >= ALONGSIDE_BYTES:
+        return _alongside(lambda: os.fsync(fd), lambda: _check(fd, size, demands, named))
+    os.fsync(fd)
+    if demands.verify is Verify.STORAGE:
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    return _check(fd, size, demands, named)
 
 
 def check_name(fd: int, demands: Demands) -> None:
     """The part of the seal that depends on the name: for a file that is given another one.  Blocks."""
-    named = named_digest(demands.policy.content, demands.name, os.fstat(fd).st_size)
-    _leave_atime(fd)
-    if named is not None:
-        read_file(fd, [named.hasher.update])
-        _refuse(named.problem())
-    _check_format(fd, demands)
+    size = os.fstat(fd).st_size
+    named = named_digest(demands.policy.content, demands.name, size)
+    _check(fd, size, replace(demands, verify=Verify.OFF), named)
 
 
 def _leave_atime(fd: int) -> None:
@@ -69,30 +63,22 @@ def _leave_atime(fd: int) -> None:
         fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_NOATIME)
 
 
-def _check(fd: int, size: int, demands: Demands) -> str | None:
+def _check(fd: int, size: int, demands: Demands, named: NamedDigest | None) -> str | None:
     _leave_atime(fd)
-    whole = xxhash.xxh3_128()
-    named = named_digest(demands.policy.content, demands.name, size)
-    verify = demands.verify is not Verify.OFF
-    comparison = demands.written.compare() if verify and demands.written else None
-    consumers: list[Callable[[memoryview], object]] = [whole.update] if verify else []
-    consumers += [part.update for part in (comparison, named.hasher if named else None) if part is not None]
-    found = read_file(fd, consumers)
-    if found != size:
+    whole = None if demands.verify is Verify.OFF else xxhash.xxh3_128()
+    comparison = demands.written.compare() if whole and demands.written else None
+    readers = (whole, comparison, named.hasher if named else None)
+    consumers = [reader.update for reader in readers if reader is not None]
+    if consumers and (found := read_file(fd, consumers)) != size:
         raise PublishRefusedError(f"{found} of its {size} bytes could be read back", errno.EIO)
     if comparison is not None:
         comparison.finish()
         if comparison.difference is not None:
             at = comparison.difference
             raise PublishRefusedError(f"what was read back is not what was written, at or behind byte {at}", errno.EIO)
-    if named is not None:
-        _refuse(named.problem())
-    _check_format(fd, demands)
-    return digest_text(whole) if verify else None
-
-
-def _check_format(fd: int, demands: Demands) -> None:
+    _refuse(named.problem() if named else None)
     _refuse(format_problem(demands.policy.content, fd))
+    return digest_text(whole) if whole else None
 
 
 def _refuse(problem: str | None) -> None:

@@ -42,6 +42,19 @@ static PyObject *hot_configure(PyObject *module, PyObject *args)
 	Py_RETURN_NONE;
 }
 
+/* The only argument of a METH_O function; false with a Python error. */
+static bool int_of(PyObject *arg, int *number)
+{
+	*number = (int)PyLong_AsLong(arg);
+	return *number != -1 || !PyErr_Occurred();
+}
+
+static bool nodeid_of(PyObject *arg, unsigned long long *nodeid)
+{
+	*nodeid = PyLong_AsUnsignedLongLong(arg);
+	return *nodeid != (unsigned long long)-1 || !PyErr_Occurred();
+}
+
 static PyObject *none_or_errno(int result)
 {
 	if (result < 0)
@@ -58,10 +71,10 @@ static PyObject *module_prepare(PyObject *module, PyObject *ignored)
 static PyObject *module_start(PyObject *module, PyObject *arg)
 {
 	(void)module;
-	long fd = PyLong_AsLong(arg);
-	if (fd == -1 && PyErr_Occurred())
+	int fd;
+	if (!int_of(arg, &fd))
 		return NULL;
-	return none_or_errno(hot_start((int)fd));
+	return none_or_errno(hot_start(fd));
 }
 
 static PyObject *module_stop(PyObject *module, PyObject *ignored)
@@ -180,8 +193,8 @@ static PyObject *settled_object(const struct settled *settled)
 static PyObject *module_withdraw(PyObject *module, PyObject *arg)
 {
 	(void)module;
-	unsigned long long nodeid = PyLong_AsUnsignedLongLong(arg);
-	if (nodeid == (unsigned long long)-1 && PyErr_Occurred())
+	unsigned long long nodeid;
+	if (!nodeid_of(arg, &nodeid))
 		return NULL;
 	struct settled settled;
 	if (!table_withdraw(nodeid, &settled))
@@ -232,8 +245,8 @@ static PyObject *adopted_object(struct node *node)
 static PyObject *module_adopt(PyObject *module, PyObject *arg)
 {
 	(void)module;
-	unsigned long long nodeid = PyLong_AsUnsignedLongLong(arg);
-	if (nodeid == (unsigned long long)-1 && PyErr_Occurred())
+	unsigned long long nodeid;
+	if (!nodeid_of(arg, &nodeid))
 		return NULL;
 	return adopted_object(table_adopt(nodeid));
 }
@@ -265,21 +278,21 @@ static PyObject *module_stamp(PyObject *module, PyObject *args)
 static PyObject *module_backing_enable(PyObject *module, PyObject *arg)
 {
 	(void)module;
-	long fd = PyLong_AsLong(arg);
-	if (fd == -1 && PyErr_Occurred())
+	int fd;
+	if (!int_of(arg, &fd))
 		return NULL;
-	backing_enable((int)fd);
+	backing_enable(fd);
 	Py_RETURN_NONE;
 }
 
 static PyObject *module_backing_register(PyObject *module, PyObject *arg)
 {
 	(void)module;
-	long fd = PyLong_AsLong(arg);
-	if (fd == -1 && PyErr_Occurred())
+	int fd;
+	if (!int_of(arg, &fd))
 		return NULL;
 	int32_t backing_id;
-	Py_BEGIN_ALLOW_THREADS backing_id = backing_register((int)fd);
+	Py_BEGIN_ALLOW_THREADS backing_id = backing_register(fd);
 	Py_END_ALLOW_THREADS if (backing_id < 0) return PyErr_SetFromErrno(PyExc_OSError);
 	return PyLong_FromLong(backing_id);
 }
@@ -287,18 +300,18 @@ static PyObject *module_backing_register(PyObject *module, PyObject *arg)
 static PyObject *module_backing_close(PyObject *module, PyObject *arg)
 {
 	(void)module;
-	long backing_id = PyLong_AsLong(arg);
-	if (backing_id == -1 && PyErr_Occurred())
+	int backing_id;
+	if (!int_of(arg, &backing_id))
 		return NULL;
-	backing_close((int32_t)backing_id);
+	backing_close(backing_id);
 	Py_RETURN_NONE;
 }
 
 static PyObject *module_opens_agreed(PyObject *module, PyObject *arg)
 {
 	(void)module;
-	unsigned long long nodeid = PyLong_AsUnsignedLongLong(arg);
-	if (nodeid == (unsigned long long)-1 && PyErr_Occurred())
+	unsigned long long nodeid;
+	if (!nodeid_of(arg, &nodeid))
 		return NULL;
 	int32_t backing_id = opens_agreed(nodeid);
 	if (backing_id < 0)
@@ -321,8 +334,8 @@ static PyObject *module_opens_join(PyObject *module, PyObject *args)
 static PyObject *module_opens_leave(PyObject *module, PyObject *arg)
 {
 	(void)module;
-	unsigned long long nodeid = PyLong_AsUnsignedLongLong(arg);
-	if (nodeid == (unsigned long long)-1 && PyErr_Occurred())
+	unsigned long long nodeid;
+	if (!nodeid_of(arg, &nodeid))
 		return NULL;
 	opens_leave(nodeid);
 	Py_RETURN_NONE;
@@ -331,10 +344,10 @@ static PyObject *module_opens_leave(PyObject *module, PyObject *arg)
 static PyObject *module_requests_wait(PyObject *module, PyObject *arg)
 {
 	(void)module;
-	long fd = PyLong_AsLong(arg);
-	if (fd == -1 && PyErr_Occurred())
+	int fd;
+	if (!int_of(arg, &fd))
 		return NULL;
-	return PyBool_FromLong(hot_requests_wait((int)fd));
+	return PyBool_FromLong(hot_requests_wait(fd));
 }
 
 static PyMethodDef hot_methods[] = {

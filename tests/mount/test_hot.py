@@ -315,8 +315,9 @@ def test_references_balance(hot_mount: Callable[..., Mount], backing: Path) -> N
         with open(mount / "d0" / "f0", "a") as file:  # Python takes some of them over
             file.write("y")
         forget_everything()
-        assert wait_until(lambda: (forget_everything() or status(mount)["hot"]["born"]) < 50, 20)
-        assert wait_until(lambda: status(mount)["inodes"] < 20, 10), status(mount)
+        # The kernel forgets in its own time, and keeps what somebody looks at: what leaks never goes.
+        assert wait_until(lambda: (forget_everything() or status(mount)["hot"]["born"]) < 10, 30)
+        assert wait_until(lambda: status(mount)["inodes"] < 10, 10), status(mount)
         now = resources(mount)
         before = before or now
         assert now[0] <= before[0] + 20
