@@ -321,8 +321,10 @@ class FileSystem:
         return draft.fd if draft.prepared or draft.base is None else draft.base.fd
 
     def shown_fd(self, draft: Draft) -> int:
-        """The inode that link(2) takes: the draft's, or the copy that its name shows in its place."""
-        return draft.base.fd if draft.unlinkable and draft.base is not None else self.content_fd(draft)
+        """The inode that link(2) takes: the draft's, or the version that its name shows while that is written to."""
+        if draft.base is not None and (draft.copied or draft.unlinkable):
+            return draft.base.fd
+        return self.content_fd(draft)
 
     # ---------------------------------------------------------- families
 

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     Bundle,
@@ -49,6 +49,7 @@ from tests.support.mounting import mounted
 
 EXAMPLES = int(os.environ.get("SAFEFS_MODEL_EXAMPLES", "100"))
 STEPS = int(os.environ.get("SAFEFS_MODEL_STEPS", "14"))
+AT_LENGTH = "SAFEFS_MODEL_EXAMPLES" in os.environ
 UMASK = 0o022
 SIZE_LIMIT = 1 << 20
 
@@ -635,7 +636,9 @@ def run(machine: type[OneMount], setup: Setup) -> None:
             stateful_step_count=STEPS,
             deadline=None,
             database=None,
-            derandomize="SAFEFS_MODEL_EXAMPLES" not in os.environ,
+            derandomize=not AT_LENGTH,
+            # Looking for a smaller failure takes minutes, in which the time of a normal run is over.
+            phases=(Phase.generate, Phase.shrink) if AT_LENGTH else (Phase.generate,),
             suppress_health_check=list(HealthCheck),
         ),
     )

@@ -167,6 +167,34 @@ def test_link_of_an_open_draft(nodes: Nodes, writer: Actor) -> None:
     assert_nothing_left(nodes)
 
 
+@both_temps
+def test_writing_on_after_a_link_changes_neither_name(nodes: Nodes, writer: Actor) -> None:
+    """The writer's inode is never the one that gets the second name: its next round would be seen there at once."""
+    first, _ = nodes
+    fd = writer.open(first / "temp", CREATE)
+    writer.write(fd, A)
+    writer("os.link(p, q)", p=str(first / "temp"), q=str(first / "final"))
+    writer.write(fd, B)
+    for name in ("temp", "final"):
+        assert_everywhere(nodes, name, A)
+    writer.closefd(fd)
+    assert_everywhere(nodes, "final", A)
+    assert_everywhere(nodes, "temp", A + B)
+    assert_nothing_left(nodes)
+
+
+@both_temps
+def test_a_link_of_an_open_draft_lasts_beyond_its_close(nodes: Nodes, writer: Actor) -> None:
+    """Where nothing was written after it, both names stay one file."""
+    first, second = nodes
+    fd = writer.open(first / "temp", CREATE)
+    writer.write(fd, A)
+    writer("os.link(p, q)", p=str(first / "temp"), q=str(first / "final"))
+    writer.closefd(fd)
+    assert wait_until(lambda: (second / "temp").stat().st_nlink == 2)
+    assert (first / "temp").samefile(first / "final")
+
+
 def test_link_then_unlink_of_the_temporary_name(nodes: Nodes, writer: Actor) -> None:
     """link(2) to the final name, unlink of the temporary one, close: the final name is there, nothing else."""
     first, _ = nodes
