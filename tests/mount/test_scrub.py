@@ -71,16 +71,18 @@ def test_repair(tree: Mount) -> None:
 
 
 def test_an_interrupted_scrub_goes_on(tree: Mount, tmp_path: Path) -> None:
-    """What was looked at before the interruption is not looked at again."""
+    """What was reported before the interruption is not looked at again, but perhaps for the last of it."""
     with open(tree.backing / "two" / "file5", "r+b") as file:
         file.truncate(4 << 30)  # long enough to be interrupted in
-    damage(tree.backing / "one" / "file1")
+    for name in ("file1", "file3"):
+        damage(tree.backing / "one" / name)
     os.setxattr(tree.backing / "two" / "file5", "user.safefs.digest", b"xxh3-128:0")
     state = {"XDG_STATE_HOME": str(tmp_path / "state")}
     command = safefs_command("scrub", tree.backing, "--jobs", "1", "--json")
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **state}) as process:
         assert process.stdout is not None
         assert "one/file1" in process.stdout.readline()
+        assert "one/file3" in process.stdout.readline()
         process.send_signal(signal.SIGINT)
         process.wait(SECONDS)
     os.truncate(tree.backing / "two" / "file5", 0)
