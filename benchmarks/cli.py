@@ -77,9 +77,11 @@ def main(
         _make_directory(output)
         run = results.load(source) if source else _measure(console, quick, only, systems, rounds, work)
         _write(run, output)
-        if record:
+        if record and (source or not run.interrupted):
             _record(run)
         _show(console, run, output)
+        if run.interrupted and source is None:
+            raise KeyboardInterrupt
     except BenchError as error:
         click.echo(f"benchmarks: {error}", err=True)
         sys.exit(1)

@@ -113,6 +113,7 @@ class Run:
     crowds: list[Crowd] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    interrupted: bool = False
 
     def values(self, measure: str, system: str) -> dict[int, float]:
         """Round -> value."""

@@ -36,7 +36,7 @@ class Scale:
 
 FULL = Scale(
     rounds=5,
-    rounds_seconds=4200,
+    rounds_seconds=5400,
     file_bytes=1024 * MIB,
     loop_seconds=0.5,
     sync_loop_seconds=1.5,

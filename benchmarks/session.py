@@ -37,7 +37,10 @@ class Plan:
 
 
 def carry_out(plan: Plan, parent: Path, console: Console) -> Run:
-    """Measure everything in a new directory below `parent`, which is removed again."""
+    """Measure everything in a new directory below `parent`, which is removed again.
+
+    After a KeyboardInterrupt that comes while something is measured, the figures so far are returned.
+    """
     start = time.monotonic()
     with _workplace(parent) as work, ExitStack() as stack, _progress(console) as progress:
         run = _new_run(plan, work)
@@ -62,9 +65,13 @@ def carry_out(plan: Plan, parent: Path, console: Console) -> Run:
         rounds = Rounds(Fleet(place, plan.scale, run, with_package), client, present, plan.measures, tell, advance)
         turns = plan.scale.rounds * len(plan.measures) * len(present)
         progress.update(task, total=turns + growth.steps(plan.series))
-        if plan.measures:
-            rounds.go(plan.scale.rounds, plan.scale.rounds_seconds)
-        growth.go(plan.series)
+        try:
+            if plan.measures:
+                rounds.go(plan.scale.rounds, plan.scale.rounds_seconds)
+            growth.go(plan.series)
+        except KeyboardInterrupt:
+            run.interrupted = True
+            run.notes.append("interrupted: what would have come after it")
         tell("taking everything away")
     run.seconds = time.monotonic() - start
     return run

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 
 from benchmarks import report, results
 from benchmarks.catalogue import SYSTEMS, select_systems
@@ -19,6 +20,7 @@ from benchmarks.measures import CROWDS, WALKS, Measure, all_measures, select_mea
 from benchmarks.results import Crowd, Figure, Run, Sample, Spread, Walk
 from benchmarks.rounds import Fleet, Rounds, rotated
 from benchmarks.scale import FULL, QUICK, Scale
+from benchmarks.session import Plan, carry_out
 from benchmarks.systems import Place, System
 from benchmarks.targets import TARGETS, ratio_text, verdicts
 from benchmarks.turns import Turn, Value
@@ -248,6 +250,39 @@ class TestRounds:
 
         self.go(tmp_path, client, workload)
         assert list((tmp_path / "backing").iterdir()) == []
+
+
+class TestInterruption:
+    """Hours of measuring are not lost."""
+
+    def run(self, tmp_path: Path) -> Run:
+        calls = iter(range(10))
+
+        def workload(_turn: Turn) -> Value:
+            if next(calls) == 1:
+                raise KeyboardInterrupt
+            return Value(1.0, 0.0)
+
+        scale = replace(QUICK, file_bytes=4096, small_files=1, tree_files=10, listed_files=1)
+        plan = Plan(scale, select_systems(["native"]), [Measure(RATE, workload), Measure(DURATION, workload)], set())
+        return carry_out(plan, tmp_path, Console(quiet=True))
+
+    def test_what_was_measured_is_kept(self, tmp_path: Path) -> None:
+        run = self.run(tmp_path)
+        assert run.interrupted
+        assert [(sample.measure, sample.round) for sample in run.samples] == [("create", 0)]
+        assert list(tmp_path.iterdir()) == []
+
+    def test_it_is_not_recorded(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        output = tmp_path / "output"
+        run = self.run(tmp_path)
+        monkeypatch.setattr("benchmarks.cli._check_libraries", lambda: None)
+        monkeypatch.setattr("benchmarks.cli._measure", lambda *_: run)
+        monkeypatch.setattr("benchmarks.cli._write", lambda run, output: run.save(output / "results.json"))
+        monkeypatch.setattr("benchmarks.cli._show", lambda *_: None)
+        monkeypatch.setattr("benchmarks.cli._record", lambda _: pytest.fail("recorded"))
+        done = CliRunner().invoke(main, ["--record", "--output", str(output)])
+        assert (done.exit_code, results.load(output / "results.json").interrupted) == (130, True)
 
 
 class TestClient:
