@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import stat
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -77,8 +78,12 @@ def _walk(directory: int, above: Path, skip: Callable[[bytes], bool], after: Pat
             os.close(below)
 
 
-def look(root: int, path: Path, policy_of: PolicyOf) -> Finding:
-    """Read one file and compare it with what is known of it."""
+class StoppedError(Exception):
+    """The scrub has ended while a file was being read."""
+
+
+def look(root: int, path: Path, policy_of: PolicyOf, stopping: threading.Event | None = None) -> Finding:
+    """Read one file and compare it with what is known of it; StoppedError once `stopping` is set."""
     try:
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         fd = os.open(b"/".join(path), flags, dir_fd=root)
@@ -87,14 +92,18 @@ def look(root: int, path: Path, policy_of: PolicyOf) -> Finding:
     except OSError as error:
         return Finding(path, Verdict.UNREADABLE, str(error.strerror))
     try:
-        return _look(fd, path, policy_of(path[-1], b"/".join(path[:-1])))
+        return _look(fd, path, policy_of(path[-1], b"/".join(path[:-1])), stopping)
     except OSError as error:
         return Finding(path, Verdict.UNREADABLE, str(error.strerror))
     finally:
         os.close(fd)
 
 
-def _look(fd: int, path: Path, policy: Policy) -> Finding:
+def _look(fd: int, path: Path, policy: Policy, stopping: threading.Event | None) -> Finding:
+    def go_on(_data: memoryview) -> None:
+        if stopping is not None and stopping.is_set():
+            raise StoppedError
+
     before = os.fstat(fd)
     if not stat.S_ISREG(before.st_mode):
         return Finding(path, Verdict.CHANGED, "it is no regular file any more")
@@ -103,7 +112,7 @@ def _look(fd: int, path: Path, policy: Policy) -> Finding:
     whole = xxhash.xxh3_128()
     consumers: list[Callable[[memoryview], object]] = [whole.update] if recorded else []
     consumers += [named.hasher.update] if named else []
-    size = read_file(fd, consumers) if consumers else 0
+    size = read_file(fd, [go_on, *consumers]) if consumers else 0
     problems = [format_problem(policy.content, fd), named.problem() if named else None]
     if recorded and digest_text(whole) != recorded:
         problems.append(f"it was published as {recorded}, its bytes give {digest_text(whole)}")
@@ -125,14 +134,16 @@ def _recorded(fd: int) -> str | None:
 def scrub(root: int, paths: Iterator[Path], policy_of: PolicyOf, threads: int) -> Iterator[Finding]:
     """Look at files side by side; the findings come in the order of the paths."""
     waiting: deque[Future[Finding]] = deque()
+    stopping = threading.Event()
     with ThreadPoolExecutor(threads, thread_name_prefix="safefs-scrub") as pool:
         try:
             for path in paths:
-                waiting.append(pool.submit(look, root, path, policy_of))
+                waiting.append(pool.submit(look, root, path, policy_of, stopping))
                 if len(waiting) >= threads * WINDOW:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
-        finally:
+        finally:  # whoever interrupts this does not wait until a file of 140 GB is read
+            stopping.set()
             for future in waiting:
                 future.cancel()

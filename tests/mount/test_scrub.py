@@ -73,7 +73,7 @@ def test_repair(tree: Mount) -> None:
 def test_an_interrupted_scrub_goes_on(tree: Mount, tmp_path: Path) -> None:
     """What was reported before the interruption is not looked at again, but perhaps for the last of it."""
     with open(tree.backing / "two" / "file5", "r+b") as file:
-        file.truncate(4 << 30)  # long enough to be interrupted in
+        file.truncate(4 << 40)  # an hour's reading
     for name in ("file1", "file3"):
         damage(tree.backing / "one" / name)
     os.setxattr(tree.backing / "two" / "file5", "user.safefs.digest", b"xxh3-128:0")
