@@ -13,6 +13,7 @@ import errno
 import logging
 import os
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 
 import trio
@@ -41,9 +42,10 @@ MAPPED_SECONDS = (0.005, 1.0)  # between looks whether a mapping has ended, at f
 class Closing:
     """The closes of one mount."""
 
-    def __init__(self, filesystem: FileSystem, nursery: trio.Nursery) -> None:
+    def __init__(self, filesystem: FileSystem, nursery: trio.Nursery, unlock: Callable[[int], None]) -> None:
         self.fs = filesystem
         self._nursery = nursery
+        self._unlock = unlock  # what was locked through a file handle
         self._flushing: Counter[int] = Counter()  # threads that wait for the answer to a FLUSH
 
     # -------------------------------------------------------------- FLUSH
@@ -117,14 +119,14 @@ class Closing:
     def begin_release(self, handle: Handle) -> Publishing | None:
         """The synchronous half of RELEASE, run when the request is received: later requests must not overtake it."""
         draft = handle.draft
-        if draft is None:
-            return None
-        handle.released = True
-        draft.handles -= 1
-        draft.writers -= handle.writable
-        if handle.writable and not draft.writers and (draft.pending or draft.detaching):
-            draft.reserved += 1
-            return self.fs.ordering.begin(draft)
+        if draft is not None:
+            handle.released = True
+            draft.handles -= 1
+            draft.writers -= handle.writable
+            if handle.writable and not draft.writers and (draft.pending or draft.detaching):
+                draft.reserved += 1
+                return self.fs.ordering.begin(draft)
+        self._unlock(handle.number)
         return None
 
     async def release(self, handle: Handle, publishing: Publishing | None) -> None:
@@ -135,6 +137,7 @@ class Closing:
                 await self._settle_released(draft)
             finally:
                 draft.reserved -= 1
+                self._unlock(handle.number)  # whoever gets the lock sees what was written under it
                 fs.ordering.end(publishing)
         elif draft is not None and handle.writable and self._may_be_mapped(draft):
             draft.reserved += 1

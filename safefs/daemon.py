@@ -34,6 +34,8 @@ from safefs.filesystem import DIRECTORY_ATTR_SECONDS, FileSystem
 from safefs.fuse import mount
 from safefs.fuse.operations import Operations
 from safefs.hot import Cold, Hot, doubtful_globs
+from safefs.locking import Locking
+from safefs.locks import Locks
 from safefs.native import native
 from safefs.publisher import Publisher
 from safefs.recovery import Recovery
@@ -126,6 +128,7 @@ class Daemon:
         cache_size = node_cache_size(settings, limit)
         hot = self._configure_hot(cache_size) if settings.hot else Cold()
         self.fs = FileSystem(settings, self.backing, self.publisher, cache_size, hot)
+        self.locks = Locks(self.backing.node_id)
         self.connection: mount.Connection | None = None
         self.stopping = False
         self.serving = False
@@ -170,9 +173,10 @@ class Daemon:
             helpers.start_soon(self._keep_house)
             helpers.start_soon(self._sweep_retained)
             async with trio.open_nursery() as requests:
-                files, closing = Files(self.fs), Closing(self.fs, requests)
+                locking = Locking(self.fs, self.locks)
+                files, closing = Files(self.fs), Closing(self.fs, requests, locking.released)
                 tree = Tree(self.fs, files, refresh_misses=self._refreshes_misses())
-                self._mount(Operations(self.fs, tree, files, closing, requests))
+                self._mount(Operations(self.fs, tree, files, closing, locking, requests))
                 await helpers.start(serve_control, control_socket(self.settings.mountpoint), self._answer)
                 helpers.start_soon(self._await_signals, closing)
                 ready()
@@ -310,6 +314,7 @@ class Daemon:
     async def _status(self) -> dict[str, Any]:
         fs = self.fs
         hot = native.hot_counters() if self.settings.hot else None
+        held, waiting = self.locks.counts()
         return {
             "version": __version__,
             "pid": os.getpid(),
@@ -328,6 +333,7 @@ class Daemon:
             "open_files": len(fs.handles),
             "drafts": len(fs.drafts),
             "publishing": len(fs.ordering),
+            "locks": {"held": held, "waiting": waiting},
             "hot": hot,
             "busy_threads": self.backing.limiter.borrowed_tokens,
             "counters": dict(self.publisher.counts),

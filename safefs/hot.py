@@ -85,6 +85,9 @@ class Cold:
     def mark_thread(self, tid: int, change: int) -> None:
         """There is one ticket more or less of the thread."""
 
+    def mark_handle(self, number: int, change: int) -> None:
+        """There is one file handle more or less of the extension's through which something is locked."""
+
 
 class Hot(Cold):
     """The extension answers what it can."""
@@ -130,6 +133,9 @@ class Hot(Cold):
 
     def mark_thread(self, tid: int, change: int) -> None:
         native.hot_mark_thread(tid, change)
+
+    def mark_handle(self, number: int, change: int) -> None:
+        native.hot_mark_handle(number, change)
 
 
 def doubtful_globs(rules: RuleSet) -> tuple[bytes, ...]:

@@ -120,9 +120,11 @@ void table_trim(void);
 void mark_name(uint64_t parent, const char *name, int change);
 void mark_directory(uint64_t nodeid, int change);
 void mark_thread(uint32_t tid, int change);
+void mark_handle(uint64_t fh, int change);
 bool name_marked(uint64_t parent, const char *name);
 bool directory_marked(uint64_t nodeid);
 bool thread_marked(uint32_t tid);
+bool handle_marked(uint64_t fh);
 bool name_hidden(uint64_t parent, const char *name);
 
 /* Names that a rule could give another class than private. */
@@ -163,6 +165,8 @@ struct reader {
 bool hot_candidate(const char *request, size_t size);
 /* False when the request is Python's after all. */
 bool hot_answer(struct reader *reader, char *request, size_t size);
+/* The end of a file handle that C has made. */
+void hot_release(uint64_t nodeid, uint64_t fh);
 /* Take from a FORGET what is C's; returns how long the rest is that Python must see, 0 for nothing. */
 size_t hot_forget(char *request, size_t size);
 /* The thread's identity is the daemon's, with no supplementary groups. */

@@ -331,12 +331,19 @@ static bool answer_read(struct reader *reader, const struct fuse_in_header *in, 
 	return reply_data(in, reader->answer, have);
 }
 
+void hot_release(uint64_t nodeid, uint64_t fh)
+{
+	opens_leave(nodeid);
+	close(FD(fh));
+}
+
 static bool answer_release(const struct fuse_in_header *in, uint64_t fh)
 {
 	reply_error(in, 0);
 	if (in->opcode == FUSE_RELEASE)
-		opens_leave(in->nodeid);
-	close(FD(fh));
+		hot_release(in->nodeid, fh);
+	else
+		close(FD(fh));
 	return true;
 }
 
@@ -375,11 +382,16 @@ static const char *body_of(const char *request)
 }
 
 /* The handle of requests that begin with one. */
-static bool has_hot_handle(const char *request)
+static uint64_t handle_of(const char *request)
 {
 	uint64_t fh;
 	memcpy(&fh, body_of(request), sizeof fh);
-	return fh & FH_HOT;
+	return fh;
+}
+
+static bool has_hot_handle(const char *request)
+{
+	return handle_of(request) & FH_HOT;
 }
 
 bool hot_candidate(const char *request, size_t size)
@@ -405,7 +417,9 @@ bool hot_candidate(const char *request, size_t size)
 		return body >= sizeof(struct fuse_read_in) && has_hot_handle(request) && !directory_marked(in->nodeid);
 	case FUSE_READ:
 		return body >= sizeof(struct fuse_read_in) && has_hot_handle(request);
-	case FUSE_RELEASE:
+	case FUSE_RELEASE: /* it unlocks: only in its turn */
+		return body >= sizeof(struct fuse_release_in) && has_hot_handle(request) &&
+		       !handle_marked(handle_of(request));
 	case FUSE_RELEASEDIR:
 		return body >= sizeof(struct fuse_release_in) && has_hot_handle(request);
 	default:

@@ -137,6 +137,17 @@ static PyObject *module_mark_thread(PyObject *module, PyObject *args)
 	Py_RETURN_NONE;
 }
 
+static PyObject *module_mark_handle(PyObject *module, PyObject *args)
+{
+	(void)module;
+	unsigned long long fh;
+	int change;
+	if (!PyArg_ParseTuple(args, "Ki", &fh, &change))
+		return NULL;
+	mark_handle(fh, change);
+	Py_RETURN_NONE;
+}
+
 /* ------------------------------------------------------------------- nodes */
 
 static PyObject *module_new_nodeid(PyObject *module, PyObject *ignored)
@@ -350,6 +361,17 @@ static PyObject *module_requests_wait(PyObject *module, PyObject *arg)
 	return PyBool_FromLong(hot_requests_wait(fd));
 }
 
+/* The end of a file handle that C has made, where C leaves its RELEASE to Python. */
+static PyObject *module_release(PyObject *module, PyObject *args)
+{
+	(void)module;
+	unsigned long long nodeid, fh;
+	if (!PyArg_ParseTuple(args, "KK", &nodeid, &fh))
+		return NULL;
+	hot_release(nodeid, fh);
+	Py_RETURN_NONE;
+}
+
 static PyMethodDef hot_methods[] = {
 	{"backing_enable", module_backing_enable, METH_O, "Take backing ids from this /dev/fuse descriptor; -1: none."},
 	{"backing_register", module_backing_register, METH_O, "A backing id for the file of a descriptor."},
@@ -365,6 +387,8 @@ static PyMethodDef hot_methods[] = {
 	{"hot_requests_wait", module_requests_wait, METH_O, "Whether the kernel has queued what Python did not get yet."},
 	{"hot_mark_name", module_mark_name, METH_VARARGS, "Add to the marks of a name and of its directory."},
 	{"hot_mark_thread", module_mark_thread, METH_VARARGS, "Add to the marks of a thread."},
+	{"hot_mark_handle", module_mark_handle, METH_VARARGS, "Add to the marks of a file handle that C has made."},
+	{"hot_release", module_release, METH_VARARGS, "End a file handle that C has made, with its node."},
 	{"hot_new_nodeid", module_new_nodeid, METH_NOARGS, "A nodeid that nobody has had."},
 	{"hot_register", module_register, METH_VARARGS, "Claim an inode for a node (0: a new one); 0 when it has one."},
 	{"hot_offer", module_offer, METH_VARARGS, "Let C answer for a node; whether it will."},

@@ -525,7 +525,7 @@ void table_trim(void)
 
 /* Counting filters: a slot that another name shares sends that one to Python too, which is slower and not wrong. */
 #define MARKS 16384u
-static atomic_uint names[MARKS], directories[MARKS], threads[MARKS];
+static atomic_uint names[MARKS], directories[MARKS], threads[MARKS], handles[MARKS];
 
 static size_t name_slot(uint64_t parent, const char *name)
 {
@@ -550,6 +550,11 @@ void mark_thread(uint32_t tid, int change)
 	atomic_fetch_add(&threads[mix(tid) & (MARKS - 1)], (unsigned)change);
 }
 
+void mark_handle(uint64_t fh, int change)
+{
+	atomic_fetch_add(&handles[mix(fh) & (MARKS - 1)], (unsigned)change);
+}
+
 bool name_marked(uint64_t parent, const char *name)
 {
 	return atomic_load(&names[name_slot(parent, name)]) != 0;
@@ -563,6 +568,11 @@ bool directory_marked(uint64_t nodeid)
 bool thread_marked(uint32_t tid)
 {
 	return atomic_load(&threads[mix(tid) & (MARKS - 1)]) != 0;
+}
+
+bool handle_marked(uint64_t fh)
+{
+	return atomic_load(&handles[mix(fh) & (MARKS - 1)]) != 0;
 }
 
 bool name_hidden(uint64_t parent, const char *name)

@@ -82,6 +82,7 @@ void *libfuse_symbol(const char *name)
 typedef struct {
 	PyObject_HEAD
 	fuse_req_t req; /* NULL once answered */
+	PyObject *on_interrupt; /* called when the client gets a signal while it waits; may be NULL */
 	unsigned int uid, gid, umask;
 	int pid;
 } Request;
@@ -95,6 +96,7 @@ static Request *request_new(fuse_req_t req)
 		return NULL;
 	const struct fuse_ctx *context = fuse_req_ctx(req);
 	self->req = req;
+	self->on_interrupt = NULL;
 	self->uid = context->uid;
 	self->gid = context->gid;
 	self->umask = context->umask;
@@ -102,21 +104,54 @@ static Request *request_new(fuse_req_t req)
 	return self;
 }
 
-static void request_dealloc(Request *self)
-{
-	if (self->req)
-		fuse_reply_err(self->req, EIO);
-	PyObject_Free(self);
-}
-
-/* Hand out the libfuse request for its one reply. */
-static fuse_req_t request_take(Request *self)
+/* Hand out the libfuse request for its one reply; NULL if there was one. */
+static fuse_req_t request_end(Request *self)
 {
 	fuse_req_t req = self->req;
 	self->req = NULL;
+	if (req && self->on_interrupt)
+		fuse_req_interrupt_func(req, NULL, NULL);
+	Py_CLEAR(self->on_interrupt);
+	return req;
+}
+
+static void request_dealloc(Request *self)
+{
+	fuse_req_t req = request_end(self);
+	if (req)
+		fuse_reply_err(req, EIO);
+	PyObject_Free(self);
+}
+
+static fuse_req_t request_take(Request *self)
+{
+	fuse_req_t req = request_end(self);
 	if (!req)
 		PyErr_SetString(PyExc_RuntimeError, "this request has been answered already");
 	return req;
+}
+
+/* libfuse holds a lock of the request meanwhile: the Python function must not answer it, only see to it that it is
+ * answered soon.  Called from fuse_session_process_buf, or at once from request_await_interrupt. */
+static void request_interrupted(fuse_req_t req, void *data)
+{
+	Request *self = data;
+	(void)req;
+	PyObject *result = PyObject_CallNoArgs(self->on_interrupt);
+	if (!result)
+		PyErr_WriteUnraisable(self->on_interrupt);
+	Py_XDECREF(result);
+}
+
+static PyObject *request_await_interrupt(Request *self, PyObject *function)
+{
+	if (!self->req || self->on_interrupt) {
+		PyErr_SetString(PyExc_RuntimeError, "this request has been answered, or is watched already");
+		return NULL;
+	}
+	self->on_interrupt = Py_NewRef(function);
+	fuse_req_interrupt_func(self->req, request_interrupted, self);
+	Py_RETURN_NONE;
 }
 
 /* ENOENT from a reply means that the kernel gave the request up (an interrupted or killed client). */
@@ -163,6 +198,18 @@ static PyObject *request_reply_buffer(Request *self, PyObject *arg)
 	PyObject *result = req ? replied(fuse_reply_buf(req, view.buf, (size_t)view.len)) : NULL;
 	PyBuffer_Release(&view);
 	return result;
+}
+
+static PyObject *request_reply_lock(Request *self, PyObject *args)
+{
+	int type, pid;
+	long long start, length;
+	if (!PyArg_ParseTuple(args, "iLLi", &type, &start, &length, &pid))
+		return NULL;
+	struct flock lock = {
+		.l_type = (short)type, .l_whence = SEEK_SET, .l_start = start, .l_len = length, .l_pid = pid};
+	fuse_req_t req = request_take(self);
+	return req ? replied(fuse_reply_lock(req, &lock)) : NULL;
 }
 
 static void split_ns(long long ns, struct timespec *ts)
@@ -214,6 +261,9 @@ static PyMethodDef request_methods[] = {
 	{"reply_offset", (PyCFunction)request_reply_offset, METH_O, "Answer with a file offset."},
 	{"reply_buffer", (PyCFunction)request_reply_buffer, METH_O, "Answer with raw bytes."},
 	{"reply_attr", (PyCFunction)request_reply_attr, METH_VARARGS, "Answer with the attributes of an inode."},
+	{"reply_lock", (PyCFunction)request_reply_lock, METH_VARARGS, "Answer with a struct flock."},
+	{"await_interrupt", (PyCFunction)request_await_interrupt, METH_O,
+	 "Have a function called, which must not answer, when the client gets a signal while it waits."},
 	{NULL}};
 
 static PyMemberDef request_members[] = {
@@ -291,13 +341,32 @@ static void on_setattr(fuse_req_t req, fuse_ino_t ino, struct stat *st, int vali
 static void on_flush(fuse_req_t req, fuse_ino_t ino, struct fuse_file_info *fi)
 {
 	(void)ino;
-	dispatch(req, "on_flush", "(K)", FH(fi));
+	dispatch(req, "on_flush", "(KK)", FH(fi), fi ? (unsigned long long)fi->lock_owner : 0ULL);
 }
 
 static void on_release(fuse_req_t req, fuse_ino_t ino, struct fuse_file_info *fi)
 {
-	(void)ino;
-	dispatch(req, "on_release", "(K)", FH(fi));
+	dispatch(req, "on_release", "(KK)", (unsigned long long)ino, FH(fi));
+}
+
+static void on_getlk(fuse_req_t req, fuse_ino_t ino, struct fuse_file_info *fi, struct flock *lock)
+{
+	dispatch(req, "on_getlk", "(KKKiLL)", (unsigned long long)ino, (unsigned long long)fi->fh,
+		 (unsigned long long)fi->lock_owner, (int)lock->l_type, (long long)lock->l_start,
+		 (long long)lock->l_len);
+}
+
+static void on_setlk(fuse_req_t req, fuse_ino_t ino, struct fuse_file_info *fi, struct flock *lock, int sleep)
+{
+	dispatch(req, "on_setlk", "(KKKiLLii)", (unsigned long long)ino, (unsigned long long)fi->fh,
+		 (unsigned long long)fi->lock_owner, (int)lock->l_type, (long long)lock->l_start,
+		 (long long)lock->l_len, (int)lock->l_pid, sleep);
+}
+
+static void on_flock(fuse_req_t req, fuse_ino_t ino, struct fuse_file_info *fi, int operation)
+{
+	dispatch(req, "on_flock", "(KKKi)", (unsigned long long)ino, (unsigned long long)fi->fh,
+		 (unsigned long long)fi->lock_owner, operation);
 }
 
 static void on_readdir(fuse_req_t req, fuse_ino_t ino, size_t size, off_t off, struct fuse_file_info *fi)
@@ -346,6 +415,9 @@ static void add_handlers(struct fuse_lowlevel_ops *ops)
 	ops->setattr = on_setattr;
 	ops->flush = on_flush;
 	ops->release = on_release;
+	ops->getlk = on_getlk;
+	ops->setlk = on_setlk;
+	ops->flock = on_flock;
 	ops->readdir = on_readdir;
 	ops->setxattr = on_setxattr;
 	ops->fallocate = on_fallocate;

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
@@ -24,6 +23,8 @@ from safefs.closing import Closing
 from safefs.errors import SafefsError
 from safefs.files import Files, Opened
 from safefs.filesystem import Entry, FileSystem, Handle
+from safefs.locking import Locking, Wanted, flock_lock, record_lock
+from safefs.locks import Waiting
 from safefs.model import Caller
 from safefs.native import native
 from safefs.tree import Tree
@@ -110,7 +111,7 @@ def reply_attributes(request: native.Request, entry: Entry) -> None:
 def file_info(opened: Opened) -> pyfuse3.FileInfo:
     handle = opened.handle
     number = handle.number
-    if not handle.writable:
+    if not handle.writable and not opened.direct_io:  # files that are locked as a rule need every FLUSH
         number |= native.FH_NOFLUSH
     if handle.backing_id:
         number |= native.FH_PASSTHROUGH | handle.backing_id << native.FH_BACKING_SHIFT
@@ -129,13 +130,20 @@ class Operations(pyfuse3.Operations):
     enable_acl = False  # asked for by the INIT handover, where the backing has ACLs
 
     def __init__(
-        self, filesystem: FileSystem, tree: Tree, files: Files, closing: Closing, nursery: trio.Nursery
+        self,
+        filesystem: FileSystem,
+        tree: Tree,
+        files: Files,
+        closing: Closing,
+        locking: Locking,
+        nursery: trio.Nursery,
     ) -> None:
         super().__init__()
         self._fs = filesystem
         self._tree = tree
         self._files = files
         self._closing = closing
+        self._locking = locking
         self._nursery = nursery
 
     # -------------------------------------------------------------- names
@@ -319,27 +327,85 @@ class Operations(pyfuse3.Operations):
             await self._files.change_attributes(node, change, caller)
         reply_attributes(request, await self._tree.getattr(nodeid))
 
-    def on_flush(self, request: native.Request, number: int) -> None:
+    def on_flush(self, request: native.Request, number: int, owner: int) -> None:
         handle = self._fs.handles.get(number)
         if handle is None or handle.draft is None or not handle.writable:
+            self._locking.flushed(number, owner)
             request.reply_err(0)
         else:
-            self._start(request, self._flush, handle)
+            self._start(request, self._flush, handle, owner)
 
-    async def _flush(self, request: native.Request, handle: Handle) -> None:
-        await self._closing.flush(handle, request.pid)
+    async def _flush(self, request: native.Request, handle: Handle, owner: int) -> None:
+        try:
+            await self._closing.flush(handle, request.pid)
+        finally:  # whoever gets the lock sees what was written under it
+            self._locking.flushed(handle.number, owner)
         request.reply_err(0)
 
-    def on_release(self, request: native.Request, number: int) -> None:
+    def on_release(self, request: native.Request, nodeid: int, number: int) -> None:
         request.reply_err(0)
         handle = self._fs.handles.get(number)
-        if number & native.FH_HOT:  # when every thread of the C extension is busy
-            os.close(number & native.FH_HOT - 1)
-        if handle is not None:
+        if number & native.FH_HOT:  # something is locked through it, or every thread of the C extension is busy
+            self._locking.released(number)
+            native.hot_release(nodeid, number)
+        elif handle is not None:
             self._start(request, self._release, handle, self._closing.begin_release(handle))
 
     async def _release(self, request: native.Request, handle: Handle, publishing: Any) -> None:
         await self._closing.release(handle, publishing)
+
+    def on_getlk(
+        self, request: native.Request, nodeid: int, number: int, owner: int, kind: int, start: int, length: int
+    ) -> None:
+        try:
+            request.reply_lock(*self._locking.conflict(record_lock(nodeid, number, owner, kind, start, length)))
+        except Exception as error:  # noqa: BLE001 - the same boundary, for what is answered at once
+            request.reply_err(error_number(error, "getlk"))
+
+    def on_setlk(
+        self,
+        request: native.Request,
+        nodeid: int,
+        number: int,
+        owner: int,
+        kind: int,
+        start: int,
+        length: int,
+        pid: int,
+        may_wait: int,
+    ) -> None:
+        wanted = record_lock(nodeid, number, owner, kind, start, length, pid, may_wait=bool(may_wait))
+        self._lock(request, wanted)
+
+    def on_flock(self, request: native.Request, nodeid: int, number: int, owner: int, operation: int) -> None:
+        self._lock(request, flock_lock(nodeid, number, owner, operation, request.pid))
+
+    def _lock(self, request: native.Request, wanted: Wanted) -> None:
+        """At once where that is possible, so that lock requests are answered in the order of the kernel's queue."""
+        if wanted.mode is not None and self._fs.ordering:
+            self._start(request, self._lock_settled, wanted)
+            return
+        try:
+            self._ask(request, wanted)
+        except Exception as error:  # noqa: BLE001 - the same boundary, for what is answered at once
+            request.reply_err(error_number(error, "lock"))
+
+    async def _lock_settled(self, request: native.Request, wanted: Wanted) -> None:
+        await self._locking.settled(wanted)
+        self._ask(request, wanted)
+
+    def _ask(self, request: native.Request, wanted: Wanted) -> None:
+        waiting = self._locking.ask(wanted)
+        if waiting is None:
+            request.reply_err(0)
+        else:
+            self._start(request, self._wait_for_lock, waiting, wanted.may_wait)
+
+    async def _wait_for_lock(self, request: native.Request, waiting: Waiting, may_wait: bool) -> None:
+        with trio.CancelScope() as scope:
+            request.await_interrupt(scope.cancel)
+            await self._locking.wait(waiting, request.pid, may_wait=may_wait)
+        request.reply_err(0 if waiting.granted.is_set() else errno.EINTR)
 
     def on_readdir(self, request: native.Request, nodeid: int, number: int, offset: int, size: int) -> None:
         self._start(request, self._readdir, nodeid, number, offset, size)

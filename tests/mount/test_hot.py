@@ -6,7 +6,6 @@ Every mount of this file has `hot=on`, also where the rest of the run has it off
 from __future__ import annotations
 
 import errno
-import json
 import os
 import signal
 import subprocess
@@ -14,14 +13,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.conftest import MountFactory
 from tests.mount.actors import actor
 from tests.mount.test_daemon import hanging_underlay, resources
-from tests.support.mounting import Mount, safefs_command, wait_until
+from tests.support.mounting import Mount, status, wait_until
 
 LOOKUP, FORGET, GETATTR, OPEN, READ, RELEASE = 1, 2, 3, 14, 15, 18
 SECONDS = float(os.environ.get("SAFEFS_HOT_SECONDS", "6"))
@@ -32,14 +30,8 @@ def hot_mount(make_mount: MountFactory) -> Callable[..., Mount]:
     return lambda *options: make_mount("-o", ",".join(("hot=on", *options)))
 
 
-def status(mount: Mount) -> dict[str, Any]:
-    done = subprocess.run(safefs_command("status", "--json", mount.path), check=True, capture_output=True, timeout=30)
-    found = json.loads(done.stdout)
-    return found[0] if isinstance(found, list) else found
-
-
 def answered(mount: Mount, opcode: int) -> int:
-    return status(mount)["hot"]["answered"].get(str(opcode), 0)
+    return int(status(mount)["hot"]["answered"].get(str(opcode), 0))
 
 
 def forget_everything() -> None:

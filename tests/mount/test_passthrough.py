@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import subprocess
 from collections.abc import Iterator
@@ -15,16 +14,10 @@ import pytest
 from tests.conftest import MountFactory
 from tests.mount.actors import Actor, actor
 from tests.mount.places import A, B, content, quarantined
-from tests.support.mounting import Mount, safefs_command, wait_until
+from tests.support.mounting import Mount, safefs_command, status, wait_until
 
 CREATE = os.O_CREAT | os.O_TRUNC | os.O_WRONLY
 BIG = 32 << 20
-
-
-def status(mount: Mount) -> dict[str, object]:
-    done = subprocess.run(safefs_command("status", mount.path, "--json"), capture_output=True, check=True, timeout=60)
-    report: dict[str, object] = json.loads(done.stdout)
-    return report
 
 
 def bytes_moved(mount: Mount) -> int:

@@ -6,6 +6,7 @@ Leaving the context unmounts, waits for the daemon and fails when it did not end
 
 from __future__ import annotations
 
+import json
 import os
 import select
 import signal
@@ -16,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 START_SECONDS = 30
 STOP_SECONDS = 30
@@ -148,6 +150,13 @@ def mounted(backing: Path, path: Path, *arguments: str, **options: object) -> It
     finally:
         mount.stop()
     assert not mount.unexpected_log(), f"the daemon logged errors:\n{mount.log_text()}"
+
+
+def status(mount: Mount) -> dict[str, Any]:
+    """What `safefs status` says of a mount."""
+    done = subprocess.run(safefs_command("status", "--json", mount.path), check=True, capture_output=True, timeout=30)
+    found = json.loads(done.stdout)
+    return dict(found[0] if isinstance(found, list) else found)
 
 
 def wait_until(condition: object, seconds: float = 10.0) -> bool:

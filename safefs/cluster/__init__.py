@@ -1,0 +1,1 @@
+"""What the nodes of a cluster share: records with compare-and-swap, and leases (docs/decisions/0005-locks.md)."""

@@ -1,0 +1,61 @@
+"""What a place has to offer in which the nodes of a cluster keep their lock records.
+
+Guaranteed by every backend (`tests/conformance` asks each of them):
+
+- `swap` replaces exactly the record that was read, or nothing; of several that replace the same one, one succeeds.
+- Whoever reads after a swap has succeeded, on any node, gets that record or a later one.
+- A node is `gone` only when its own clock has told it before that its lease is over (safefs/lease.py).
+- Notices can get lost, and changes can be reported that are none: who waits looks again now and then.
+
+Every call is bounded in time and raises `BackendError` where the backend cannot be reached, or does not answer.  The
+outcome of a swap that raises is not known; its caller reads again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from safefs.cluster.record import NameRecord
+
+
+class BackendError(Exception):
+    """The backend cannot be reached, or what it says makes no sense; the text is one line."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A record as it was read: its version grows with every swap; 0 when there is none."""
+
+    version: int = 0
+    record: NameRecord = field(default_factory=NameRecord)
+
+
+class LockBackend(Protocol):
+    """The records of one cluster, as one node sees them."""
+
+    @property
+    def node(self) -> str:
+        """This node's name, which no other has had or will have; another one after each lost lease."""
+
+    async def read(self, name: str) -> Stored:
+        """The record of a name."""
+
+    async def swap(self, name: str, old: Stored, new: NameRecord) -> Stored | None:
+        """Replace a record; None when it is not the one that was read any more.  An empty record is removed."""
+
+    async def wait_for_change(self, name: str, seen: Stored, seconds: float) -> None:
+        """Return when the record is another one than the one seen, or the time is over."""
+
+    async def notify(self, node: str, name: str) -> None:
+        """Tell another node that somebody wants a name that is delegated to it."""
+
+    async def next_notice(self) -> str:
+        """The next name of ours that somebody wants."""
+
+    async def gone(self, nodes: Iterable[str]) -> set[str]:
+        """Those of the nodes that have lost their leases."""
+
+    def lease_ends(self) -> float:
+        """Until when this node may act on its locks (CLOCK_BOOTTIME)."""

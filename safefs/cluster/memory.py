@@ -1,0 +1,81 @@
+"""Records in the memory of one process: for one node alone, and for tests that put several nodes into one process."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict, deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import trio
+
+from safefs.cluster.backend import Stored
+from safefs.cluster.record import NameRecord
+
+
+@dataclass
+class MemoryCluster:
+    """What the nodes share."""
+
+    records: dict[str, Stored] = field(default_factory=dict)
+    notices: defaultdict[str, deque[str]] = field(default_factory=lambda: defaultdict(deque))
+    ended: set[str] = field(default_factory=set)  # nodes whose leases are over
+    changed: trio.Event = field(default_factory=trio.Event)
+    _last_version: int = 0
+
+    def tell(self) -> None:
+        """Wake everybody who waits for something."""
+        self.changed.set()
+        self.changed = trio.Event()
+
+    def new_version(self) -> int:
+        self._last_version += 1
+        return self._last_version
+
+
+class MemoryBackend:
+    """One node's view (backend.LockBackend)."""
+
+    def __init__(self, cluster: MemoryCluster, node: str) -> None:
+        self._cluster = cluster
+        self.node = node
+
+    async def read(self, name: str) -> Stored:
+        await trio.lowlevel.checkpoint()
+        return self._cluster.records.get(name, Stored())
+
+    async def swap(self, name: str, old: Stored, new: NameRecord) -> Stored | None:
+        await trio.lowlevel.checkpoint()
+        records = self._cluster.records
+        if records.get(name, Stored()).version != old.version:
+            return None
+        records.pop(name, None)
+        stored = Stored()
+        if new:
+            kept = NameRecord.from_json(json.loads(json.dumps(new.to_json())))  # as on a disk: shared with nobody
+            stored = records[name] = Stored(self._cluster.new_version(), kept)
+        self._cluster.tell()
+        return stored
+
+    async def wait_for_change(self, name: str, seen: Stored, seconds: float) -> None:
+        with trio.move_on_after(seconds):
+            while self._cluster.records.get(name, Stored()).version == seen.version:
+                await self._cluster.changed.wait()
+
+    async def notify(self, node: str, name: str) -> None:
+        await trio.lowlevel.checkpoint()
+        self._cluster.notices[node].append(name)
+        self._cluster.tell()
+
+    async def next_notice(self) -> str:
+        while not self._cluster.notices[self.node]:
+            await self._cluster.changed.wait()
+        await trio.lowlevel.checkpoint()
+        return self._cluster.notices[self.node].popleft()
+
+    async def gone(self, nodes: Iterable[str]) -> set[str]:
+        await trio.lowlevel.checkpoint()
+        return set(nodes) & self._cluster.ended
+
+    def lease_ends(self) -> float:
+        return float("-inf") if self.node in self._cluster.ended else float("inf")

@@ -1,0 +1,315 @@
+"""This node's part in the names of a cluster: which are delegated to it, and its steps on those that are shared.
+
+A name that is delegated to this node is worked on at once, in memory (`local`).  Everything else is a step that is
+queued (`submit`); one task for each name takes its steps to the record, as many at a time as there are.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import trio
+
+from safefs.cluster.backend import BackendError, LockBackend, Stored
+from safefs.cluster.record import Acquire, GiveUp, NameRecord, Release, Step, carry_out
+from safefs.lease import boottime
+from safefs.locktable import Kind, Lock, NameLocks
+
+log = logging.getLogger(__name__)
+
+# How often who waits looks whether the nodes that he waits for are still there, and whether a change was missed.
+LOOK_SECONDS = 1.0
+RETRY_SECONDS = (0.05, 1.0)  # after a failure of the backend, at first and at most
+IDLE_SECONDS = 60.0  # a name that nobody has used for so long is given back without being asked for
+
+# Of a ticket: its lock is held (True), or refused; returns whether somebody still wanted to know.
+Resolve = Callable[[int, bool], bool]
+
+
+@dataclass(eq=False)
+class Pending:
+    """A step on its way; `done` once it is on record."""
+
+    step: Step
+    had_part: bool | None = None  # as in `_Queued`, before the first attempt: a later one may see the lock itself
+    done: trio.Event = field(default_factory=trio.Event)
+
+
+@dataclass(frozen=True)
+class _Queued:
+    """A request in the queue; `had_part`: its owner held a part of the range before."""
+
+    kind: Kind
+    lock: Lock
+    had_part: bool
+
+
+def _queued(locks: NameLocks) -> dict[int, _Queued]:
+    """All requests in the queues, by ticket."""
+    return {
+        wait.ticket: _Queued(kind, wait.lock, table.has_part_of(wait.lock))
+        for kind, table in locks.tables.items()
+        for wait in table.waiting
+    }
+
+
+@dataclass(eq=False)
+class _Name:
+    key: str
+    mine: NameLocks | None = None  # delegated to this node: all its locks
+    taking: NameLocks | None = None  # what they will be once a record that delegates the name to this node is there
+    leaving: NameLocks | None = None  # what is to be on record once the name is shared
+    stored: Stored | None = None  # as last read or written; None: has to be read
+    asked: bool = False  # somebody else wants the name
+    gone: set[str] = field(default_factory=set)  # nodes that have lost their leases
+    pending: list[Pending] = field(default_factory=list)
+    waits: dict[int, _Queued] = field(default_factory=dict)  # requests of ours in the queue on record, by ticket
+    poke: trio.Event = field(default_factory=trio.Event)
+    busy: bool = False
+    used: float = 0.0
+
+    @property
+    def has_work(self) -> bool:
+        if self.mine is not None:
+            return self.asked or bool(self.pending)
+        return self.leaving is not None or bool(self.pending or self.waits)
+
+
+class Names:
+    """The names that this node has to do with."""
+
+    def __init__(self, backend: LockBackend, resolve: Resolve) -> None:
+        self._backend = backend
+        self._resolve = resolve
+        self._names: dict[str, _Name] = {}
+        self._nursery: trio.Nursery | None = None
+
+    # ------------------------------------------------------------ requests
+
+    def local(self, key: str) -> NameLocks | None:
+        """The locks of a name that is delegated to this node, to be worked on at once; None when it is not."""
+        name = self._names.get(key)
+        if name is None or name.mine is None or name.pending or boottime() >= self._backend.lease_ends():
+            return None
+        name.used = boottime()
+        return name.mine
+
+    def submit(self, key: str, step: Step) -> Pending:
+        """Queue a step; those of one name are carried out in their order."""
+        name = self._names.setdefault(key, _Name(key))
+        name.used = boottime()
+        pending = Pending(step)
+        name.pending.append(pending)
+        self._wake(name)
+        return pending
+
+    # --------------------------------------------------------------- tasks
+
+    async def run(self) -> None:
+        """Serve until cancelled."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            for name in self._names.values():
+                self._wake(name)
+            nursery.start_soon(self._heed)
+            nursery.start_soon(self._tidy)
+
+    async def _heed(self) -> None:
+        """Names that others want are given back."""
+        while True:
+            try:
+                name = self._names.get(await self._backend.next_notice())
+            except BackendError as error:
+                log.warning("the lock backend: %s", error)
+                await trio.sleep(RETRY_SECONDS[1])
+                continue
+            if name is not None:
+                name.asked = True
+                self._wake(name)
+
+    async def _tidy(self) -> None:
+        """Names that are not used any more leave no record behind."""
+        while True:
+            await trio.sleep(IDLE_SECONDS / 4)
+            for name in list(self._names.values()):
+                if name.mine is not None and not name.mine and boottime() - name.used > IDLE_SECONDS:
+                    name.asked = True
+                    self._wake(name)
+
+    def _wake(self, name: _Name) -> None:
+        name.poke.set()
+        if not name.busy and name.has_work and self._nursery is not None:
+            name.busy = True
+            self._nursery.start_soon(self._work, name)
+
+    async def _work(self, name: _Name) -> None:
+        seconds, longest = RETRY_SECONDS
+        try:
+            while name.has_work:
+                name.poke = trio.Event()
+                try:
+                    await self._advance(name)
+                    seconds = RETRY_SECONDS[0]
+                except BackendError as error:
+                    log.warning("the lock backend: %s", error)
+                    name.stored = None
+                    await trio.sleep(seconds)
+                    seconds = min(2 * seconds, longest)
+        finally:
+            name.busy = False
+        if name.mine is None and not name.has_work and self._names.get(name.key) is name:
+            del self._names[name.key]
+
+    # ------------------------------------------------------------ protocol
+
+    async def _advance(self, name: _Name) -> None:
+        """One step of the protocol."""
+        if name.mine is not None and not name.asked:
+            self._work_locally(name, name.mine)
+            return
+        if name.mine is not None:
+            name.leaving, name.mine = name.mine, None
+        stored = name.stored or await self._backend.read(name.key)
+        name.stored = stored
+        if name.leaving is not None:
+            await self._give_back(name, stored, name.leaving)
+            return
+        node, record = self._backend.node, stored.record
+        if record.delegate == node:  # by a swap whose answer was lost, or by one that nobody answered yet
+            name.mine, name.taking = name.taking or NameLocks(), None
+            name.asked, name.waits = bool(record.wanted), {}
+            return
+        name.taking = None
+        if name.gone:
+            record, name.gone = record.without(name.gone), set()
+        self._settle_waits(name, record)
+        if record.delegate:
+            await self._ask(name, stored, record)
+        elif record.may_take(node) and not name.waits:
+            await self._take(name, stored, record)
+        else:
+            await self._share(name, stored, record)
+
+    async def _share(self, name: _Name, stored: Stored, record: NameRecord) -> None:
+        """The locks of all are on record."""
+        if name.pending:
+            await self._step(name, stored, record)
+        elif record != stored.record:
+            await self._swap(name, stored, record)
+        elif name.waits:
+            await self._await_change(name, stored)
+
+    def _work_locally(self, name: _Name, locks: NameLocks) -> None:
+        while name.pending:
+            pending = name.pending.pop(0)
+            step = pending.step
+            queued = _queued(locks)
+            if isinstance(step, Acquire):
+                queued[step.wait.ticket] = self._asks(pending, step, locks)
+            done, others = carry_out(locks, step)
+            for wait in others:
+                self._granted(name, wait.ticket, queued[wait.ticket])
+            self._note(name, step, done, queued)
+            pending.done.set()
+
+    async def _give_back(self, name: _Name, stored: Stored, locks: NameLocks) -> None:
+        node, record = self._backend.node, stored.record
+        # Where the name is not this node's any more, an earlier swap did it whose answer was lost; or others did,
+        # because the lease of this node is over, which its own clock has told it before.
+        if record.delegate != node or await self._swap(name, stored, record.given_back(node, locks)):
+            name.waits = _queued(locks)
+            name.leaving, name.asked = None, False
+
+    async def _take(self, name: _Name, stored: Stored, record: NameRecord) -> None:
+        """Nobody else has to do with the name: from now on it is served from here."""
+        if name.pending:
+            name.taking = record.locks.copy()
+            await self._swap(name, stored, record.taken(self._backend.node))
+
+    async def _ask(self, name: _Name, stored: Stored, record: NameRecord) -> None:
+        node = self._backend.node
+        if node not in record.wanted or record != stored.record:
+            if not await self._swap(name, stored, record.want(node)):
+                return
+            assert name.stored is not None
+            stored = name.stored
+        await self._backend.notify(record.delegate, name.key)
+        await self._await_change(name, stored)
+
+    async def _step(self, name: _Name, stored: Stored, record: NameRecord) -> None:
+        batch = self._batch(name.pending)
+        locks = record.locks.copy()
+        outcomes, asked = [], {}
+        for pending in batch:
+            if isinstance(pending.step, Acquire):
+                asked[pending.step.wait.ticket] = self._asks(pending, pending.step, locks)
+            outcomes.append(carry_out(locks, pending.step)[0])
+        after = NameRecord(locks=locks)
+        if not await self._swap(name, stored, after):
+            return
+        del name.pending[: len(batch)]
+        for pending, done in zip(batch, outcomes, strict=True):
+            if isinstance(pending.step, Acquire) and pending.step.may_wait and not done:
+                ticket = pending.step.wait.ticket
+                name.waits[ticket] = asked[ticket]
+            self._note(name, pending.step, done, asked)
+            pending.done.set()
+        self._settle_waits(name, after)
+
+    @staticmethod
+    def _batch(pending: list[Pending]) -> list[Pending]:
+        """What is put on record together: up to a request that is given up, which may leave something to unlock."""
+        end = next((at for at, each in enumerate(pending, 1) if isinstance(each.step, GiveUp)), len(pending))
+        return pending[:end]
+
+    @staticmethod
+    def _asks(pending: Pending, step: Acquire, locks: NameLocks) -> _Queued:
+        if pending.had_part is None:
+            pending.had_part = locks[step.kind].has_part_of(step.wait.lock)
+        return _Queued(step.kind, step.wait.lock, pending.had_part)
+
+    def _note(self, name: _Name, step: Step, done: bool, asked: dict[int, _Queued]) -> None:
+        """What a step that has been carried out means for those who asked for it."""
+        if isinstance(step, Acquire) and done:
+            self._granted(name, step.wait.ticket, asked[step.wait.ticket])
+        elif isinstance(step, Acquire) and not step.may_wait:
+            self._resolve(step.wait.ticket, False)
+        elif isinstance(step, GiveUp) and done:
+            name.waits.pop(step.wait.ticket, None)
+
+    def _granted(self, name: _Name, ticket: int, asked: _Queued) -> None:
+        """A request has its lock.  Where nobody wants it any more it is unlocked, unless its owner had a part of it."""
+        if not self._resolve(ticket, True) and not asked.had_part:
+            lock = asked.lock
+            # Before everything else: the owner may have asked for another lock since.
+            name.pending.insert(0, Pending(Release(asked.kind, lock.owner, lock.first, lock.last)))
+
+    def _settle_waits(self, name: _Name, record: NameRecord) -> None:
+        """Requests of ours that are not in the queue any more have their locks: nobody else takes them out of it."""
+        if record.delegate:
+            return
+        for ticket, asked in list(name.waits.items()):
+            if not record.waits(self._backend.node, asked.kind, ticket):
+                del name.waits[ticket]
+                self._granted(name, ticket, asked)
+
+    async def _swap(self, name: _Name, stored: Stored, new: NameRecord) -> bool:
+        name.stored = None  # what becomes of it is not known until the answer is there
+        name.stored = await self._backend.swap(name.key, stored, new)
+        return name.stored is not None
+
+    async def _await_change(self, name: _Name, stored: Stored) -> None:
+        """Until the record changes, there is something else to do, or it is time to look at the other nodes."""
+        async with trio.open_nursery() as nursery:
+
+            async def until(wait: Callable[[], object]) -> None:
+                await wait()  # type: ignore[misc]
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(until, name.poke.wait)
+            nursery.start_soon(until, lambda: self._backend.wait_for_change(name.key, stored, LOOK_SECONDS))
+        name.stored = await self._backend.read(name.key)
+        if name.stored == stored:
+            name.gone = await self._backend.gone(stored.record.nodes() - {self._backend.node})

@@ -1,0 +1,148 @@
+"""The shared record of one name's locks, and everything that a node may make of it.
+
+Decides; does no I/O.  A record is replaced as a whole, by compare-and-swap, so each of these functions is one step of
+the protocol, and `tests/unit/test_record.py` goes through all orders of such steps.
+
+A record is in one of three states:
+
+- *nobody's*: there is none.  Whoever needs the name first makes it his.
+- *delegated*: one node serves the name from its own memory, without a message for each lock.  What it holds is not on
+  record.  Others put themselves into `wanted` and wait until it gives the name back.
+- *shared*: the locks of all nodes are on record, waiting requests too, and every lock or unlock of any node is a step
+  on it.  So whoever unlocks also decides who is next, and that one sees it.
+
+A node that is the only one on a shared record takes the name over again with its next step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from safefs.locktable import Kind, NameLocks, Owner, Wait
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Acquire:
+    """Ask for a lock; who may not wait is refused at once where it cannot be had."""
+
+    kind: Kind
+    wait: Wait
+    may_wait: bool
+
+
+@dataclass(frozen=True)
+class Release:
+    """Unlock a range."""
+
+    kind: Kind
+    owner: Owner
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class GiveUp:
+    """A waiting request is withdrawn; too late where it has its lock by then."""
+
+    kind: Kind
+    wait: Wait
+
+
+@dataclass(frozen=True)
+class LetPass:
+    """A waiting request need not wait for those that came before it and hold nothing."""
+
+    kind: Kind
+    wait: Wait
+
+
+Step = Acquire | Release | GiveUp | LetPass
+
+
+def carry_out(locks: NameLocks, step: Step) -> tuple[bool, list[Wait]]:
+    """Change the locks of a name: whether it did what was asked for, and which waiting requests got their locks."""
+    table = locks[step.kind]
+    if isinstance(step, Acquire):
+        return table.request(step.wait) if step.may_wait else table.attempt(step.wait)
+    if isinstance(step, Release):
+        return True, table.release(step.owner, step.first, step.last)
+    node, ticket = step.wait.lock.owner.node, step.wait.ticket
+    was_waiting = table.waits(node, ticket)
+    return was_waiting, table.cancel(node, ticket) if isinstance(step, GiveUp) else table.let_pass(node, ticket)
+
+
+@dataclass(frozen=True)
+class NameRecord:
+    """What is on record of one name."""
+
+    delegate: str = ""  # the node that serves the name; empty: `locks` are all there are
+    wanted: tuple[str, ...] = ()  # nodes that wait for it to be given back
+    locks: NameLocks = field(default_factory=NameLocks)
+
+    def __bool__(self) -> bool:
+        return bool(self.delegate or self.locks)
+
+    def nodes(self) -> set[str]:
+        """All nodes that are named."""
+        return {node for node in (self.delegate, *self.wanted, *self.locks.nodes()) if node}
+
+    # -------------------------------------------------------------- steps
+
+    def may_take(self, node: str) -> bool:
+        """Whether nobody else has to do with the name."""
+        return not self.nodes() - {node}
+
+    def taken(self, node: str) -> NameRecord:
+        """The name is the node's; the locks that were on record are now in its memory."""
+        assert self.may_take(node)
+        return NameRecord(delegate=node)
+
+    def want(self, node: str) -> NameRecord:
+        """The node waits for the name to be given back."""
+        assert self.delegate not in ("", node)
+        return replace(self, wanted=tuple(dict.fromkeys((*self.wanted, node))))
+
+    def given_back(self, node: str, locks: NameLocks) -> NameRecord:
+        """The delegate puts on record what it has in memory."""
+        assert self.delegate == node
+        return NameRecord(locks=locks)
+
+    def without(self, gone: Iterable[str]) -> NameRecord:
+        """Nodes have lost their leases, and with them all that they had."""
+        nodes = set(gone)
+        locks = self.locks.copy()
+        for node in nodes:
+            for table in locks.tables.values():
+                table.forget(node)
+        if self.delegate in nodes:
+            return NameRecord(locks=locks)  # whoever wanted the name looks again
+        return NameRecord(self.delegate, tuple(node for node in self.wanted if node not in nodes), locks)
+
+    def waits(self, node: str, kind: Kind, ticket: int) -> bool:
+        """Whether a request is still in the queue."""
+        table = self.locks.tables.get(kind)
+        return table is not None and table.waits(node, ticket)
+
+    # -------------------------------------------------------------- format
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "delegate": self.delegate,
+            "wanted": list(self.wanted),
+            "locks": self.locks.to_record(),
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> NameRecord:
+        """ValueError for a record that another version of safefs has written, or that is none."""
+        if data.get("format") != FORMAT:
+            raise ValueError(f"a lock record of format {data.get('format')!r}: another version of safefs wrote it")
+        try:
+            return cls(str(data["delegate"]), tuple(data["wanted"]), NameLocks.from_record(data["locks"]))
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"no lock record: {error!r}") from None

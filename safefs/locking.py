@@ -1,0 +1,149 @@
+"""Lock requests of clients: which name they are about, and what they wait for."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from dataclasses import dataclass
+
+import trio
+
+from safefs import processes
+from safefs.filesystem import FileSystem, failure
+from safefs.locks import Key, Locks, Waiting
+from safefs.locktable import OFFSET_MAX, Kind, Lock, Mode, Owner
+from safefs.native import native
+
+# After that long, who waits behind others who have nothing yet passes them, should he be what they wait for.
+PATIENCE_SECONDS = 5.0
+MAX_KIN = 16
+
+_MODES = {fcntl.F_RDLCK: Mode.SHARED, fcntl.F_WRLCK: Mode.EXCLUSIVE}
+_TYPES = {mode: number for number, mode in _MODES.items()}
+_FLOCK_MODES = {fcntl.LOCK_SH: Mode.SHARED, fcntl.LOCK_EX: Mode.EXCLUSIVE}
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A lock request as the kernel sends it: `owner` is its number for who asks, `handle` that of the open file."""
+
+    nodeid: int
+    handle: int
+    owner: int
+    kind: Kind
+    mode: Mode | None  # None: unlock
+    first: int = 0
+    last: int = OFFSET_MAX
+    pid: int = 0
+    may_wait: bool = False
+
+
+def record_lock(
+    nodeid: int, handle: int, owner: int, number: int, start: int, length: int, pid: int = 0, *, may_wait: bool = False
+) -> Wanted:
+    """A struct flock of fcntl(2); a length of 0 is up to the end of the file."""
+    last = OFFSET_MAX if length == 0 else start + length - 1
+    return Wanted(nodeid, handle, owner, Kind.RECORD, _MODES.get(number), start, last, pid, may_wait)
+
+
+def flock_lock(nodeid: int, handle: int, owner: int, operation: int, pid: int) -> Wanted:
+    """The operation of a flock(2)."""
+    mode = _FLOCK_MODES.get(operation & ~fcntl.LOCK_NB)
+    return Wanted(nodeid, handle, owner, Kind.FLOCK, mode, pid=pid, may_wait=not operation & fcntl.LOCK_NB)
+
+
+class Locking:
+    """The locks of one mount's files."""
+
+    def __init__(self, filesystem: FileSystem, locks: Locks) -> None:
+        self.fs = filesystem
+        self.locks = locks
+
+    def key(self, nodeid: int, number: int) -> Key:
+        """What an open file is locked by: the name that it was locked by before, its draft's, or where it was found."""
+        fs = self.fs
+        known = self.locks.key_of(number)
+        if known is not None:
+            return known
+        handle = fs.handles.get(number)
+        if handle is not None and handle.draft is not None:
+            return handle.draft.directory.identity, handle.draft.name
+        node = fs.node(nodeid)
+        parent = fs.nodes.get(node.parent)
+        # The kernel keeps the directories above a file that is open; only of a name that is gone there is none.
+        return (parent.identity, node.name) if parent is not None else (node.identity, b"")
+
+    def _owner(self, wanted: Wanted) -> Owner:
+        return Owner(self.locks.node, wanted.owner)
+
+    def conflict(self, wanted: Wanted) -> tuple[int, int, int, int]:
+        """F_GETLK: type, start, length and pid of a lock in the way (pid 0: on another node); else F_UNLCK."""
+        if wanted.mode is None:
+            raise failure(errno.EINVAL)
+        lock = Lock(self._owner(wanted), wanted.mode, wanted.first, wanted.last)
+        found = self.locks.conflict(self.key(wanted.nodeid, wanted.handle), wanted.kind, lock)
+        if found is None:
+            return fcntl.F_UNLCK, 0, 0, 0
+        length = 0 if found.last == OFFSET_MAX else found.last - found.first + 1
+        return _TYPES[found.mode], found.first, length, found.pid if found.owner.node == self.locks.node else 0
+
+    async def settled(self, wanted: Wanted) -> None:
+        """Until what was closed under a lock of the name is published: nobody may have the lock before."""
+        handle = self.fs.handles.get(wanted.handle)
+        if handle is not None and handle.draft is not None:
+            await self.fs.ordering.wait_name(handle.draft.directory, handle.draft.name)
+            return
+        node = self.fs.node(wanted.nodeid)
+        await self.fs.ordering.wait_name(self.fs.nodes.get(node.parent), node.name)
+
+    def ask(self, wanted: Wanted) -> Waiting | None:
+        """Lock or unlock: None if that is done, else what to `wait` for.  OSError: EAGAIN, EDEADLK, ESTALE."""
+        key, owner = self.key(wanted.nodeid, wanted.handle), self._owner(wanted)
+        if wanted.mode is None:
+            self.locks.release(key, wanted.kind, owner, wanted.first, wanted.last)
+            return None
+        is_new = self.locks.key_of(wanted.handle) is None
+        lock = Lock(owner, wanted.mode, wanted.first, wanted.last, wanted.pid)
+        waiting = self.locks.acquire(key, wanted.kind, lock, wanted.handle, may_wait=wanted.may_wait)
+        if is_new and wanted.handle & native.FH_HOT:
+            self.fs.nodes.hot.mark_handle(wanted.handle, 1)  # its RELEASE is Python's business from now on
+        return waiting
+
+    async def wait(self, waiting: Waiting, tid: int, *, may_wait: bool) -> None:
+        """Until the lock is held; cancelled, the request is given up.  BlockingIOError (EAGAIN): it may not wait."""
+        try:
+            if not self.locks.is_blocked(waiting) and await self._is_kin(waiting, tid):
+                self.locks.let_pass(waiting)
+            if may_wait:
+                with trio.move_on_after(PATIENCE_SECONDS):
+                    await waiting.granted.wait()
+                if not waiting.granted.is_set():
+                    self.locks.let_pass(waiting)
+                await waiting.granted.wait()
+        finally:
+            self.locks.give_up(waiting)
+        if not waiting.granted.is_set():
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    async def _is_kin(self, waiting: Waiting, tid: int) -> bool:
+        """Whether a process that holds something on the name, or a child of it, is the one that asks."""
+        chain = await self.fs.look(processes.ancestry, tid) or []
+        for pid in sorted(self.locks.kin(waiting))[:MAX_KIN]:
+            process = await self.fs.identify(pid)
+            if process is not None and process.tgid in chain:
+                return True
+        return False
+
+    def flushed(self, number: int, owner: int) -> None:
+        """A process has closed a descriptor of an open file."""
+        handle = self.fs.handles.get(number)
+        if handle is not None:
+            key = self.key(handle.node.nodeid, number)
+            self.locks.flushed(number, key, Owner(self.locks.node, owner))
+
+    def released(self, number: int) -> None:
+        """Nobody has an open file any more."""
+        if number & native.FH_HOT and self.locks.key_of(number) is not None:
+            self.fs.nodes.hot.mark_handle(number, -1)
+        self.locks.released(number)

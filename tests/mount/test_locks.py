@@ -1,0 +1,452 @@
+"""Advisory locks through one mount: what fcntl(2) and flock(2) promise, on files of every class.
+
+Most tests also run on the bare directory: what they expect is what the kernel's own filesystems do.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import MountFactory
+from tests.mount.actors import Actor, actor
+from tests.support.mounting import Mount, status, wait_until
+
+NAMES = ["data", "x.lock", "db.sqlite", "weights.incomplete"]  # private, lock, shared, partial
+CREATE = os.O_RDWR | os.O_CREAT
+SECONDS = 20.0
+
+# Loaded into the actors: record locks as a process (fcntl) or as an open file (OFD), and flock.
+CODE = r"""
+import fcntl, os, signal, struct
+def record(fd, command, kind, start=0, length=0):
+    request = struct.pack("hhqqi4x", kind, os.SEEK_SET, start, length, 0)
+    kind, _, start, length, pid = struct.unpack("hhqqi4x", fcntl.fcntl(fd, command, request))
+    return {fcntl.F_RDLCK: "shared", fcntl.F_WRLCK: "exclusive", fcntl.F_UNLCK: ""}[kind], start, length, pid
+SHARED, EXCLUSIVE, UNLOCK = fcntl.F_RDLCK, fcntl.F_WRLCK, fcntl.F_UNLCK
+GET, SET, WAIT = fcntl.F_GETLK, fcntl.F_SETLK, fcntl.F_SETLKW
+OFD_GET, OFD_SET, OFD_WAIT = 36, 37, 38
+def flock(fd, operation):
+    fcntl.flock(fd, operation)
+LOCK_SH, LOCK_EX, LOCK_UN, LOCK_NB = fcntl.LOCK_SH, fcntl.LOCK_EX, fcntl.LOCK_UN, fcntl.LOCK_NB
+def interruptible(function, *arguments):
+    '''The call, which a signal ends: Python would begin it again.'''
+    class Interrupted(BaseException):
+        pass
+    def raised(*_):
+        raise Interrupted
+    signal.signal(signal.SIGUSR1, raised)
+    try:
+        function(*arguments)
+    except Interrupted:
+        return "interrupted"
+    return "done"
+"""
+BLOCKED = (errno.EAGAIN, errno.EACCES)
+
+Make = Callable[[], Actor]
+
+
+@pytest.fixture(params=["bare", "mount"])
+def place(request: pytest.FixtureRequest, tmp_path: Path, make_mount: MountFactory) -> Path:
+    """A directory: on the mount, or as the control a bare one."""
+    if request.param == "mount":
+        return make_mount().path
+    (tmp_path / "bare").mkdir()
+    return tmp_path / "bare"
+
+
+@pytest.fixture
+def party() -> Iterator[Make]:
+    """Processes that know the lock calls."""
+    actors = []
+
+    def make() -> Actor:
+        one = actor()
+        actors.append(one)
+        process = one.__enter__()
+        process(CODE)
+        return process
+
+    yield make
+    for one in actors:
+        one.__exit__(None, None, None)
+
+
+def opened(process: Actor, path: Path, flags: int = CREATE) -> int:
+    fd = process.open(path, flags)
+    process("globals().__setitem__(name, fd)", name="fd", fd=fd)
+    return fd
+
+
+def waits(process: Actor) -> bool:
+    """Whether the process sleeps in a system call, and goes on doing so."""
+    time.sleep(0.3)
+    return Path(f"/proc/{process.pid}/wchan").exists() and process_state(process.pid) in "SD"
+
+
+def process_state(pid: int) -> str:
+    return Path(f"/proc/{pid}/status").read_text().partition("State:\t")[2][0]
+
+
+TRY = {
+    "flock": "flock(fd, LOCK_EX | LOCK_NB)",
+    "fcntl": "record(fd, SET, EXCLUSIVE)",
+    "ofd": "record(fd, OFD_SET, EXCLUSIVE)",
+}
+BLOCK = {
+    "flock": "flock(fd, LOCK_EX)",
+    "fcntl": "record(fd, WAIT, EXCLUSIVE)",
+    "ofd": "record(fd, OFD_WAIT, EXCLUSIVE)",
+}
+RELEASE = {
+    "flock": "flock(fd, LOCK_UN)",
+    "fcntl": "record(fd, SET, UNLOCK)",
+    "ofd": "record(fd, OFD_SET, UNLOCK)",
+}
+kinds = pytest.mark.parametrize("kind", list(TRY))
+
+
+# One lock, two processes.
+
+
+@kinds
+@pytest.mark.parametrize("name", NAMES)
+def test_it_excludes_until_it_is_released(place: Path, party: Make, name: str, kind: str) -> None:
+    one, two = party(), party()
+    opened(one, place / name)
+    one("os.write(fd, b'x')")
+    opened(two, place / name)
+    one(TRY[kind])
+    assert two.errno(TRY[kind]) in BLOCKED
+    one(RELEASE[kind])
+    two(TRY[kind])
+    assert one.errno(TRY[kind]) in BLOCKED
+
+
+@kinds
+@pytest.mark.parametrize("end", ["close", "exit", "kill"])
+def test_a_waiter_gets_it_when_the_holder_ends(place: Path, party: Make, kind: str, end: str) -> None:
+    one, two = party(), party()
+    fd = opened(one, place / "x.lock")
+    opened(two, place / "x.lock")
+    one(TRY[kind])
+    two.start(BLOCK[kind])
+    assert waits(two)
+    if end == "close":
+        one.closefd(fd)
+    elif end == "exit":
+        one.exit()
+    else:
+        one.kill(signal.SIGKILL)
+    two.result(SECONDS)
+
+
+@kinds
+def test_a_try_right_after_a_close_succeeds(place: Path, party: Make, kind: str) -> None:
+    """Also where the kernel tells of the close later than close(2) returns."""
+    one, two = party(), party()
+    for number in range(100):
+        name = place / NAMES[number % len(NAMES)]
+        fd = opened(one, name)
+        other = opened(two, name)
+        one(TRY[kind])
+        one.closefd(fd)
+        two(TRY[kind])
+        two.closefd(other)
+
+
+@kinds
+def test_a_waiter_that_gets_a_signal_is_interrupted(place: Path, party: Make, kind: str) -> None:
+    one, two = party(), party()
+    opened(one, place / "data")
+    opened(two, place / "data")
+    one(TRY[kind])
+    two("call = lambda: eval(code)", code=BLOCK[kind])
+    two.start("interruptible(call)")
+    assert waits(two)
+    os.kill(two.pid, signal.SIGUSR1)
+    assert two.result(SECONDS) == "interrupted"
+    one(RELEASE[kind])
+    one(TRY[kind])  # nobody stands in the queue any more
+
+
+@kinds
+def test_a_waiter_that_is_killed_is_gone(place: Path, party: Make, kind: str) -> None:
+    one, two, three = party(), party(), party()
+    for process in (one, two, three):
+        opened(process, place / "data")
+    one(TRY[kind])
+    two.start(BLOCK[kind])
+    assert waits(two)
+    start = time.monotonic()
+    two.kill(signal.SIGKILL)
+    assert time.monotonic() - start < SECONDS / 4
+    three.start(BLOCK[kind])
+    assert waits(three)
+    one(RELEASE[kind])
+    three.result(SECONDS)
+
+
+@kinds
+def test_readers_share(place: Path, party: Make, kind: str) -> None:
+    one, two, three = party(), party(), party()
+    for process in (one, two, three):
+        opened(process, place / "data")
+    shared = {name: text.replace("EXCLUSIVE", "SHARED").replace("LOCK_EX", "LOCK_SH") for name, text in TRY.items()}
+    one(shared[kind])
+    two(shared[kind])
+    assert three.errno(TRY[kind]) in BLOCKED
+    one(RELEASE[kind])
+    assert three.errno(TRY[kind]) in BLOCKED
+    two(RELEASE[kind])
+    three(TRY[kind])
+
+
+# Record locks.
+
+
+def test_ranges(place: Path, party: Make) -> None:
+    one, two = party(), party()
+    opened(one, place / "db.sqlite")
+    opened(two, place / "db.sqlite")
+    one("record(fd, SET, EXCLUSIVE, 10, 10)")
+    two("record(fd, SET, EXCLUSIVE, 0, 10)")
+    two("record(fd, SET, EXCLUSIVE, 20, 0)")
+    assert two.errno("record(fd, SET, SHARED, 19, 1)") in BLOCKED
+    one("record(fd, SET, UNLOCK, 15, 1)")
+    two("record(fd, SET, SHARED, 15, 1)")
+    assert two.errno("record(fd, SET, SHARED, 16, 1)") in BLOCKED
+    # One's lock is in two parts now, of which a question about everything finds the first.
+    assert two("record(fd, GET, EXCLUSIVE, 10, 10)") == ("exclusive", 10, 5, one.pid)
+    assert one("record(fd, GET, SHARED, 1 << 40, 5)") == ("exclusive", 20, 0, two.pid)
+    assert one("record(fd, GET, EXCLUSIVE, 10, 5)")[0] == ""
+    one("record(fd, SET, SHARED, 0x7ffffffffffffff0, 0)" if False else "record(fd, SET, SHARED, 12, 1)")
+    assert two("record(fd, GET, SHARED, 10, 3)")[:3] == ("exclusive", 10, 2)
+
+
+def test_two_that_would_wait_for_each_other(place: Path, party: Make) -> None:
+    one, two = party(), party()
+    opened(one, place / "data")
+    opened(two, place / "data")
+    one("record(fd, SET, EXCLUSIVE, 0, 1)")
+    two("record(fd, SET, EXCLUSIVE, 1, 1)")
+    one.start("record(fd, WAIT, EXCLUSIVE, 1, 1)")
+    assert waits(one)
+    assert two.errno("record(fd, WAIT, EXCLUSIVE, 0, 1)") == errno.EDEADLK
+    two("record(fd, SET, UNLOCK)")
+    one.result(SECONDS)
+
+
+def test_two_that_would_wait_for_each_other_on_two_files(place: Path, party: Make) -> None:
+    one, two = party(), party()
+    for process in (one, two):
+        opened(process, place / "x.lock")
+        process("other = os.open(p, os.O_RDWR | os.O_CREAT)", p=str(place / "y.lock"))
+    one("record(fd, SET, EXCLUSIVE)")
+    two("record(other, SET, EXCLUSIVE)")
+    one.start("record(other, WAIT, EXCLUSIVE)")
+    assert waits(one)
+    assert two.errno("record(fd, WAIT, EXCLUSIVE)") == errno.EDEADLK
+    two("record(other, SET, UNLOCK)")
+    one.result(SECONDS)
+
+
+@pytest.mark.parametrize("name", ["x.lock", "db.sqlite"])
+def test_a_process_loses_its_locks_by_any_close(place: Path, party: Make, name: str) -> None:
+    """fcntl(2): closing any descriptor of the file, also one that was opened for reading later."""
+    one, two = party(), party()
+    opened(one, place / name)
+    opened(two, place / name)
+    one(TRY["fcntl"])
+    one("os.close(os.open(p, os.O_RDONLY))", p=str(place / name))
+    two(TRY["fcntl"])
+
+
+def test_a_child_does_not_inherit_record_locks(place: Path, party: Make) -> None:
+    one, two = party(), party()
+    opened(one, place / "x.lock")
+    opened(two, place / "x.lock")
+    one(TRY["fcntl"])
+    child = one.fork()
+    assert child.errno(TRY["fcntl"]) in BLOCKED
+    child("os.close(fd)")
+    assert two.errno(TRY["fcntl"]) in BLOCKED
+    child.exit()
+    assert two.errno(TRY["fcntl"]) in BLOCKED
+
+
+@pytest.mark.parametrize("kind", ["flock", "ofd"])
+@pytest.mark.parametrize("name", ["x.lock", "data"])
+def test_a_child_shares_the_locks_of_open_files(place: Path, party: Make, kind: str, name: str) -> None:
+    """They end with the last copy of the descriptor."""
+    one, two = party(), party()
+    opened(one, place / name)
+    one(TRY[kind])
+    child = one.fork()
+    one("os.close(fd)")
+    opened(two, place / name)
+    assert two.errno(TRY[kind]) in BLOCKED
+    child.exit()
+    assert wait_until(lambda: two.errno(TRY[kind]) == 0, SECONDS)
+
+
+def test_record_locks_and_flock_know_nothing_of_each_other(place: Path, party: Make) -> None:
+    one, two = party(), party()
+    opened(one, place / "data")
+    opened(two, place / "data")
+    one(TRY["flock"])
+    two(TRY["fcntl"])
+
+
+def test_record_locks_and_ofd_locks_exclude_each_other(place: Path, party: Make) -> None:
+    one, two = party(), party()
+    opened(one, place / "data")
+    opened(two, place / "data")
+    one(TRY["ofd"])
+    assert two.errno(TRY["fcntl"]) in BLOCKED
+
+
+def test_a_lock_for_writing_needs_a_descriptor_for_writing(place: Path, party: Make) -> None:
+    (place / "data").write_text("x")
+    one = party()
+    opened(one, place / "data", os.O_RDONLY)
+    assert one.errno(TRY["fcntl"]) == errno.EBADF
+    one("record(fd, SET, SHARED)")
+
+
+# flock.
+
+
+def test_a_conversion(place: Path, party: Make) -> None:
+    one, two = party(), party()
+    opened(one, place / "data")
+    opened(two, place / "data")
+    one("flock(fd, LOCK_EX)")
+    one("flock(fd, LOCK_SH)")
+    two("flock(fd, LOCK_SH)")
+    assert one.errno("flock(fd, LOCK_EX | LOCK_NB)") in BLOCKED
+    two("flock(fd, LOCK_EX)")  # one has lost his: flock(2)
+    assert one.errno("flock(fd, LOCK_SH | LOCK_NB)") in BLOCKED
+
+
+def test_a_reader_that_the_extension_has_opened(place: Path, party: Make) -> None:
+    """flock(2) needs no right to write; what is locked so ends with the descriptor all the same."""
+    (place / "data").write_text("x")
+    one, two = party(), party()
+    for _ in range(50):
+        fd = opened(one, place / "data", os.O_RDONLY)
+        other = opened(two, place / "data", os.O_RDONLY)
+        one("flock(fd, LOCK_EX)")
+        assert two.errno(TRY["flock"]) in BLOCKED
+        one.closefd(fd)
+        two(TRY["flock"])
+        two.closefd(other)
+
+
+# What only a mount has: versions, and a queue.
+
+
+def test_a_lock_is_on_the_name(mount: Mount, party: Make) -> None:
+    """A publish changes the inode; whoever opens the name afterwards still finds it locked."""
+    one, two, writer = party(), party(), party()
+    (mount / "data").write_text("old")
+    opened(one, mount / "data", os.O_RDONLY)
+    one("flock(fd, LOCK_EX)")
+    writer("open(p, 'w').write('new')", p=str(mount / "data"))
+    opened(two, mount / "data", os.O_RDONLY)
+    assert two("os.read(fd, 9)") == b"new"
+    assert two.errno(TRY["flock"]) in BLOCKED
+    one("flock(fd, LOCK_UN)")
+    two(TRY["flock"])
+
+
+def test_removing_and_making_a_lock_file_anew_does_not_split_the_lock(mount: Mount, party: Make) -> None:
+    one, two = party(), party()
+    opened(one, mount / "x.lock")
+    one(TRY["flock"])
+    (mount / "x.lock").unlink()
+    opened(two, mount / "x.lock")
+    assert two.errno(TRY["flock"]) in BLOCKED
+    one.exit()
+    two(TRY["flock"])
+
+
+@pytest.mark.parametrize("kind", ["flock", "fcntl"])
+def test_whoever_gets_the_lock_sees_what_was_written_under_it(mount: Mount, party: Make, kind: str) -> None:
+    """Locked through the very file that is written, which is published and unlocked by one close(2)."""
+    one, two = party(), party()
+    path = mount / "data"
+    path.write_text("0")
+    for number in range(1, 20):
+        writer, reader = (one, two) if number % 2 else (two, one)
+        fd = opened(writer, path, os.O_RDWR)
+        writer(TRY[kind])
+        other = opened(reader, path, os.O_RDWR)
+        reader.start(BLOCK[kind])
+        writer("os.pwrite(fd, text, 0)", text=str(number).encode())
+        writer.closefd(fd)
+        reader.result(SECONDS)
+        assert reader.read(path) == str(number).encode()
+        reader.closefd(other)
+
+
+def test_readers_do_not_starve_a_writer(mount: Mount, party: Make) -> None:
+    """Shared locks that overlap without end; a bare directory's writer would wait for ever."""
+    readers, writer = [party() for _ in range(3)], party()
+    for process in (*readers, writer):
+        opened(process, mount / "x.lock")
+    code = """
+end = time.monotonic() + 15
+while time.monotonic() < end:
+    flock(fd, LOCK_SH)
+    time.sleep(0.05)
+    flock(fd, LOCK_UN)
+"""
+    for number, reader in enumerate(readers):
+        time.sleep(0.02 * number)
+        reader.start(code)
+    start = time.monotonic()
+    writer("flock(fd, LOCK_EX)")
+    assert time.monotonic() - start < 10
+    writer("flock(fd, LOCK_UN)")
+    for reader in readers:
+        reader.result(SECONDS)
+
+
+def test_a_child_passes_a_writer_that_waits_for_its_parent(place: Path, party: Make) -> None:
+    """A parent that holds a shared lock and waits for a child that asks for one, too."""
+    parent, writer = party(), party()
+    opened(parent, place / "x.lock")
+    opened(writer, place / "x.lock")
+    parent("flock(fd, LOCK_SH)")
+    writer.start("flock(fd, LOCK_EX)")
+    assert waits(writer)
+    child = parent.fork()
+    opened(child, place / "x.lock")
+    child("flock(fd, LOCK_SH | LOCK_NB)")
+    child.exit()
+    parent("os.close(fd)")
+    writer.result(SECONDS)
+
+
+def test_nothing_is_left_of_locks(mount: Mount, party: Make) -> None:
+    processes = [party() for _ in range(4)]
+    for process in processes:
+        opened(process, mount / "x.lock")
+        process("flock(fd, LOCK_SH)")
+        process("record(fd, SET, SHARED)")
+    processes[0].start("record(fd, WAIT, EXCLUSIVE)")
+    assert waits(processes[0])
+    assert status(mount)["locks"] == {"held": 8, "waiting": 1}
+    for process in processes[1:]:
+        process.exit()
+    processes[0].result(SECONDS)
+    processes[0].exit()
+    assert wait_until(lambda: status(mount)["locks"] == {"held": 0, "waiting": 0})

@@ -1,0 +1,309 @@
+"""Several nodes in one process, on records that can fail: no two hold the same lock, and nobody waits for ever."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from safefs.cluster.backend import BackendError, Stored
+from safefs.cluster.memory import MemoryBackend, MemoryCluster
+from safefs.cluster.names import Names
+from safefs.cluster.record import Acquire, GiveUp, NameRecord, Release, Step, carry_out
+from safefs.locktable import OFFSET_MAX, Kind, Lock, Mode, NameLocks, Owner, Wait
+
+HOURS = 3600.0
+
+
+class Faulty(MemoryBackend):
+    """Answers come late, and some not at all: of a swap that was carried out, or of one that was not."""
+
+    def __init__(self, cluster: MemoryCluster, node: str, chance: random.Random, share: float) -> None:
+        super().__init__(cluster, node)
+        self._chance = chance
+        self._share = share
+        self.calls = 0
+
+    async def _may_fail(self) -> None:
+        self.calls += 1
+        await trio.sleep(self._chance.random() / 100)
+        if self._chance.random() < self._share:
+            raise BackendError("no answer")
+
+    async def read(self, name: str) -> Stored:
+        await self._may_fail()
+        return await super().read(name)
+
+    async def swap(self, name: str, old: Stored, new: NameRecord) -> Stored | None:
+        await self._may_fail()
+        stored = await super().swap(name, old, new)
+        await self._may_fail()
+        return stored
+
+    async def notify(self, node: str, name: str) -> None:
+        if self._chance.random() > self._share:  # notices are lost without a word
+            await super().notify(node, name)
+
+
+@dataclass
+class Node:
+    """A node and its requests, as safefs.locks will use it."""
+
+    name: str
+    backend: MemoryBackend
+    outcomes: dict[int, trio.Event] = field(default_factory=dict)
+    held: dict[int, bool] = field(default_factory=dict)
+    last: int = 0
+
+    def __post_init__(self) -> None:
+        self.names = Names(self.backend, self._resolve)
+
+    def _resolve(self, ticket: int, granted: bool) -> bool:
+        if ticket not in self.outcomes:
+            return False
+        self.held[ticket] = granted
+        self.outcomes[ticket].set()
+        return True
+
+    def submit(self, key: str, step: Step) -> trio.Event:
+        """As a step on a name is done: at once where it is delegated to this node."""
+        locks = self.names.local(key)
+        if locks is None:
+            return self.names.submit(key, step).done
+        done, others = carry_out(locks, step)
+        for wait in others:
+            self._resolve(wait.ticket, True)
+        if isinstance(step, Acquire) and (done or not step.may_wait):
+            self._resolve(step.wait.ticket, done)
+        event = trio.Event()
+        event.set()
+        return event
+
+    async def acquire(
+        self, key: str, owner: int, mode: Mode, *, may_wait: bool = True, kind: Kind = Kind.FLOCK
+    ) -> bool:
+        self.last += 1
+        wait = Wait(self.last, Lock(Owner(self.name, owner), mode))
+        event = self.outcomes[wait.ticket] = trio.Event()
+        self.submit(key, Acquire(kind, wait, may_wait))
+        try:
+            await event.wait()
+        except trio.Cancelled:
+            del self.outcomes[wait.ticket]
+            if not event.is_set():
+                self.submit(key, GiveUp(kind, wait))
+                raise
+        return self.held.pop(wait.ticket)
+
+    async def release(self, key: str, owner: int) -> None:
+        with trio.CancelScope(shield=True):
+            await self.submit(key, Release(Kind.FLOCK, Owner(self.name, owner), 0, OFFSET_MAX)).wait()
+
+
+Scenario = Callable[[list[Node]], Awaitable[None]]
+
+
+def play(scenario: Scenario, backends: Callable[[MemoryCluster, str], MemoryBackend], nodes: int = 3) -> MemoryCluster:
+    """Run a scenario on some nodes; time passes whenever all wait."""
+
+    async def main() -> MemoryCluster:
+        cluster = MemoryCluster()
+        names = [f"node{number}" for number in range(nodes)]
+        members = [Node(name, backends(cluster, name)) for name in names]
+        async with trio.open_nursery() as nursery:
+            for member in members:
+                nursery.start_soon(member.names.run)
+            with trio.fail_after(HOURS):
+                await scenario(members)
+            nursery.cancel_scope.cancel()
+        return cluster
+
+    return trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+def faulty(seed: int, share: float) -> Callable[[MemoryCluster, str], MemoryBackend]:
+    chance = random.Random(seed)
+    return lambda cluster, node: Faulty(cluster, node, chance, share)
+
+
+class Overlap:
+    """Who holds what: notices two holders who exclude each other."""
+
+    def __init__(self) -> None:
+        self.inside: Counter[tuple[str, Mode]] = Counter()
+        self.holds = 0
+
+    async def hold(self, key: str, mode: Mode, seconds: float) -> None:
+        self.holds += 1
+        assert not self.inside[key, Mode.EXCLUSIVE]
+        assert mode is Mode.SHARED or not self.inside[key, Mode.SHARED]
+        self.inside[key, mode] += 1
+        await trio.sleep(seconds)
+        self.inside[key, mode] -= 1
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("share", [0.0, 0.1])
+def test_exclusion(seed: int, share: float) -> None:
+    """Three nodes with three tasks each, two names, exclusive and shared; waiting, trying, and giving up."""
+    chance = random.Random(seed)
+    overlap = Overlap()
+
+    async def task(node: Node, owner: int) -> None:
+        for _ in range(12):
+            key, mode = chance.choice(["one", "two"]), chance.choice(list(Mode))
+            kind = chance.random()
+            held = False
+            if kind < 0.2:
+                held = await node.acquire(key, owner, mode, may_wait=False)
+            elif kind < 0.4:
+                with trio.move_on_after(chance.random() / 10):
+                    held = await node.acquire(key, owner, mode)
+            else:
+                held = await node.acquire(key, owner, mode)
+            if held:
+                await overlap.hold(key, mode, chance.random() / 20)
+                await node.release(key, owner)
+
+    async def scenario(nodes: list[Node]) -> None:
+        async with trio.open_nursery() as nursery:
+            for node in nodes:
+                for owner in range(3):
+                    nursery.start_soon(task, node, owner)
+
+    play(scenario, faulty(seed, share))
+    assert overlap.holds > 50
+
+
+def test_control_nodes_that_share_nothing_overlap() -> None:
+    """The detector does find two holders."""
+    overlap = Overlap()
+
+    async def scenario(nodes: list[Node]) -> None:
+        async with trio.open_nursery() as nursery:
+            for node in nodes:
+                assert await node.acquire("name", 1, Mode.EXCLUSIVE)
+                nursery.start_soon(overlap.hold, "name", Mode.EXCLUSIVE, 1.0)
+
+    with pytest.raises(BaseExceptionGroup):
+        play(scenario, lambda _cluster, node: MemoryBackend(MemoryCluster(), node))
+
+
+class Counting(MemoryBackend):
+    """Counts what goes to the others."""
+
+    messages = 0
+
+    async def read(self, name: str) -> Stored:
+        self.messages += 1
+        return await super().read(name)
+
+    async def swap(self, name: str, old: Stored, new: NameRecord) -> Stored | None:
+        self.messages += 1
+        return await super().swap(name, old, new)
+
+
+def test_a_name_that_is_delegated_costs_no_message() -> None:
+    async def scenario(nodes: list[Node]) -> None:
+        node = nodes[0]
+        assert await node.acquire("name", 1, Mode.EXCLUSIVE)
+        await node.release("name", 1)
+        backend: Any = node.backend
+        before = backend.messages
+        for _ in range(100):
+            assert await node.acquire("name", 1, Mode.EXCLUSIVE)
+            await node.release("name", 1)
+        assert backend.messages == before
+
+    play(scenario, Counting)
+
+
+def test_it_is_given_back_when_another_node_asks_and_locks_stay() -> None:
+    async def scenario(nodes: list[Node]) -> None:
+        one, two, _ = nodes
+        assert await one.acquire("name", 1, Mode.SHARED)
+        assert await two.acquire("name", 1, Mode.SHARED)
+        assert not await two.acquire("name", 1, Mode.EXCLUSIVE, may_wait=False)
+
+    play(scenario, MemoryBackend)
+
+
+def test_waiters_of_all_nodes_get_the_lock_in_turn() -> None:
+    order: list[str] = []
+
+    async def wait(node: Node) -> None:
+        assert await node.acquire("name", 1, Mode.EXCLUSIVE)
+        order.append(node.name)
+        await node.release("name", 1)
+
+    async def scenario(nodes: list[Node]) -> None:
+        assert await nodes[0].acquire("name", 9, Mode.EXCLUSIVE)
+        async with trio.open_nursery() as nursery:
+            for node in (nodes[1], nodes[2], nodes[0]):
+                nursery.start_soon(wait, node)
+                await trio.sleep(5)
+            await nodes[0].release("name", 9)
+        assert order == ["node1", "node2", "node0"]
+
+    play(scenario, MemoryBackend)
+
+
+@pytest.mark.parametrize("shared_before", [False, True])
+def test_what_a_lost_node_held_is_free(shared_before: bool) -> None:
+    """Delegated to it, or on record."""
+
+    async def scenario(nodes: list[Node]) -> None:
+        one, two, three = nodes
+        if shared_before:
+            assert await two.acquire("name", 1, Mode.SHARED)
+        assert await one.acquire("name", 1, Mode.SHARED)
+        if shared_before:
+            await two.release("name", 1)
+        backend: Any = one.backend
+        got = trio.Event()
+
+        async def wait() -> None:
+            assert await three.acquire("name", 1, Mode.EXCLUSIVE)
+            got.set()
+
+        async with trio.open_nursery() as nursery:
+            # The lost node does not answer any more.
+            one.names.submit = lambda *_: None  # type: ignore[method-assign, assignment]
+            backend.swap = lost
+            nursery.start_soon(wait)
+            await trio.sleep(20)
+            assert not got.is_set()
+            backend._cluster.ended.add("node0")
+            await trio.sleep(20)
+            assert got.is_set()
+
+    play(scenario, MemoryBackend)
+
+
+async def lost(*_: object) -> Stored | None:
+    raise BackendError("no answer")
+
+
+def test_names_that_are_not_used_leave_no_record() -> None:
+    async def scenario(nodes: list[Node]) -> None:
+        for number in range(20):
+            assert await nodes[0].acquire(f"name{number}", 1, Mode.EXCLUSIVE)
+            await nodes[0].release(f"name{number}", 1)
+
+    cluster = play(scenario, MemoryBackend)
+    assert len(cluster.records) == 20
+
+
+def test_a_record_that_another_version_wrote() -> None:
+    with pytest.raises(ValueError, match="another version"):
+        NameRecord.from_json({"format": 99})
+    with pytest.raises(ValueError, match="no lock record"):
+        NameRecord.from_json({"format": 1, "delegate": "a"})
+    record = NameRecord("a", ("b",), NameLocks())
+    assert NameRecord.from_json(record.to_json()) == record
