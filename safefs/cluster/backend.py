@@ -24,12 +24,17 @@ class BackendError(Exception):
     """The backend cannot be reached, or what it says makes no sense; the text is one line."""
 
 
+class LeaseLostError(Exception):
+    """This node has lost its lease, and with it all that it held; the text is one line."""
+
+
 @dataclass(frozen=True)
 class Stored:
     """A record as it was read: its version grows with every swap; 0 when there is none."""
 
     version: int = 0
     record: NameRecord = field(default_factory=NameRecord)
+    token: str = ""  # the backend's own
 
 
 class LockBackend(Protocol):
@@ -38,6 +43,15 @@ class LockBackend(Protocol):
     @property
     def node(self) -> str:
         """This node's name, which no other has had or will have; another one after each lost lease."""
+
+    async def join(self) -> None:
+        """Become a node of the cluster, with a new name and a lease."""
+
+    async def renew(self) -> None:
+        """Renew the lease; LeaseLostError when it is over."""
+
+    async def leave(self) -> None:
+        """End the lease: what this node held is free at once."""
 
     async def read(self, name: str) -> Stored:
         """The record of a name."""

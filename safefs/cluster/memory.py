@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import trio
 
-from safefs.cluster.backend import Stored
+from safefs.cluster.backend import LeaseLostError, Stored
 from safefs.cluster.record import NameRecord
 
 
@@ -40,6 +40,22 @@ class MemoryBackend:
         self._cluster = cluster
         self.node = node
 
+    async def join(self) -> None:
+        """One more node, under another name if there was one."""
+        await trio.lowlevel.checkpoint()
+        if self.node in self._cluster.ended:
+            self.node = f"{self.node}'"
+
+    async def renew(self) -> None:
+        await trio.lowlevel.checkpoint()
+        if self.node in self._cluster.ended:
+            raise LeaseLostError("another node has ended the lease")
+
+    async def leave(self) -> None:
+        await trio.lowlevel.checkpoint()
+        self._cluster.ended.add(self.node)
+        self._cluster.tell()
+
     async def read(self, name: str) -> Stored:
         await trio.lowlevel.checkpoint()
         return self._cluster.records.get(name, Stored())
@@ -64,7 +80,8 @@ class MemoryBackend:
 
     async def notify(self, node: str, name: str) -> None:
         await trio.lowlevel.checkpoint()
-        self._cluster.notices[node].append(name)
+        if name not in self._cluster.notices[node]:
+            self._cluster.notices[node].append(name)
         self._cluster.tell()
 
     async def next_notice(self) -> str:

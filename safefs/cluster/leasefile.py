@@ -1,0 +1,335 @@
+"""Lock records and leases in files on the shared backing filesystem itself: no server.
+
+Everything rests on one thing that shared filesystems do on their servers, whatever their clients cache: rename(2) fails
+with ENOENT when its source is not there (any more).  So what has to change at once is in the *name* of a file, and a
+change is a rename from the old name to the new one, which one of several succeeds with:
+
+    names/KEY/VERSION~ID      the state of a name's record, which is in names/KEY/data~ID
+    nodes/NODE/COUNT          a node's lease: renewed by a rename to COUNT+1, ended by a rename to `ended`
+
+A record's bytes are written before its name says that they count, and never changed.  A stale listing names a state
+that is over, and the rename fails; a failed attempt has made a file in the directory, which has its client look anew.
+
+A node is ended by others when they have seen no new COUNT for lease and delay by their own clocks (safefs/lease.py).
+A node that was alive all the same, because its renewals were hidden by somebody's cache, is not there under the COUNT
+that was seen, and nothing happens to it.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import secrets
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from typing import Any, TypeVar
+
+import trio
+
+from safefs.cluster.backend import BackendError, LeaseLostError, Stored
+from safefs.cluster.record import NameRecord
+from safefs.lease import OwnLease, Sightings, Terms, boottime
+
+CALL_SECONDS = 5.0  # a call of the backing filesystem that takes longer counts as unanswered
+MAX_THREADS = 16
+LIST_ATTEMPTS = 5  # a listing can miss a file that is renamed meanwhile
+POLL_SECONDS = (0.002, 0.25)  # for changes of a record, at first and at most
+NOTICE_SECONDS = (0.01, 0.5)  # for what others want, after something came and at most
+REFRESH_SECONDS = 0.5  # who waits makes a file in the directory so often, for clients that cache listings
+
+STATE = re.compile(r"(\d+)~([0-9a-f]+|none)")
+NONE = "none"  # the id of an empty record
+ENDED = "ended"
+
+T = TypeVar("T")
+
+
+def directory_of(name: str) -> str:
+    """A name's directory: names can be longer than a file name."""
+    return hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:32]
+
+
+def _touch(path: str) -> None:
+    """A new, empty file."""
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
+
+
+class Files:
+    """The blocking half: one method for each thing that is done to the files.  Errors are OSErrors."""
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+        for part in ("names", "nodes", "new"):
+            os.makedirs(os.path.join(root, part), mode=0o700, exist_ok=True)
+
+    def _path(self, *parts: str) -> str:
+        return os.path.join(self.root, *parts)
+
+    # -------------------------------------------------------------- records
+
+    def _state(self, name: str) -> tuple[int, str] | None:
+        """Version and id of a record; None when there is none."""
+        for _ in range(LIST_ATTEMPTS):
+            try:
+                entries = os.listdir(self._path("names", directory_of(name)))
+            except FileNotFoundError:
+                return None
+            states = [(int(found[1]), found[2]) for entry in entries if (found := STATE.fullmatch(entry))]
+            if states:
+                return max(states)
+        return None
+
+    def read(self, name: str) -> Stored:
+        for _ in range(LIST_ATTEMPTS):
+            state = self._state(name)
+            if state is None:
+                return Stored()
+            version, token = state
+            if token == NONE:
+                return Stored(version, token=token)
+            try:
+                with open(self._path("names", directory_of(name), f"data~{token}"), encoding="utf-8") as file:
+                    data = json.load(file)
+            except FileNotFoundError:
+                continue  # it has just been replaced
+            if data["name"] != name:
+                raise ValueError(f"{directory_of(name)} is about another name")
+            return Stored(version, NameRecord.from_json(data["record"]), token)
+        raise OSError(errno.EAGAIN, "the record of a name changes faster than it can be read")
+
+    def swap(self, name: str, old: Stored, new: NameRecord) -> Stored | None:
+        token = secrets.token_hex(8) if new else NONE
+        stored = Stored(old.version + 1, new, token)
+        if not old.version:
+            return self._create(name, stored) if new else Stored()
+        home = self._path("names", directory_of(name))
+        self._write(home, name, stored)
+        try:
+            os.rename(f"{home}/{old.version}~{old.token}", f"{home}/{stored.version}~{token}")
+        except FileNotFoundError:
+            # Of another's rename, or of our own whose answer was lost and that the client has repeated.
+            if self._state(name) != (stored.version, token) or token == NONE:
+                self._remove(f"{home}/data~{token}")
+                return None
+        self._remove(f"{home}/data~{old.token}")
+        return stored
+
+    def _create(self, name: str, stored: Stored) -> Stored | None:
+        """The first state of a name comes with its directory: of several, one can be renamed to the place."""
+        fresh, home = self._path("new", secrets.token_hex(8)), self._path("names", directory_of(name))
+        os.mkdir(fresh, 0o700)
+        try:
+            self._write(fresh, name, stored)
+            _touch(f"{fresh}/{stored.version}~{stored.token}")
+            os.rename(fresh, home)
+        except OSError as error:
+            self._clear(fresh)
+            if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.EPERM, errno.EACCES):
+                return stored if self._state(name) == (stored.version, stored.token) else None
+            raise
+        return stored
+
+    def _write(self, directory: str, name: str, stored: Stored) -> None:
+        if stored.token == NONE:
+            return
+        path = f"{directory}/data~{stored.token}"
+        fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+        with os.fdopen(fd, "w", encoding="utf-8") as file:  # closed before its name says that it counts
+            json.dump({"name": name, "record": stored.record.to_json()}, file)
+
+    def refresh(self, name: str) -> None:
+        """Have this node's client look at a directory anew."""
+        probe = self._path("names", directory_of(name), f"look~{secrets.token_hex(4)}")
+        with suppress(OSError):
+            _touch(probe)
+            os.unlink(probe)
+
+    @staticmethod
+    def _remove(path: str) -> None:
+        with suppress(OSError):
+            os.unlink(path)
+
+    def _clear(self, directory: str) -> None:
+        with suppress(OSError):
+            for entry in os.listdir(directory):
+                self._remove(f"{directory}/{entry}")
+            os.rmdir(directory)
+
+    # --------------------------------------------------------------- leases
+
+    def join(self, node: str) -> None:
+        """A new node, with its lease and the place for what others want of it."""
+        home = self._path("nodes", node)
+        os.mkdir(home, 0o700)
+        os.mkdir(f"{home}/wanted", 0o700)
+        _touch(f"{home}/0")
+
+    def renew(self, node: str, count: int) -> None:
+        """From `count` to the next; FileNotFoundError when others have ended the lease."""
+        home = self._path("nodes", node)
+        try:
+            os.rename(f"{home}/{count}", f"{home}/{count + 1}")
+        except FileNotFoundError:
+            if self.heartbeat(node) != str(count + 1):
+                raise
+
+    def heartbeat(self, node: str) -> str | None:
+        """What a node's lease has come to: its count, or `ended`; None when there is nothing of it."""
+        for _ in range(LIST_ATTEMPTS):
+            try:
+                entries = os.listdir(self._path("nodes", node))
+            except FileNotFoundError:
+                return None
+            counts = [entry for entry in entries if entry.isdigit() or entry == ENDED]
+            if counts:
+                return max(counts, key=lambda entry: (entry == ENDED, int(entry) if entry.isdigit() else 0))
+        return None
+
+    def end(self, node: str, heartbeat: str) -> bool:
+        """End a lease that was seen to be at `heartbeat`; False when it has been renewed since."""
+        home = self._path("nodes", node)
+        try:
+            os.rename(f"{home}/{heartbeat}", f"{home}/{ENDED}")
+        except FileNotFoundError:
+            return self.heartbeat(node) in (ENDED, None)
+        return True
+
+    # -------------------------------------------------------------- notices
+
+    def notify(self, node: str, name: str) -> None:
+        path = self._path("nodes", node, "wanted", directory_of(name))
+        with suppress(FileNotFoundError, FileExistsError):
+            fd = os.open(path + ".new", os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+            with os.fdopen(fd, "w", encoding="utf-8", errors="surrogateescape") as file:
+                file.write(name)
+            os.rename(path + ".new", path)
+
+    def notices(self, node: str) -> list[str]:
+        """Names that others want of a node; each is given once."""
+        home, names = self._path("nodes", node, "wanted"), []
+        for entry in os.listdir(home):
+            if not entry.endswith(".new"):
+                with suppress(FileNotFoundError):
+                    with open(f"{home}/{entry}", encoding="utf-8", errors="surrogateescape") as file:
+                        names.append(file.read())
+                    os.unlink(f"{home}/{entry}")
+        return names
+
+
+class LeasefileBackend:
+    """One node's view (backend.LockBackend)."""
+
+    def __init__(self, root: str, terms: Terms | None = None, make_files: Callable[[str], Files] = Files) -> None:
+        self._root = root
+        self._make_files = make_files
+        self._terms = terms or Terms()
+        self._limiter = trio.CapacityLimiter(MAX_THREADS)
+        self._sightings = Sightings(self._terms)
+        self._lease = OwnLease(self._terms)
+        self._files: Files | None = None
+        self._count = 0
+        self._wanted: list[str] = []
+        self.node = ""
+
+    async def _call(self, function: Callable[..., T], *arguments: Any) -> T:
+        """In a thread; BackendError for whatever goes wrong, also where there is no answer in time."""
+        try:
+            with trio.fail_after(CALL_SECONDS):
+                return await trio.to_thread.run_sync(
+                    function, *arguments, abandon_on_cancel=True, limiter=self._limiter
+                )
+        except trio.TooSlowError:
+            raise BackendError(f"{self._root} does not answer") from None
+        except FileNotFoundError:
+            raise
+        except (OSError, ValueError, KeyError) as error:
+            raise BackendError(f"{self._root}: {error}") from None
+
+    @property
+    def files(self) -> Files:
+        if self._files is None:
+            raise BackendError(f"{self._root} is not in use yet")
+        return self._files
+
+    # --------------------------------------------------------------- leases
+
+    async def join(self) -> None:
+        """Become a node of the cluster, with a new name."""
+        if self._files is None:
+            self._files = await self._call(self._make_files, self._root)
+        node, sent = secrets.token_hex(8), boottime()
+        await self._call(self.files.join, node)
+        self.node, self._count, self._wanted = node, 0, []
+        self._lease.renew(sent)
+
+    async def renew(self) -> None:
+        """Renew the lease; LeaseLostError when others have ended it, or it is over by this node's own clock."""
+        sent = boottime()
+        if not self._lease.holds(sent):
+            raise LeaseLostError("the lease was not renewed in time")
+        try:
+            await self._call(self.files.renew, self.node, self._count)
+        except FileNotFoundError:
+            raise LeaseLostError("another node has ended the lease") from None
+        self._count += 1
+        self._lease.renew(sent)
+
+    async def leave(self) -> None:
+        """End this node's own lease: what it held is free at once."""
+        await self._call(self.files.end, self.node, str(self._count))
+
+    def lease_ends(self) -> float:
+        return self._lease.ends()
+
+    async def gone(self, nodes: Iterable[str]) -> set[str]:
+        ended = set()
+        for node in nodes:
+            if await self._is_gone(node):
+                ended.add(node)
+        return ended
+
+    async def _is_gone(self, node: str) -> bool:
+        before = boottime()
+        heartbeat = await self._call(self.files.heartbeat, node)
+        if heartbeat == ENDED:
+            return True
+        if not self._sightings.see(node, heartbeat, before, boottime()):
+            return False
+        return heartbeat is None or await self._call(self.files.end, node, heartbeat)
+
+    # -------------------------------------------------------------- records
+
+    async def read(self, name: str) -> Stored:
+        return await self._call(self.files.read, name)
+
+    async def swap(self, name: str, old: Stored, new: NameRecord) -> Stored | None:
+        return await self._call(self.files.swap, name, old, new)
+
+    async def wait_for_change(self, name: str, seen: Stored, seconds: float) -> None:
+        pause, longest = POLL_SECONDS
+        looked = trio.current_time()
+        with trio.move_on_after(seconds):
+            while (await self.read(name)).version == seen.version:
+                await trio.sleep(pause)
+                pause = min(1.5 * pause, longest)
+                if trio.current_time() - looked > REFRESH_SECONDS:
+                    await self._call(self.files.refresh, name)
+                    looked = trio.current_time()
+
+    # -------------------------------------------------------------- notices
+
+    async def notify(self, node: str, name: str) -> None:
+        await self._call(self.files.notify, node, name)
+
+    async def next_notice(self) -> str:
+        pause, longest = NOTICE_SECONDS
+        while not self._wanted:
+            with suppress(FileNotFoundError):
+                self._wanted = await self._call(self.files.notices, self.node)
+            if not self._wanted:
+                await trio.sleep(pause)
+                pause = min(1.5 * pause, longest)
+        return self._wanted.pop(0)

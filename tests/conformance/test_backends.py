@@ -1,0 +1,233 @@
+"""What every lock backend promises (safefs.cluster.backend), asked of each of them in the same words."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+import trio
+
+from safefs.cluster.backend import LeaseLostError, LockBackend, Stored
+from safefs.cluster.leasefile import LeasefileBackend
+from safefs.cluster.memory import MemoryBackend, MemoryCluster
+from safefs.cluster.record import NameRecord
+from safefs.lease import Terms, boottime
+from safefs.locktable import Kind, Lock, Mode, NameLocks, Owner, Wait
+
+TERMS = Terms(lease_seconds=0.6, delay_seconds=0.2)
+SECONDS = 20.0
+
+
+@dataclass
+class Cluster:
+    """Makes nodes that share their records."""
+
+    make: Callable[[], LockBackend]
+    lapses: bool  # a node that does not renew is gone by itself
+
+    async def node(self) -> LockBackend:
+        backend = self.make()
+        await backend.join()
+        return backend
+
+
+@pytest.fixture(params=["memory", "leasefile"])
+def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
+    if request.param == "memory":
+        shared, numbers = MemoryCluster(), iter(range(100))
+        yield Cluster(lambda: MemoryBackend(shared, f"node{next(numbers)}"), lapses=False)
+        return
+    with TemporaryDirectory(prefix="safefs-locks-", dir="/dev/shm") as directory:
+        yield Cluster(lambda: LeasefileBackend(directory, TERMS), lapses=True)
+
+
+def play(cluster: Cluster, scenario: Callable[..., Awaitable[None]], nodes: int = 2) -> None:
+    async def main() -> None:
+        members = [await cluster.node() for _ in range(nodes)]
+        with trio.fail_after(SECONDS):
+            await scenario(*members)
+
+    trio.run(main)
+
+
+def held_by(node: str, *more: str) -> NameRecord:
+    """A record that says something."""
+    locks = NameLocks()
+    for number, owner in enumerate((node, *more)):
+        locks[Kind.FLOCK].request(Wait(number, Lock(Owner(owner, 7), Mode.EXCLUSIVE)))
+    return NameRecord(locks=locks)
+
+
+def test_a_record_is_what_was_written_last(cluster: Cluster) -> None:
+    async def scenario(one: LockBackend, two: LockBackend) -> None:
+        assert await one.read("name") == Stored()
+        first = await one.swap("name", Stored(), held_by("a"))
+        assert first is not None
+        assert await two.read("name") == first
+        second = await two.swap("name", first, held_by("b", "c"))
+        assert second is not None and second.version > first.version
+        assert (await one.read("name")).record == held_by("b", "c")
+
+    play(cluster, scenario)
+
+
+def test_names_of_all_kinds(cluster: Cluster) -> None:
+    names = ["/", "a" * 1000, "with space", "\udcff\udcfe", "../../etc/passwd", "ü", "A", "a"]
+
+    async def scenario(one: LockBackend, two: LockBackend) -> None:
+        for number, name in enumerate(names):
+            assert await one.swap(name, Stored(), held_by(str(number)))
+        for number, name in enumerate(names):
+            assert (await two.read(name)).record == held_by(str(number))
+
+    play(cluster, scenario)
+
+
+def test_what_was_read_before_replaces_nothing(cluster: Cluster) -> None:
+    async def scenario(one: LockBackend, two: LockBackend) -> None:
+        first = await one.swap("name", Stored(), held_by("a"))
+        assert first is not None
+        assert await two.swap("name", Stored(), held_by("b")) is None
+        second = await one.swap("name", first, held_by("c"))
+        assert await two.swap("name", first, held_by("b")) is None
+        assert await two.read("name") == second
+
+    play(cluster, scenario)
+
+
+def test_an_empty_record_is_none(cluster: Cluster) -> None:
+    async def scenario(one: LockBackend, two: LockBackend) -> None:
+        first = await one.swap("name", Stored(), held_by("a"))
+        assert first is not None
+        empty = await one.swap("name", first, NameRecord())
+        assert empty is not None and not (await two.read("name")).record
+        assert await two.swap("name", first, held_by("b")) is None
+        again = await two.swap("name", await two.read("name"), held_by("b"))
+        assert again is not None
+        assert await one.swap("name", empty, held_by("c")) is None
+        assert (await one.read("name")).record == held_by("b")
+
+    play(cluster, scenario)
+
+
+def test_of_many_that_replace_one_record_one_succeeds(cluster: Cluster) -> None:
+    """A counter made of compare-and-swap: no step is lost, none counts twice."""
+    steps, members = 25, 4
+
+    async def count(backend: LockBackend, wins: list[int]) -> None:
+        for _ in range(steps):
+            while True:
+                stored = await backend.read("name")
+                reached = len(stored.record.wanted)
+                record = NameRecord("counter", tuple(str(number) for number in range(reached + 1)))
+                if await backend.swap("name", stored, record):
+                    wins.append(reached)
+                    break
+
+    async def scenario(*nodes: LockBackend) -> None:
+        wins: list[int] = []
+        async with trio.open_nursery() as nursery:
+            for node in nodes:
+                nursery.start_soon(count, node, wins)
+        assert sorted(wins) == list(range(steps * members))
+
+    play(cluster, scenario, members)
+
+
+def test_a_change_wakes_who_waits(cluster: Cluster) -> None:
+    async def scenario(one: LockBackend, two: LockBackend) -> None:
+        first = await one.swap("name", Stored(), held_by("a"))
+        assert first is not None
+
+        async def change() -> None:
+            await trio.sleep(0.1)
+            await two.swap("name", first, held_by("b"))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(change)
+            await one.wait_for_change("name", first, SECONDS)
+        assert (await one.read("name")).record == held_by("b")
+        # And without a change, the time is over some time.
+        await one.wait_for_change("name", await one.read("name"), 0.05)
+
+    play(cluster, scenario)
+
+
+def test_notices(cluster: Cluster) -> None:
+    async def scenario(one: LockBackend, two: LockBackend) -> None:
+        for name in ("name", "with / and \udcff"):
+            await two.notify(one.node, name)
+            await two.notify(one.node, name)
+            assert await one.next_notice() == name
+        await two.notify("nobody", "name")
+
+    play(cluster, scenario)
+
+
+def test_every_node_has_a_name_of_its_own(cluster: Cluster) -> None:
+    async def scenario(*nodes: LockBackend) -> None:
+        assert len({node.node for node in nodes}) == 5
+        assert all(node.lease_ends() > boottime() for node in nodes)
+
+    play(cluster, scenario, 5)
+
+
+def test_a_node_that_leaves_is_gone_at_once(cluster: Cluster) -> None:
+    async def scenario(one: LockBackend, two: LockBackend) -> None:
+        assert await two.gone([one.node, two.node]) == set()
+        await one.leave()
+        assert await two.gone([one.node, two.node]) == {one.node}
+        with pytest.raises(LeaseLostError):
+            await one.renew()
+        before = one.node
+        await one.join()
+        assert one.node != before
+        assert await two.gone([before, one.node]) == {before}
+
+    play(cluster, scenario)
+
+
+def test_a_node_that_renews_stays(cluster: Cluster) -> None:
+    async def scenario(one: LockBackend, two: LockBackend) -> None:
+        end = trio.current_time() + 3 * TERMS.gone_seconds
+        while trio.current_time() < end:
+            await one.renew()
+            assert await two.gone([one.node]) == set()
+            await trio.sleep(TERMS.renew_seconds)
+
+    play(cluster, scenario)
+
+
+def test_a_node_that_does_not_renew_knows_it_before_others_do(cluster: Cluster) -> None:
+    if not cluster.lapses:
+        return
+
+    async def scenario(one: LockBackend, two: LockBackend) -> None:
+        while not await two.gone([one.node]):
+            await trio.sleep(0.01)
+        assert boottime() > one.lease_ends()
+        with pytest.raises(LeaseLostError):
+            await one.renew()
+
+    play(cluster, scenario)
+
+
+def test_whoever_sees_old_heartbeats_ends_nobody(tmp_path: Path) -> None:
+    """A client that caches what it saw does not take the lock of a node that lives."""
+
+    async def scenario() -> None:
+        one, two = LeasefileBackend(str(tmp_path), TERMS), LeasefileBackend(str(tmp_path), TERMS)
+        await one.join()
+        await two.join()
+        seen = two.files.heartbeat(one.node)
+        two.files.heartbeat = lambda _node: seen  # type: ignore[method-assign]
+        end = trio.current_time() + 3 * TERMS.gone_seconds
+        while trio.current_time() < end:
+            await one.renew()
+            assert await two.gone([one.node]) == set()
+            await trio.sleep(TERMS.renew_seconds)
+
+    trio.run(scenario)
