@@ -35,7 +35,7 @@ from safefs.fuse import mount
 from safefs.fuse.operations import Operations
 from safefs.hot import Cold, Hot, doubtful_globs
 from safefs.locking import Locking
-from safefs.locks import Locks
+from safefs.locks import Alone, Locks
 from safefs.native import native
 from safefs.publisher import Publisher
 from safefs.recovery import Recovery
@@ -128,7 +128,7 @@ class Daemon:
         cache_size = node_cache_size(settings, limit)
         hot = self._configure_hot(cache_size) if settings.hot else Cold()
         self.fs = FileSystem(settings, self.backing, self.publisher, cache_size, hot)
-        self.locks = Locks(self.backing.node_id)
+        self.locks = Locks(Alone(self.backing.node_id))
         self.connection: mount.Connection | None = None
         self.stopping = False
         self.serving = False

@@ -11,8 +11,9 @@ import trio
 
 from safefs import processes
 from safefs.filesystem import FileSystem, failure
-from safefs.locks import Key, Locks, Waiting
+from safefs.locks import Locks, Waiting
 from safefs.locktable import OFFSET_MAX, Kind, Lock, Mode, Owner
+from safefs.model import Identity
 from safefs.native import native
 
 # After that long, who waits behind others who have nothing yet passes them, should he be what they wait for.
@@ -22,6 +23,11 @@ MAX_KIN = 16
 _MODES = {fcntl.F_RDLCK: Mode.SHARED, fcntl.F_WRLCK: Mode.EXCLUSIVE}
 _TYPES = {mode: number for number, mode in _MODES.items()}
 _FLOCK_MODES = {fcntl.LOCK_SH: Mode.SHARED, fcntl.LOCK_EX: Mode.EXCLUSIVE}
+
+
+def key_of(directory: Identity, name: bytes) -> str:
+    """A name as all nodes call it (st_dev is each node's own).  Not an inode: a publish would split its locks."""
+    return f"{directory.ino:x}/{os.fsdecode(name)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +66,7 @@ class Locking:
         self.fs = filesystem
         self.locks = locks
 
-    def key(self, nodeid: int, number: int) -> Key:
+    def key(self, nodeid: int, number: int) -> str:
         """What an open file is locked by: the name that it was locked by before, its draft's, or where it was found."""
         fs = self.fs
         known = self.locks.key_of(number)
@@ -68,21 +74,21 @@ class Locking:
             return known
         handle = fs.handles.get(number)
         if handle is not None and handle.draft is not None:
-            return handle.draft.directory.identity, handle.draft.name
+            return key_of(handle.draft.directory.identity, handle.draft.name)
         node = fs.node(nodeid)
         parent = fs.nodes.get(node.parent)
         # The kernel keeps the directories above a file that is open; only of a name that is gone there is none.
-        return (parent.identity, node.name) if parent is not None else (node.identity, b"")
+        return key_of(parent.identity, node.name) if parent is not None else key_of(node.identity, b"")
 
     def _owner(self, wanted: Wanted) -> Owner:
         return Owner(self.locks.node, wanted.owner)
 
-    def conflict(self, wanted: Wanted) -> tuple[int, int, int, int]:
+    async def conflict(self, wanted: Wanted) -> tuple[int, int, int, int]:
         """F_GETLK: type, start, length and pid of a lock in the way (pid 0: on another node); else F_UNLCK."""
         if wanted.mode is None:
             raise failure(errno.EINVAL)
         lock = Lock(self._owner(wanted), wanted.mode, wanted.first, wanted.last)
-        found = self.locks.conflict(self.key(wanted.nodeid, wanted.handle), wanted.kind, lock)
+        found = await self.locks.conflict(self.key(wanted.nodeid, wanted.handle), wanted.kind, lock)
         if found is None:
             return fcntl.F_UNLCK, 0, 0, 0
         length = 0 if found.last == OFFSET_MAX else found.last - found.first + 1
@@ -97,33 +103,35 @@ class Locking:
         node = self.fs.node(wanted.nodeid)
         await self.fs.ordering.wait_name(self.fs.nodes.get(node.parent), node.name)
 
-    def ask(self, wanted: Wanted) -> Waiting | None:
-        """Lock or unlock: None if that is done, else what to `wait` for.  OSError: EAGAIN, EDEADLK, ESTALE."""
-        key, owner = self.key(wanted.nodeid, wanted.handle), self._owner(wanted)
-        if wanted.mode is None:
-            self.locks.release(key, wanted.kind, owner, wanted.first, wanted.last)
-            return None
+    def unlock(self, wanted: Wanted) -> trio.Event | None:
+        """None if that is done, else what to wait for."""
+        key = self.key(wanted.nodeid, wanted.handle)
+        return self.locks.release(key, wanted.kind, self._owner(wanted), wanted.first, wanted.last)
+
+    def lock(self, wanted: Wanted, mode: Mode) -> Waiting | None:
+        """None if the lock is held, else what to `wait` for.  OSError: EAGAIN, EDEADLK, ESTALE."""
+        key = self.key(wanted.nodeid, wanted.handle)
         is_new = self.locks.key_of(wanted.handle) is None
-        lock = Lock(owner, wanted.mode, wanted.first, wanted.last, wanted.pid)
+        lock = Lock(self._owner(wanted), mode, wanted.first, wanted.last, wanted.pid)
         waiting = self.locks.acquire(key, wanted.kind, lock, wanted.handle, may_wait=wanted.may_wait)
         if is_new and wanted.handle & native.FH_HOT:
             self.fs.nodes.hot.mark_handle(wanted.handle, 1)  # its RELEASE is Python's business from now on
         return waiting
 
-    async def wait(self, waiting: Waiting, tid: int, *, may_wait: bool) -> None:
-        """Until the lock is held; cancelled, the request is given up.  BlockingIOError (EAGAIN): it may not wait."""
+    async def wait(self, waiting: Waiting, tid: int) -> None:
+        """Until the lock is held; cancelled, the request is given up.  BlockingIOError (EAGAIN): it was refused."""
         try:
             if not self.locks.is_blocked(waiting) and await self._is_kin(waiting, tid):
                 self.locks.let_pass(waiting)
-            if may_wait:
+            if waiting.may_wait:
                 with trio.move_on_after(PATIENCE_SECONDS):
-                    await waiting.granted.wait()
-                if not waiting.granted.is_set():
+                    await waiting.settled.wait()
+                if not waiting.settled.is_set():
                     self.locks.let_pass(waiting)
-                await waiting.granted.wait()
+                await waiting.settled.wait()
         finally:
             self.locks.give_up(waiting)
-        if not waiting.granted.is_set():
+        if not waiting.held:
             raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
     async def _is_kin(self, waiting: Waiting, tid: int) -> bool:
@@ -135,12 +143,13 @@ class Locking:
                 return True
         return False
 
-    def flushed(self, number: int, owner: int) -> None:
-        """A process has closed a descriptor of an open file."""
+    def flushed(self, number: int, owner: int) -> list[trio.Event]:
+        """A process has closed a descriptor of an open file; what to wait for until its locks are free."""
         handle = self.fs.handles.get(number)
-        if handle is not None:
-            key = self.key(handle.node.nodeid, number)
-            self.locks.flushed(number, key, Owner(self.locks.node, owner))
+        if handle is None:
+            return []
+        key = self.key(handle.node.nodeid, number)
+        return self.locks.flushed(number, key, Owner(self.locks.node, owner))
 
     def released(self, number: int) -> None:
         """Nobody has an open file any more."""

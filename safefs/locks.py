@@ -1,8 +1,9 @@
 """The locks of this node's processes: which names they are on, who waits, and what ends with a descriptor.
 
-Everything here is done at once, when a request is received; what has to wait is given back as `Waiting`.  So the order
-of lock requests, FLUSHes and RELEASEs is that in which the kernel sent them, and a try-lock that comes after a close(2)
-finds what the close unlocked.
+On names that are delegated to this node (all of them, where there is no other) everything is done at once, when the
+request is received.  So the order of lock requests, FLUSHes and RELEASEs is that in which the kernel sent them, and a
+try-lock that comes after a close(2) finds what the close unlocked.  On other names it is done in that order, too, by
+steps on a shared record.
 """
 
 from __future__ import annotations
@@ -10,130 +11,169 @@ from __future__ import annotations
 import errno
 import os
 from collections import defaultdict
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import trio
 
+from safefs.cluster.record import Acquire, GiveUp, LetPass, Release, Step, carry_out
 from safefs.locktable import OFFSET_MAX, Kind, Lock, NameLocks, Owner, Wait
-from safefs.model import Identity
 
-Key = tuple[Identity, bytes]  # a directory and a name in it: a publish changes the inode, and must not split a lock
-Use = tuple[Key, Kind, Owner]
+Use = tuple[str, Kind, Owner]
+
+
+class NameService(Protocol):
+    """Where the locks of names are (safefs.cluster.names.Names, or `Alone`)."""
+
+    @property
+    def node(self) -> str:
+        """This node's name."""
+
+    def local(self, key: str) -> NameLocks | None:
+        """The locks of a name, to be worked on at once; None where steps have to be submitted."""
+
+    def known(self, key: str) -> NameLocks:
+        """What is known of the locks of a name, perhaps not the latest."""
+
+    def submit(self, key: str, step: Step) -> trio.Event:
+        """Queue a step; the event is set once it is on record."""
+
+
+class Alone:
+    """There is no other node."""
+
+    def __init__(self, node: str) -> None:
+        self.node = node
+        self._names: dict[str, NameLocks] = {}
+        self._last = ""
+
+    def local(self, key: str) -> NameLocks:
+        if self._last != key and not self._names.get(self._last, True):
+            del self._names[self._last]  # names without locks do not pile up
+        self._last = key
+        return self._names.setdefault(key, NameLocks())
+
+    def known(self, key: str) -> NameLocks:
+        return self._names.get(key) or NameLocks()
+
+    def submit(self, key: str, step: Step) -> trio.Event:
+        raise AssertionError(f"{step} on {key}: every name is local")
 
 
 @dataclass(slots=True, eq=False)
 class Waiting:
-    """A request that waits for its lock."""
+    """A request that is not answered yet."""
 
-    key: Key
+    key: str
     kind: Kind
     wait: Wait
-    granted: trio.Event = field(default_factory=trio.Event)
+    handle: int
+    may_wait: bool
+    settled: trio.Event = field(default_factory=trio.Event)
+    held: bool = False  # once settled: its lock is held, or it was refused
 
 
 class Locks:
-    """The lock table of one node."""
+    """The lock requests of one node."""
 
-    def __init__(self, node: str) -> None:
-        self.node = node
-        self._names: dict[Key, NameLocks] = {}
+    def __init__(self, names: NameService) -> None:
+        self._names = names
         self._waiting: dict[int, Waiting] = {}  # by ticket
         self._by_handle: defaultdict[int, set[Use]] = defaultdict(set)
         self._last_handle: dict[Use, int] = {}  # through which an owner asked last
         self._last_ticket = 0
 
-    def owner(self, number: int) -> Owner:
-        return Owner(self.node, number)
+    @property
+    def node(self) -> str:
+        return self._names.node
 
     # ---------------------------------------------------------- questions
 
-    def conflict(self, key: Key, kind: Kind, lock: Lock) -> Lock | None:
+    async def conflict(self, key: str, kind: Kind, lock: Lock) -> Lock | None:
         """What is held and in the way of a lock (F_GETLK)."""
-        locks = self._names.get(key)
-        return None if locks is None else locks[kind].conflict(lock)
+        if self._names.local(key) is None:
+            await self._names.submit(key, LetPass(kind, Wait(0, lock))).wait()  # changes nothing, and has a look
+        return self._names.known(key)[kind].conflict(lock)
 
     def counts(self) -> tuple[int, int]:
-        """How many locks are held, and how many requests wait."""
-        tables = [table for locks in self._names.values() for table in locks.tables.values()]
-        return sum(len(table.held) for table in tables), len(self._waiting)
+        """How many locks are held or asked for through open files, and how many of them wait."""
+        return len(self._last_handle), len(self._waiting)
 
-    def key_of(self, handle: int) -> Key | None:
+    def key_of(self, handle: int) -> str | None:
         """The name that was locked through this file handle, which it may not have any more; None if none was."""
         return next((key for key, _, _ in self._by_handle.get(handle, ())), None)
 
-    def _deadlocks(self, owner: Owner, obstacles: set[Owner]) -> bool:
-        """Whether one of those in the way waits, directly or not and on whatever name, for this owner."""
-        seen: set[Owner] = set()
-        while new := obstacles - seen:
-            if owner in new:
-                return True
-            seen |= new
-            waits = [waiting for waiting in self._waiting.values() if waiting.wait.lock.owner in new]
-            obstacles = {held.owner for waiting in waits for held in self._held_against(waiting)}
-        return False
-
-    def _held_against(self, waiting: Waiting) -> list[Lock]:
-        return [held for held in self._names[waiting.key][waiting.kind].held if held.conflicts(waiting.wait.lock)]
-
-    # ------------------------------------------------------------ changes
-
-    def acquire(self, key: Key, kind: Kind, lock: Lock, handle: int, *, may_wait: bool) -> Waiting | None:
-        """Take a lock through a file handle: None if it is held now, else what to wait for.
-
-        Raises BlockingIOError (EAGAIN) where it may not wait and somebody holds what is in its way; that somebody was
-        first may come to nothing (`kin`).  Raises OSError (EDEADLK) where it would wait for ever: for record locks
-        alone, as the kernel does (fcntl(2), F_SETLKW).
-        """
-        table = self._names.setdefault(key, NameLocks())[kind]
-        self._last_ticket += 1
-        waiting = Waiting(key, kind, Wait(self._last_ticket, lock))
-        if may_wait and kind is Kind.RECORD:
-            obstacles = {held.owner for held in self._held_against(waiting)}
-            if self._deadlocks(lock.owner, obstacles):
-                raise OSError(errno.EDEADLK, os.strerror(errno.EDEADLK))
-        granted, others = table.request(waiting.wait)
-        self._wake(others)
-        if not granted:
-            self._waiting[waiting.wait.ticket] = waiting
-            if not may_wait and table.conflict(lock) is not None:
-                self.give_up(waiting)
-                raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
-        self._by_handle[handle].add((key, kind, lock.owner))
-        self._last_handle[key, kind, lock.owner] = handle
-        return None if granted else waiting
-
     def kin(self, waiting: Waiting) -> set[int]:
         """Pids of those who hold something on the name: a request of a child of theirs need not wait in the queue."""
-        held = self._names[waiting.key][waiting.kind].held
+        held = self._names.known(waiting.key)[waiting.kind].held
         return {lock.pid for lock in held if lock.owner.node == self.node and lock.owner != waiting.wait.lock.owner}
 
     def is_blocked(self, waiting: Waiting) -> bool:
         """Whether somebody holds what is in its way, so that it does not only wait in the queue."""
-        return bool(self._held_against(waiting))
+        return next(self._held_against(waiting), None) is not None
 
-    def release(self, key: Key, kind: Kind, owner: Owner, first: int = 0, last: int = OFFSET_MAX) -> None:
-        """Unlock a range of an owner's."""
-        locks = self._names.get(key)
-        if locks is not None:
-            self._wake(locks[kind].release(owner, first, last))
-            self._drop_if_empty(key)
+    def _held_against(self, waiting: Waiting) -> Iterator[Lock]:
+        held = self._names.known(waiting.key)[waiting.kind].held
+        return (lock for lock in held if lock.conflicts(waiting.wait.lock))
+
+    def _deadlocks(self, waiting: Waiting) -> bool:
+        """Whether one of those in the way waits, directly or not and on whatever name, for this owner."""
+        owner, seen = waiting.wait.lock.owner, set[Owner]()
+        obstacles = {held.owner for held in self._held_against(waiting)}
+        while new := obstacles - seen:
+            if owner in new:
+                return True
+            seen |= new
+            waits = [other for other in self._waiting.values() if other.wait.lock.owner in new]
+            obstacles = {held.owner for other in waits for held in self._held_against(other)}
+        return False
+
+    # ------------------------------------------------------------ changes
+
+    def acquire(self, key: str, kind: Kind, lock: Lock, handle: int, *, may_wait: bool) -> Waiting | None:
+        """Take a lock through a file handle: None if it is held now, else what to wait for.
+
+        Raises BlockingIOError (EAGAIN) where it may not wait and somebody holds what is in its way; that somebody was
+        first may come to nothing (`kin`).  Raises OSError (EDEADLK) where it would wait for ever: for record locks
+        alone, as the kernel does (fcntl(2), F_SETLKW), and as far as this node sees it.
+        """
+        self._last_ticket += 1
+        waiting = Waiting(key, kind, Wait(self._last_ticket, lock), handle, may_wait)
+        if may_wait and kind is Kind.RECORD and self._deadlocks(waiting):
+            raise OSError(errno.EDEADLK, os.strerror(errno.EDEADLK))
+        locks = self._names.local(key)
+        self._waiting[waiting.wait.ticket] = waiting
+        if locks is None:
+            self._names.submit(key, Acquire(kind, waiting.wait, may_wait))
+        elif self._carry_out(locks, Acquire(kind, waiting.wait, may_wait=True)):
+            self.resolve(waiting.wait.ticket, True)
+        elif not may_wait and self.is_blocked(waiting):
+            self.give_up(waiting)
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        self._by_handle[handle].add((key, kind, lock.owner))
+        self._last_handle[key, kind, lock.owner] = handle
+        return None if waiting.held else waiting
+
+    def release(self, key: str, kind: Kind, owner: Owner, first: int = 0, last: int = OFFSET_MAX) -> trio.Event | None:
+        """Unlock a range of an owner's; None if that is done, else what to wait for."""
+        return self._do(key, Release(kind, owner, first, last))
 
     def let_pass(self, waiting: Waiting) -> None:
         """A request may pass those that came before it, in case they wait for it in a way that is not seen here."""
-        self._wake(self._names[waiting.key][waiting.kind].let_pass(self.node, waiting.wait.ticket))
+        self._do(waiting.key, LetPass(waiting.kind, waiting.wait))
 
     def give_up(self, waiting: Waiting) -> None:
         """Nobody waits for this lock any more."""
         if self._waiting.pop(waiting.wait.ticket, None) is not None:
-            self._wake(self._names[waiting.key][waiting.kind].cancel(self.node, waiting.wait.ticket))
-            self._drop_if_empty(waiting.key)
+            self._do(waiting.key, GiveUp(waiting.kind, waiting.wait))
 
-    def flushed(self, handle: int, key: Key, owner: Owner) -> None:
+    def flushed(self, handle: int, key: str, owner: Owner) -> list[trio.Event]:
         """A process has closed one of its descriptors: it loses its record locks on the file (fcntl(2))."""
         used = {use[0] for use in self._by_handle.get(handle, ()) if use[1:] == (Kind.RECORD, owner)}
-        for name in {key, *used}:
-            if self._last_handle.pop((name, Kind.RECORD, owner), None) is not None:
-                self.release(name, Kind.RECORD, owner)
+        held = [name for name in {key, *used} if self._last_handle.pop((name, Kind.RECORD, owner), None) is not None]
+        events = [self.release(name, Kind.RECORD, owner) for name in held]
+        return [event for event in events if event is not None]
 
     def released(self, handle: int) -> None:
         """The last descriptor of an open file is closed: what was locked through it is free."""
@@ -142,10 +182,41 @@ class Locks:
                 del self._last_handle[use]
                 self.release(*use)
 
-    def _wake(self, granted: list[Wait]) -> None:
-        for wait in granted:
-            self._waiting.pop(wait.ticket).granted.set()
+    def resolve(self, ticket: int, held: bool) -> bool:
+        """A request has its lock, or is refused; returns whether anybody still wants to know."""
+        waiting = self._waiting.pop(ticket, None)
+        if waiting is None:
+            return False
+        waiting.held = held
+        waiting.settled.set()
+        return True
 
-    def _drop_if_empty(self, key: Key) -> None:
-        if not self._names.get(key, True):
-            del self._names[key]
+    def lose(self) -> set[int]:
+        """All locks are lost; returns the file handles that something was locked through.  Requests go on waiting."""
+        waits = {(waiting.key, waiting.kind, waiting.wait.lock.owner) for waiting in self._waiting.values()}
+        fenced = {handle for handle, used in self._by_handle.items() if used - waits}
+        self._by_handle.clear()
+        self._last_handle.clear()
+        return fenced
+
+    def ask_again(self) -> None:
+        """This node has another name: what waited under the old one waits under the new."""
+        for waiting in self._waiting.values():
+            lock = replace(waiting.wait.lock, owner=Owner(self.node, waiting.wait.lock.owner.number))
+            waiting.wait = Wait(waiting.wait.ticket, lock)
+            self._by_handle[waiting.handle].add((waiting.key, waiting.kind, lock.owner))
+            self._last_handle[waiting.key, waiting.kind, lock.owner] = waiting.handle
+            self._names.submit(waiting.key, Acquire(waiting.kind, waiting.wait, waiting.may_wait))
+
+    def _do(self, key: str, step: Step) -> trio.Event | None:
+        locks = self._names.local(key)
+        if locks is None:
+            return self._names.submit(key, step)
+        self._carry_out(locks, step)
+        return None
+
+    def _carry_out(self, locks: NameLocks, step: Step) -> bool:
+        done, others = carry_out(locks, step)
+        for wait in others:
+            self.resolve(wait.ticket, True)
+        return done

@@ -14,15 +14,13 @@ import shutil
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import trio
 
 from safefs import backing
 from safefs.backing import DAEMON, RENAME_NOREPLACE, Backing
 from safefs.events import EventKind, EventLog
-from safefs.processes import start_time
-from safefs.state import DAEMONS, RECORD_VERSION, DaemonRecord, StateDirectory, host_identity
+from safefs.state import DAEMONS, RECORD_VERSION, DaemonRecord, StateDirectory, known_dead
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +37,6 @@ class Recovery:
         self._events = events
         self._state = state
         self._record = record
-        self._me = host_identity()
         self._beats: dict[str, tuple[str, float]] = {}  # node id → heartbeat, and when it was first seen so
 
     async def run(self) -> None:
@@ -65,20 +62,8 @@ class Recovery:
             identity = {}  # being made, or cut short by a crash: only its heartbeat can tell
         if identity.get("version", RECORD_VERSION) != RECORD_VERSION:
             return False
-        known = self._known_dead(identity)
+        known = known_dead(identity)
         return self._has_stopped_beating(path) if known is None else known
-
-    def _known_dead(self, identity: dict[str, Any]) -> bool | None:
-        """Whether the daemon is dead, where this host can know it."""
-        me = self._me
-        if identity.get("machine") != me["machine"] or identity.get("host") != me["host"]:
-            return None
-        if identity.get("boot") != me["boot"]:
-            # Without a machine-id two hosts of one name would look like one that has booted again.
-            return True if me["machine"] else None
-        if identity.get("pid_namespace") != me["pid_namespace"]:
-            return None
-        return bool(start_time(identity["pid"]) != identity["start"])
 
     def _has_stopped_beating(self, path: Path) -> bool:
         try:

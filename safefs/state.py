@@ -15,7 +15,7 @@ import secrets
 import socket
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +65,19 @@ def host_identity() -> dict[str, Any]:
         "pid": os.getpid(),
         "start": start_time(os.getpid()),
     }
+
+
+def known_dead(identity: Mapping[str, Any]) -> bool | None:
+    """Whether the process with a `host_identity` is dead; None where this host cannot know it."""
+    me = host_identity()
+    if identity.get("machine") != me["machine"] or identity.get("host") != me["host"]:
+        return None
+    if identity.get("boot") != me["boot"]:
+        # Without a machine-id two hosts of one name would look like one that has booted again.
+        return True if me["machine"] else None
+    if identity.get("pid_namespace") != me["pid_namespace"]:
+        return None
+    return bool(start_time(identity["pid"]) != identity["start"])
 
 
 @dataclass(frozen=True)

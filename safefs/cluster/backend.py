@@ -59,6 +59,9 @@ class LockBackend(Protocol):
     async def swap(self, name: str, old: Stored, new: NameRecord) -> Stored | None:
         """Replace a record; None when it is not the one that was read any more.  An empty record is removed."""
 
+    async def discard(self, name: str, stored: Stored) -> None:
+        """An empty record will not be needed soon."""
+
     async def wait_for_change(self, name: str, seen: Stored, seconds: float) -> None:
         """Return when the record is another one than the one seen, or the time is over."""
 

@@ -4,7 +4,7 @@ Everything rests on one thing that shared filesystems do on their servers, whate
 with ENOENT when its source is not there (any more).  So what has to change at once is in the *name* of a file, and a
 change is a rename from the old name to the new one, which one of several succeeds with:
 
-    names/KEY/VERSION~ID      the state of a name's record, which is in names/KEY/data~ID
+    names/KEY/VERSION~ID      the state of a name's record, which is in names/KEY/data~ID (ID `none`: it is empty)
     nodes/NODE/COUNT          a node's lease: renewed by a rename to COUNT+1, ended by a rename to `ended`
 
 A record's bytes are written before its name says that they count, and never changed.  A stale listing names a state
@@ -12,7 +12,11 @@ that is over, and the rename fails; a failed attempt has made a file in the dire
 
 A node is ended by others when they have seen no new COUNT for lease and delay by their own clocks (safefs/lease.py).
 A node that was alive all the same, because its renewals were hidden by somebody's cache, is not there under the COUNT
-that was seen, and nothing happens to it.
+that was seen, and nothing happens to it.  A node whose process is known to have died, which those on its host can see,
+is ended at once.
+
+A name's directory goes when nobody needs it: once its state is renamed to `gone`, which nothing follows, it is emptied
+and removed, by whoever comes across it.  The first state of a name comes with its directory, by one rename of both.
 """
 
 from __future__ import annotations
@@ -23,8 +27,9 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from functools import partial
 from typing import Any, TypeVar
 
 import trio
@@ -35,6 +40,7 @@ from safefs.lease import OwnLease, Sightings, Terms, boottime
 
 CALL_SECONDS = 5.0  # a call of the backing filesystem that takes longer counts as unanswered
 MAX_THREADS = 16
+BURIED_SECONDS = 86400.0  # after that long nobody looks for an ended node any more
 LIST_ATTEMPTS = 5  # a listing can miss a file that is renamed meanwhile
 POLL_SECONDS = (0.002, 0.25)  # for changes of a record, at first and at most
 NOTICE_SECONDS = (0.01, 0.5)  # for what others want, after something came and at most
@@ -42,9 +48,12 @@ REFRESH_SECONDS = 0.5  # who waits makes a file in the directory so often, for c
 
 STATE = re.compile(r"(\d+)~([0-9a-f]+|none)")
 NONE = "none"  # the id of an empty record
+GONE = "gone"  # the state after which there is none
 ENDED = "ended"
 
 T = TypeVar("T")
+Identity = Mapping[str, Any]
+HasDied = Callable[[Identity], bool]
 
 
 def directory_of(name: str) -> str:
@@ -58,10 +67,15 @@ def _touch(path: str) -> None:
 
 
 class Files:
-    """The blocking half: one method for each thing that is done to the files.  Errors are OSErrors."""
+    """The blocking half: one method for each thing that is done to the files.  Errors are OSErrors.
 
-    def __init__(self, root: str) -> None:
+    `identity` says which process this node is, and `has_died` whether that of another node has ended.
+    """
+
+    def __init__(self, root: str, identity: Identity, has_died: HasDied) -> None:
         self.root = root
+        self._identity = identity
+        self._has_died = has_died
         for part in ("names", "nodes", "new"):
             os.makedirs(os.path.join(root, part), mode=0o700, exist_ok=True)
 
@@ -127,10 +141,21 @@ class Files:
             os.rename(fresh, home)
         except OSError as error:
             self._clear(fresh)
-            if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.EPERM, errno.EACCES):
-                return stored if self._state(name) == (stored.version, stored.token) else None
-            raise
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.EPERM, errno.EACCES):
+                raise
+            if self._state(name) == (stored.version, stored.token):
+                return stored  # ours: the answer was lost, and the client has repeated the rename
+            if os.path.exists(f"{home}/{GONE}"):
+                self._clear(home)
+            return None
         return stored
+
+    def discard(self, name: str, stored: Stored) -> None:
+        """Remove what an empty record has left; nothing happens where it is not empty any more."""
+        home = self._path("names", directory_of(name))
+        with suppress(FileNotFoundError):
+            os.rename(f"{home}/{stored.version}~{NONE}", f"{home}/{GONE}")
+            self._clear(home)
 
     def _write(self, directory: str, name: str, stored: Stored) -> None:
         if stored.token == NONE:
@@ -153,9 +178,11 @@ class Files:
             os.unlink(path)
 
     def _clear(self, directory: str) -> None:
+        """Empty and remove a directory that nobody uses; should it be another one by now, that stays."""
         with suppress(OSError):
-            for entry in os.listdir(directory):
-                self._remove(f"{directory}/{entry}")
+            for entry in sorted(os.listdir(directory), key=lambda entry: entry == GONE):
+                if not STATE.fullmatch(entry):
+                    self._remove(f"{directory}/{entry}")
             os.rmdir(directory)
 
     # --------------------------------------------------------------- leases
@@ -165,6 +192,8 @@ class Files:
         home = self._path("nodes", node)
         os.mkdir(home, 0o700)
         os.mkdir(f"{home}/wanted", 0o700)
+        with open(f"{home}/process", "x", encoding="utf-8") as file:
+            json.dump(dict(self._identity), file)
         _touch(f"{home}/0")
 
     def renew(self, node: str, count: int) -> None:
@@ -187,6 +216,29 @@ class Files:
             if counts:
                 return max(counts, key=lambda entry: (entry == ENDED, int(entry) if entry.isdigit() else 0))
         return None
+
+    def has_died(self, node: str) -> bool:
+        """Whether a node's process is known to have ended."""
+        try:
+            with open(self._path("nodes", node, "process"), encoding="utf-8") as file:
+                return self._has_died(json.load(file))
+        except (OSError, ValueError, KeyError):
+            return False
+
+    def tidy_up(self, node: str) -> None:
+        """End the nodes whose processes have died; remove what is left of nodes that ended long ago.
+
+        How long is told by the filesystem's clock: it made the files of this node just now.
+        """
+        now = os.stat(self._path("nodes", node, "process")).st_ctime
+        for other in os.listdir(self._path("nodes")):
+            home, heartbeat = self._path("nodes", other), self.heartbeat(other)
+            with suppress(OSError):
+                if heartbeat not in (None, ENDED) and self.has_died(other):
+                    self.end(other, heartbeat)
+                elif now - os.stat(home if heartbeat is None else f"{home}/{ENDED}").st_ctime > BURIED_SECONDS:
+                    self._clear(f"{home}/wanted")
+                    self._clear(home)
 
     def end(self, node: str, heartbeat: str) -> bool:
         """End a lease that was seen to be at `heartbeat`; False when it has been renewed since."""
@@ -222,10 +274,10 @@ class Files:
 class LeasefileBackend:
     """One node's view (backend.LockBackend)."""
 
-    def __init__(self, root: str, terms: Terms | None = None, make_files: Callable[[str], Files] = Files) -> None:
+    def __init__(self, root: str, terms: Terms, identity: Identity, has_died: HasDied) -> None:
         self._root = root
-        self._make_files = make_files
-        self._terms = terms or Terms()
+        self._make_files = partial(Files, root, identity, has_died)
+        self._terms = terms
         self._limiter = trio.CapacityLimiter(MAX_THREADS)
         self._sightings = Sightings(self._terms)
         self._lease = OwnLease(self._terms)
@@ -259,9 +311,10 @@ class LeasefileBackend:
     async def join(self) -> None:
         """Become a node of the cluster, with a new name."""
         if self._files is None:
-            self._files = await self._call(self._make_files, self._root)
+            self._files = await self._call(self._make_files)
         node, sent = secrets.token_hex(8), boottime()
         await self._call(self.files.join, node)
+        await self._call(self.files.tidy_up, node)
         self.node, self._count, self._wanted = node, 0, []
         self._lease.renew(sent)
 
@@ -296,7 +349,8 @@ class LeasefileBackend:
         heartbeat = await self._call(self.files.heartbeat, node)
         if heartbeat == ENDED:
             return True
-        if not self._sightings.see(node, heartbeat, before, boottime()):
+        unseen = self._sightings.see(node, heartbeat, before, boottime())
+        if not unseen and not await self._call(self.files.has_died, node):
             return False
         return heartbeat is None or await self._call(self.files.end, node, heartbeat)
 
@@ -318,6 +372,9 @@ class LeasefileBackend:
                 if trio.current_time() - looked > REFRESH_SECONDS:
                     await self._call(self.files.refresh, name)
                     looked = trio.current_time()
+
+    async def discard(self, name: str, stored: Stored) -> None:
+        await self._call(self.files.discard, name, stored)
 
     # -------------------------------------------------------------- notices
 

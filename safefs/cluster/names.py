@@ -69,11 +69,18 @@ class _Name:
     poke: trio.Event = field(default_factory=trio.Event)
     busy: bool = False
     used: float = 0.0
+    idle: bool = False  # nobody has used it for long
+
+    lost: bool = False  # with the lease of this node
 
     @property
     def has_work(self) -> bool:
+        if self.lost:
+            return False
         if self.mine is not None:
             return self.asked or bool(self.pending)
+        if self.idle and self.stored is not None:
+            return True
         return self.leaving is not None or bool(self.pending or self.waits)
 
 
@@ -93,17 +100,37 @@ class Names:
         name = self._names.get(key)
         if name is None or name.mine is None or name.pending or boottime() >= self._backend.lease_ends():
             return None
-        name.used = boottime()
+        name.used, name.idle = boottime(), False
         return name.mine
 
-    def submit(self, key: str, step: Step) -> Pending:
-        """Queue a step; those of one name are carried out in their order."""
+    @property
+    def node(self) -> str:
+        return self._backend.node
+
+    def known(self, key: str) -> NameLocks:
+        """What is known of the locks of a name, perhaps not the latest."""
+        name = self._names.get(key)
+        if name is None:
+            return NameLocks()
+        return name.mine or name.leaving or (name.stored.record.locks.copy() if name.stored else NameLocks())
+
+    def submit(self, key: str, step: Step) -> trio.Event:
+        """Queue a step; those of one name are carried out in their order.  The event is set once it is on record."""
         name = self._names.setdefault(key, _Name(key))
-        name.used = boottime()
+        name.used, name.idle = boottime(), False
         pending = Pending(step)
         name.pending.append(pending)
         self._wake(name)
-        return pending
+        return pending.done
+
+    def lose(self) -> None:
+        """The lease is over: nothing of what this node held, or waited for, counts any more."""
+        names, self._names = self._names, {}
+        for name in names.values():
+            name.lost = True
+            name.poke.set()
+            for pending in name.pending:
+                pending.done.set()
 
     # --------------------------------------------------------------- tasks
 
@@ -134,8 +161,9 @@ class Names:
         while True:
             await trio.sleep(IDLE_SECONDS / 4)
             for name in list(self._names.values()):
-                if name.mine is not None and not name.mine and boottime() - name.used > IDLE_SECONDS:
-                    name.asked = True
+                if boottime() - name.used > IDLE_SECONDS and not name.mine and not name.busy:
+                    name.idle = True
+                    name.asked = name.mine is not None
                     self._wake(name)
 
     def _wake(self, name: _Name) -> None:
@@ -159,7 +187,9 @@ class Names:
                     seconds = min(2 * seconds, longest)
         finally:
             name.busy = False
-        if name.mine is None and not name.has_work and self._names.get(name.key) is name:
+        # Empty records that are known to be there are remembered until they are removed.
+        is_remembered = name.stored is not None and name.stored.version and not name.stored.record
+        if name.mine is None and not name.has_work and not is_remembered and self._names.get(name.key) is name:
             del self._names[name.key]
 
     # ------------------------------------------------------------ protocol
@@ -175,6 +205,11 @@ class Names:
         name.stored = stored
         if name.leaving is not None:
             await self._give_back(name, stored, name.leaving)
+            return
+        if name.idle:
+            name.stored = None
+            if not stored.record:
+                await self._backend.discard(name.key, stored)
             return
         node, record = self._backend.node, stored.record
         if record.delegate == node:  # by a swap whose answer was lost, or by one that nobody answered yet

@@ -329,17 +329,23 @@ class Operations(pyfuse3.Operations):
 
     def on_flush(self, request: native.Request, number: int, owner: int) -> None:
         handle = self._fs.handles.get(number)
-        if handle is None or handle.draft is None or not handle.writable:
-            self._locking.flushed(number, owner)
-            request.reply_err(0)
-        else:
+        if handle is not None and handle.draft is not None and handle.writable:
             self._start(request, self._flush, handle, owner)
+        elif unlocking := self._locking.flushed(number, owner):
+            self._start(request, self._await_unlocking, unlocking)
+        else:
+            request.reply_err(0)
 
     async def _flush(self, request: native.Request, handle: Handle, owner: int) -> None:
         try:
             await self._closing.flush(handle, request.pid)
         finally:  # whoever gets the lock sees what was written under it
-            self._locking.flushed(handle.number, owner)
+            unlocking = self._locking.flushed(handle.number, owner)
+        await self._await_unlocking(request, unlocking)
+
+    async def _await_unlocking(self, request: native.Request, unlocking: Sequence[trio.Event]) -> None:
+        for event in unlocking:
+            await event.wait()
         request.reply_err(0)
 
     def on_release(self, request: native.Request, nodeid: int, number: int) -> None:
@@ -357,10 +363,10 @@ class Operations(pyfuse3.Operations):
     def on_getlk(
         self, request: native.Request, nodeid: int, number: int, owner: int, kind: int, start: int, length: int
     ) -> None:
-        try:
-            request.reply_lock(*self._locking.conflict(record_lock(nodeid, number, owner, kind, start, length)))
-        except Exception as error:  # noqa: BLE001 - the same boundary, for what is answered at once
-            request.reply_err(error_number(error, "getlk"))
+        self._start(request, self._getlk, record_lock(nodeid, number, owner, kind, start, length))
+
+    async def _getlk(self, request: native.Request, wanted: Wanted) -> None:
+        request.reply_lock(*await self._locking.conflict(wanted))
 
     def on_setlk(
         self,
@@ -395,17 +401,21 @@ class Operations(pyfuse3.Operations):
         self._ask(request, wanted)
 
     def _ask(self, request: native.Request, wanted: Wanted) -> None:
-        waiting = self._locking.ask(wanted)
-        if waiting is None:
-            request.reply_err(0)
-        else:
-            self._start(request, self._wait_for_lock, waiting, wanted.may_wait)
+        if wanted.mode is None:
+            unlocking = self._locking.unlock(wanted)
+            if unlocking is not None:
+                self._start(request, self._await_unlocking, [unlocking])
+                return
+        elif (waiting := self._locking.lock(wanted, wanted.mode)) is not None:
+            self._start(request, self._wait_for_lock, waiting)
+            return
+        request.reply_err(0)
 
-    async def _wait_for_lock(self, request: native.Request, waiting: Waiting, may_wait: bool) -> None:
+    async def _wait_for_lock(self, request: native.Request, waiting: Waiting) -> None:
         with trio.CancelScope() as scope:
             request.await_interrupt(scope.cancel)
-            await self._locking.wait(waiting, request.pid, may_wait=may_wait)
-        request.reply_err(0 if waiting.granted.is_set() else errno.EINTR)
+            await self._locking.wait(waiting, request.pid)
+        request.reply_err(0 if waiting.held else errno.EINTR)
 
     def on_readdir(self, request: native.Request, nodeid: int, number: int, offset: int, size: int) -> None:
         self._start(request, self._readdir, nodeid, number, offset, size)

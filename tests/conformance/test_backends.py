@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator
+import time
+from collections.abc import Awaitable, Callable, Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -10,7 +11,8 @@ from tempfile import TemporaryDirectory
 import pytest
 import trio
 
-from safefs.cluster.backend import LeaseLostError, LockBackend, Stored
+from safefs.cluster import leasefile as module
+from safefs.cluster.backend import BackendError, LeaseLostError, LockBackend, Stored
 from safefs.cluster.leasefile import LeasefileBackend
 from safefs.cluster.memory import MemoryBackend, MemoryCluster
 from safefs.cluster.record import NameRecord
@@ -34,6 +36,11 @@ class Cluster:
         return backend
 
 
+def leasefile(directory: str | Path, process: str = "", died: Container[str] = ()) -> LeasefileBackend:
+    """A node that is known by the name of its process, and what it knows of others."""
+    return LeasefileBackend(str(directory), TERMS, {"process": process}, lambda identity: identity["process"] in died)
+
+
 @pytest.fixture(params=["memory", "leasefile"])
 def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
     if request.param == "memory":
@@ -41,7 +48,7 @@ def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
         yield Cluster(lambda: MemoryBackend(shared, f"node{next(numbers)}"), lapses=False)
         return
     with TemporaryDirectory(prefix="safefs-locks-", dir="/dev/shm") as directory:
-        yield Cluster(lambda: LeasefileBackend(directory, TERMS), lapses=True)
+        yield Cluster(lambda: leasefile(directory), lapses=True)
 
 
 def play(cluster: Cluster, scenario: Callable[..., Awaitable[None]], nodes: int = 2) -> None:
@@ -109,6 +116,27 @@ def test_an_empty_record_is_none(cluster: Cluster) -> None:
         assert again is not None
         assert await one.swap("name", empty, held_by("c")) is None
         assert (await one.read("name")).record == held_by("b")
+
+    play(cluster, scenario)
+
+
+def test_a_record_that_is_not_needed_any_more(cluster: Cluster) -> None:
+    """It goes when it is empty, and not when somebody has used it meanwhile; either way the name can be used again."""
+
+    async def scenario(one: LockBackend, two: LockBackend) -> None:
+        for _ in range(3):
+            first = await one.swap("name", await one.read("name"), held_by("a"))
+            assert first is not None
+            empty = await one.swap("name", first, NameRecord())
+            assert empty is not None
+            second = await two.swap("name", await two.read("name"), held_by("b"))
+            await one.discard("name", empty)
+            assert second is not None and await one.read("name") == second
+            empty = await two.swap("name", second, NameRecord())
+            assert empty is not None
+            await one.discard("name", empty)
+            await two.discard("name", empty)
+            assert not (await two.read("name")).record
 
     play(cluster, scenario)
 
@@ -206,7 +234,9 @@ def test_a_node_that_does_not_renew_knows_it_before_others_do(cluster: Cluster) 
         return
 
     async def scenario(one: LockBackend, two: LockBackend) -> None:
-        while not await two.gone([one.node]):
+        for _ in range(1000):
+            if await two.gone([one.node]):
+                break
             await trio.sleep(0.01)
         assert boottime() > one.lease_ends()
         with pytest.raises(LeaseLostError):
@@ -219,7 +249,7 @@ def test_whoever_sees_old_heartbeats_ends_nobody(tmp_path: Path) -> None:
     """A client that caches what it saw does not take the lock of a node that lives."""
 
     async def scenario() -> None:
-        one, two = LeasefileBackend(str(tmp_path), TERMS), LeasefileBackend(str(tmp_path), TERMS)
+        one, two = leasefile(tmp_path), leasefile(tmp_path)
         await one.join()
         await two.join()
         seen = two.files.heartbeat(one.node)
@@ -229,5 +259,83 @@ def test_whoever_sees_old_heartbeats_ends_nobody(tmp_path: Path) -> None:
             await one.renew()
             assert await two.gone([one.node]) == set()
             await trio.sleep(TERMS.renew_seconds)
+
+    trio.run(scenario)
+
+
+def test_names_and_nodes_that_are_gone_leave_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        one, two = leasefile(tmp_path), leasefile(tmp_path)
+        await one.join()
+        first = await one.swap("name", Stored(), held_by("a"))
+        assert first is not None
+        empty = await one.swap("name", first, NameRecord())
+        assert empty is not None
+        await one.discard("name", empty)
+        await one.leave()
+        monkeypatch.setattr(module, "BURIED_SECONDS", -1.0)
+        await two.join()
+        assert [path.name for path in (tmp_path / "nodes").iterdir()] == [two.node]
+        assert not list((tmp_path / "names").iterdir()) and not list((tmp_path / "new").iterdir())
+
+    trio.run(scenario)
+
+
+def test_a_removal_that_was_cut_short_is_finished(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        one = leasefile(tmp_path)
+        await one.join()
+        first = await one.swap("name", Stored(), held_by("a"))
+        assert first is not None
+        empty = await one.swap("name", first, NameRecord())
+        assert empty is not None
+        (home,) = (tmp_path / "names").iterdir()
+        (home / f"{empty.version}~none").rename(home / "gone")
+        (home / "data~left").touch()
+        assert await one.read("name") == Stored()
+        again = [await one.swap("name", Stored(), held_by("b")) for _ in range(2)]
+        assert any(again) and (await one.read("name")).record == held_by("b")
+
+    trio.run(scenario)
+
+
+def test_a_node_whose_process_died_is_gone_at_once(tmp_path: Path) -> None:
+    """As its own successor knows it, and whoever else is on its host."""
+
+    async def scenario() -> None:
+        one = leasefile(tmp_path, "one")
+        await one.join()
+        far, near = leasefile(tmp_path, "far"), leasefile(tmp_path, "near", {"one"})
+        await far.join()
+        assert await far.gone([one.node]) == set()
+        await near.join()
+        assert await far.gone([one.node]) == {one.node}
+        with pytest.raises(LeaseLostError):
+            await one.renew()
+
+    trio.run(scenario)
+
+
+def test_a_backend_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        one = leasefile(tmp_path)
+        await one.join()
+        monkeypatch.setattr(module, "CALL_SECONDS", 0.05)
+        one.files.read = lambda _name: time.sleep(0.5)  # type: ignore[method-assign, assignment, return-value]
+        with pytest.raises(BackendError, match="does not answer"):
+            await one.read("name")
+
+    trio.run(scenario)
+
+
+def test_a_record_that_is_damaged(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        one = leasefile(tmp_path)
+        await one.join()
+        assert await one.swap("name", Stored(), held_by("a"))
+        (data,) = (tmp_path / "names").glob("*/data~*")
+        data.write_text("{")
+        with pytest.raises(BackendError):
+            await one.read("name")
 
     trio.run(scenario)

@@ -75,7 +75,7 @@ class Node:
         """As a step on a name is done: at once where it is delegated to this node."""
         locks = self.names.local(key)
         if locks is None:
-            return self.names.submit(key, step).done
+            return self.names.submit(key, step)
         done, others = carry_out(locks, step)
         for wait in others:
             self._resolve(wait.ticket, True)

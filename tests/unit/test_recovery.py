@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from safefs import backing, recovery
+from safefs import backing
+from safefs import state as state_files
 from safefs.backing import Backing
 from safefs.events import EventLog
 from safefs.recovery import DEAD_AFTER_SECONDS, Recovery
@@ -42,6 +43,7 @@ class Node:
     state: StateDirectory
     record: DaemonRecord
     recovery: Recovery
+    me: dict[str, Any]  # what this host says of itself
 
     @property
     def daemons(self) -> list[str]:
@@ -83,12 +85,12 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 @pytest.fixture
 def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Node]:
     me = {**host_identity(), "machine": "0123456789abcdef"}  # a test machine need not have a machine-id
-    monkeypatch.setattr(recovery, "host_identity", lambda: dict(me))
+    monkeypatch.setattr(state_files, "host_identity", lambda: dict(me))
     monkeypatch.setitem(globals(), "host_identity", lambda: dict(me))
     store = Backing(tmp_path, impersonate=False, max_threads=2)
     state = StateDirectory(tmp_path / ".safefs")
     record = DaemonRecord(state, store.node_id)
-    yield Node(tmp_path, state, record, Recovery(store, state, record, EventLog(state.events, store.node_id)))
+    yield Node(tmp_path, state, record, Recovery(store, state, record, EventLog(state.events, store.node_id)), me)
     record.remove()
     os.close(state.quarantine_fd)
     os.close(store.root_fd)
@@ -161,14 +163,14 @@ def test_a_record_without_a_heartbeat_is_given_its_time(node: Node, clock: Clock
 
 
 def test_a_machine_without_an_id_sees_the_end_of_its_own_processes(node: Node) -> None:
-    node.recovery._me["machine"] = ""
+    node.me["machine"] = ""
     node.other({"machine": "", **DEAD_HERE})
     node.recovery.settle_dead()
     assert node.settled
 
 
 def test_a_machine_without_an_id_judges_another_boot_by_the_heartbeat(node: Node, clock: Clock) -> None:
-    node.recovery._me["machine"] = ""
+    node.me["machine"] = ""
     node.other({"machine": "", "boot": "before"})
     node.recovery.settle_dead()
     assert OTHER in node.daemons

@@ -1,0 +1,83 @@
+"""Keeps this node's lease, and says so when it is lost.
+
+Between the end of a lease and the moment in which this node notices, nothing may be done under it: whoever acts on a
+lock asks `OwnLease.holds` (through `LockBackend.lease_ends`) himself.  What the keeper adds is the way back: everything
+that was held is given up, and the node joins again under a new name.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import trio
+
+from safefs.cluster.backend import BackendError, LeaseLostError, LockBackend
+from safefs.lease import Terms, boottime
+
+log = logging.getLogger(__name__)
+
+RETRY_SECONDS = (0.1, 2.0)  # between attempts to join or renew that failed, at first and at most
+
+
+class Keeper:
+    """The lease of one node; `on_lost` is called once for each that is lost, `on_joined` for each new one."""
+
+    def __init__(
+        self, backend: LockBackend, terms: Terms, on_joined: Callable[[], None], on_lost: Callable[[str], None]
+    ) -> None:
+        self._backend = backend
+        self._terms = terms
+        self._on_joined = on_joined
+        self._on_lost = on_lost
+
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serve until cancelled; started once there is a first lease."""
+        await self._join()
+        task_status.started()
+        try:
+            while True:
+                reason = await self._keep()
+                log.error("the lease of this node is lost: %s", reason)
+                self._on_lost(reason)
+                await self._join()
+        finally:
+            with trio.move_on_after(RETRY_SECONDS[1], shield=True):
+                await self._leave()
+
+    async def _join(self) -> None:
+        pause, longest = RETRY_SECONDS
+        while True:
+            try:
+                await self._backend.join()
+            except BackendError as error:
+                log.warning("the lock backend: %s", error)
+                await trio.sleep(pause)
+                pause = min(2 * pause, longest)
+            else:
+                log.info("this node is %s", self._backend.node)
+                self._on_joined()
+                return
+
+    async def _keep(self) -> str:
+        """Renew until the lease is lost; why it is."""
+        pause = self._terms.renew_seconds
+        while True:
+            await trio.sleep(pause)
+            try:
+                await self._backend.renew()
+            except LeaseLostError as error:
+                return str(error)
+            except BackendError as error:
+                log.warning("the lease could not be renewed: %s", error)
+                if boottime() >= self._backend.lease_ends():
+                    return "it could not be renewed in time"
+                pause = RETRY_SECONDS[0]
+            else:
+                pause = self._terms.renew_seconds
+
+    async def _leave(self) -> None:
+        try:
+            await self._backend.leave()
+        except (BackendError, FileNotFoundError) as error:
+            log.info("the lease ends by itself: %s", error)
