@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from safefs.errors import ConfigError
+from safefs.lease import LEASE_SECONDS
 from safefs.rules import Rule, RuleSet, Verify, parse_duration, parse_rules, rule_lines, shipped_rules
 
 __all__ = ["ConfigError", "Option", "Settings", "has_option", "load_rules", "load_settings", "parse_options"]
@@ -96,6 +97,7 @@ _REFUSED_OPTIONS = {
 _NEGATIVE_REFRESH = ("auto", "on", "off")
 _TEMP_KINDS = ("auto", "tmpfile", "hidden")
 _PASSTHROUGH = ("auto", "on", "off")
+_LOCKS = ("auto", "memory", "leasefile")
 _LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -137,6 +139,8 @@ class Settings:
     verify: Verify = Verify.CACHE
     quarantine_age_seconds: float = 30 * 86400.0
     quarantine_bytes: int = 0
+    locks: str = "auto"
+    lease_seconds: float = LEASE_SECONDS
     retain_seconds: float | None = None  # None: as the backing needs it
     log_file: Path | None = None
     log_level: str = "info"
@@ -242,6 +246,8 @@ _VALUE_OPTIONS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "temp": ("temp", _choice(_TEMP_KINDS)),
     "passthrough": ("passthrough", _choice(_PASSTHROUGH)),
     "verify": ("verify", _verify),
+    "locks": ("locks", _choice(_LOCKS)),
+    "lease_seconds": ("lease_seconds", _number(1, 3600)),
     "retain": ("retain_seconds", _retain),
     "quarantine_age": ("quarantine_age_seconds", parse_duration),
     "quarantine_size": ("quarantine_bytes", parse_size),

@@ -25,6 +25,9 @@ import trio
 from safefs import __version__, backing
 from safefs.backing import Backing
 from safefs.closing import Closing
+from safefs.cluster.keeper import Keeper
+from safefs.cluster.leasefile import LeasefileBackend
+from safefs.cluster.names import Names
 from safefs.config import Settings
 from safefs.control import control_socket, find_mount, sd_notify, serve_control
 from safefs.errors import SafefsError
@@ -34,12 +37,13 @@ from safefs.filesystem import DIRECTORY_ATTR_SECONDS, FileSystem
 from safefs.fuse import mount
 from safefs.fuse.operations import Operations
 from safefs.hot import Cold, Hot, doubtful_globs
+from safefs.lease import Terms
 from safefs.locking import Locking
 from safefs.locks import Alone, Locks
 from safefs.native import native
 from safefs.publisher import Publisher
 from safefs.recovery import Recovery
-from safefs.state import DaemonRecord, StateDirectory
+from safefs.state import LOCKS, DaemonRecord, StateDirectory, host_identity, known_dead
 from safefs.tree import Tree
 
 import pyfuse3  # isort: skip  (after the C extension: safefs/native.py)
@@ -58,6 +62,7 @@ EVENTS_SECONDS = 0.5  # between writes of the events that happened
 HOUSEKEEPING_SECONDS = 3600.0
 EVENTS_KEPT_SECONDS = 90 * 86400.0  # after the last of a daemon that is gone
 SWEEP_SECONDS = 60.0
+JOIN_SECONDS = 20.0  # for the first lease
 RETAIN_SECONDS = 3600.0  # longer than it takes to load a model
 BREAKS_DESCRIPTORS = frozenset({"fuse.glusterfs", "fuse.juicefs"})  # of a file that loses its last name
 NETWORK_NAME_CACHES = frozenset({"nfs", "nfs4"})
@@ -128,7 +133,11 @@ class Daemon:
         cache_size = node_cache_size(settings, limit)
         hot = self._configure_hot(cache_size) if settings.hot else Cold()
         self.fs = FileSystem(settings, self.backing, self.publisher, cache_size, hot)
-        self.locks = Locks(Alone(self.backing.node_id))
+        self.names, self.keeper = self._lock_backend()
+        self.locks = Locks(self.names or Alone(self.backing.node_id))
+        if self.names is not None:
+            self.names.resolve = self.locks.resolve
+            self.fs.can_lose_locks = True
         self.connection: mount.Connection | None = None
         self.stopping = False
         self.serving = False
@@ -138,6 +147,26 @@ class Daemon:
         if self.settings.retain_seconds is not None:
             return self.settings.retain_seconds
         return RETAIN_SECONDS if self.type in BREAKS_DESCRIPTORS else 0.0
+
+    def _lock_backend(self) -> tuple[Names | None, Keeper | None]:
+        """What is shared with other nodes; nothing where the backing is not written to."""
+        settings = self.settings
+        if settings.locks == "memory" or settings.read_only:
+            return None, None
+        terms = Terms(settings.lease_seconds)
+        directory = os.fspath(self.state.path / LOCKS)
+        backend = LeasefileBackend(directory, terms, host_identity(), lambda identity: known_dead(identity) is True)
+        return Names(backend), Keeper(backend, terms, self._on_joined, self._on_lost)
+
+    def _on_joined(self) -> None:
+        self.locks.ask_again()
+
+    def _on_lost(self, reason: str) -> None:
+        assert self.names is not None
+        self.names.lose()
+        fenced = self.locks.lose()
+        self.fs.fence(fenced)
+        self.events.note(EventKind.LEASE_LOST, "", reason=reason, files=len(fenced))
 
     def _configure_hot(self, cache_size: int) -> Hot:
         """Tell the C extension what its answers depend on; it may use half as many descriptors as Python's nodes."""
@@ -166,6 +195,8 @@ class Daemon:
         """Mount, serve, and return once the mount is gone and everything is settled."""
         recovery = Recovery(self.backing, self.state, self.record, self.events)
         async with trio.open_nursery() as helpers:
+            if self.names is not None and self.keeper is not None:
+                await self._join(helpers, self.names, self.keeper)
             helpers.start_soon(recovery.run)
             helpers.start_soon(self.fs.sweep_tickets)
             helpers.start_soon(self.fs.sweep_gathered)
@@ -191,6 +222,18 @@ class Daemon:
                         await self._end(closing)
                 requests.cancel_scope.cancel()
             helpers.cancel_scope.cancel()
+
+    async def _join(self, helpers: trio.Nursery, names: Names, keeper: Keeper) -> None:
+        try:
+            with trio.fail_after(JOIN_SECONDS):
+                await helpers.start(keeper.run)
+        except trio.TooSlowError:
+            raise SafefsError(
+                f"the lock backend cannot be reached within {JOIN_SECONDS:g} s: the log says why; where no other node"
+                " uses this directory, -o locks=memory does without",
+                errno.ETIMEDOUT,
+            ) from None
+        helpers.start_soon(names.run)
 
     async def _write_events(self) -> None:
         while True:

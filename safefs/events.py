@@ -37,6 +37,7 @@ class EventKind(StrEnum):
     KILLED = "killed writer"
     PARTIAL_KEPT = "partial kept"  # a killed writer's partial file went back under its name
     LATE_WRITE = "late write"
+    LEASE_LOST = "lease lost"  # this node's, and with it all locks that were held through it
     RECOVERED = "recovered"  # what a dead daemon left was settled
     DAMAGED = "damaged"  # scrub took a file away that is not what it was published as, or what its name says
     RESTORED = "restored"

@@ -136,9 +136,13 @@ class Files:
         kept = flags & (os.O_ACCMODE | os.O_APPEND | os.O_TRUNC | os.O_NOATIME | os.O_SYNC | os.O_DSYNC)
         async with fs.pinned(node):
             fd = await fs.backing.run(caller, backing.reopen, node.fd, kept)
-        candidate = await fs.backing_id(node, fd, caller)
+        candidate = await self._backing_id_in_place(node, fd, caller)
         handle = fs.add_handle(node, fd, caller, writable=bool(flags & os.O_ACCMODE), backing_id=candidate)
         return Opened(handle, direct_io=True)
+
+    async def _backing_id_in_place(self, node: Node, fd: int, caller: Caller) -> int:
+        """0 where locks can be lost: what the kernel writes by itself nobody could stop then."""
+        return 0 if self.fs.can_lose_locks else await self.fs.backing_id(node, fd, caller)
 
     async def _open_draft(self, draft: Draft, flags: int, caller: Caller, candidate: int = 0) -> Opened:
         fs = self.fs
@@ -223,7 +227,7 @@ class Files:
         path_fd = os.open(backing.proc_path(fd), os.O_PATH)
         node = fs.intern(path_fd, status, directory, name)
         node.lookups += 1
-        candidate = await fs.backing_id(node, fd, caller)
+        candidate = await (self._backing_id_in_place if in_place else fs.backing_id)(node, fd, caller)
         handle = fs.add_handle(node, fd, caller, writable=bool(flags & os.O_ACCMODE), backing_id=candidate)
         opened = Opened(handle, keep_cache=not in_place, direct_io=in_place)
         return opened, fs.entry(node, status)
@@ -328,6 +332,8 @@ class Files:
     async def write(self, number: int, offset: int, data: bytes) -> int:
         handle = self.fs.handle(number)
         draft = handle.draft
+        if handle.fenced:
+            raise failure(errno.EIO)
         if draft is None:
             return await self.fs.backing.run(handle.caller, backing.write_all, handle.fd, data, offset)
         async with draft.gate.passing():

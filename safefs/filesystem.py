@@ -79,6 +79,7 @@ class Handle:
     draft: Draft | None = None
     opener_tgid: int = 0
     released: bool = False  # its RELEASE has come
+    fenced: bool = False  # what was locked through it may be another node's by now
 
 
 class FileSystem:
@@ -98,6 +99,7 @@ class FileSystem:
         self.handles: dict[int, Handle] = {}
         self.device = ""  # major:minor of the mount, once it is mounted
         self.passthrough = Passthrough("not mounted yet")
+        self.can_lose_locks = False  # they are shared with other nodes
         self.accepting = True  # False while the daemon drains: no new writers
         self.looks = trio.CapacityLimiter(64)  # threads that look at /proc
         self._last_handle = 0
@@ -392,6 +394,13 @@ class FileSystem:
             return self.passthrough.register(readable)
         finally:
             os.close(readable)
+
+    def fence(self, numbers: Iterable[int]) -> None:
+        """Locks that were taken through these file handles are lost: nothing more is written under them."""
+        for handle in (self.handles[number] for number in numbers if number in self.handles):
+            handle.fenced = True
+            if handle.draft is not None and handle.writable:
+                handle.draft.error = errno.EIO
 
     def wants_backing_id(self, node: Node) -> bool:
         """Whether a further handle would be the first, so that it decides for all."""

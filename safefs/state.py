@@ -32,6 +32,7 @@ RECORD_VERSION = 1
 QUARANTINE = "quarantine"
 DAEMONS = "daemons"
 EVENTS = "events"
+LOCKS = "locks"
 RETAINED = "retained"
 RECORD_SUFFIX = ".json"
 LOCKS = "names.lock"

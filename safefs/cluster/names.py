@@ -87,9 +87,9 @@ class _Name:
 class Names:
     """The names that this node has to do with."""
 
-    def __init__(self, backend: LockBackend, resolve: Resolve) -> None:
+    def __init__(self, backend: LockBackend) -> None:
         self._backend = backend
-        self._resolve = resolve
+        self.resolve: Resolve = lambda _ticket, _held: False
         self._names: dict[str, _Name] = {}
         self._nursery: trio.Nursery | None = None
 
@@ -310,13 +310,13 @@ class Names:
         if isinstance(step, Acquire) and done:
             self._granted(name, step.wait.ticket, asked[step.wait.ticket])
         elif isinstance(step, Acquire) and not step.may_wait:
-            self._resolve(step.wait.ticket, False)
+            self.resolve(step.wait.ticket, False)
         elif isinstance(step, GiveUp) and done:
             name.waits.pop(step.wait.ticket, None)
 
     def _granted(self, name: _Name, ticket: int, asked: _Queued) -> None:
         """A request has its lock.  Where nobody wants it any more it is unlocked, unless its owner had a part of it."""
-        if not self._resolve(ticket, True) and not asked.had_part:
+        if not self.resolve(ticket, True) and not asked.had_part:
             lock = asked.lock
             # Before everything else: the owner may have asked for another lock since.
             name.pending.insert(0, Pending(Release(asked.kind, lock.owner, lock.first, lock.last)))

@@ -331,6 +331,8 @@ class Operations(pyfuse3.Operations):
         handle = self._fs.handles.get(number)
         if handle is not None and handle.draft is not None and handle.writable:
             self._start(request, self._flush, handle, owner)
+        elif handle is not None and handle.fenced:
+            request.reply_err(errno.EIO)
         elif unlocking := self._locking.flushed(number, owner):
             self._start(request, self._await_unlocking, unlocking)
         else:

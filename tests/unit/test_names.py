@@ -62,7 +62,8 @@ class Node:
     last: int = 0
 
     def __post_init__(self) -> None:
-        self.names = Names(self.backend, self._resolve)
+        self.names = Names(self.backend)
+        self.names.resolve = self._resolve
 
     def _resolve(self, ticket: int, granted: bool) -> bool:
         if ticket not in self.outcomes:
