@@ -13,9 +13,9 @@ outcome of a swap that raises is not known; its caller reads again.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from safefs.cluster.record import NameRecord
 
@@ -28,13 +28,18 @@ class LeaseLostError(Exception):
     """This node has lost its lease, and with it all that it held; the text is one line."""
 
 
+# Which process a node is, and whether a process that is described so is known to have died.
+ProcessIdentity = Mapping[str, Any]
+HasDied = Callable[[ProcessIdentity], bool]
+
+
 @dataclass(frozen=True)
 class Stored:
     """A record as it was read: its version grows with every swap; 0 when there is none."""
 
     version: int = 0
     record: NameRecord = field(default_factory=NameRecord)
-    token: str = ""  # the backend's own
+    token: str = field(default="", compare=False)  # the backend's own
 
 
 class LockBackend(Protocol):

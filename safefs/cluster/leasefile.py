@@ -27,14 +27,14 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
 
 import trio
 
-from safefs.cluster.backend import BackendError, LeaseLostError, Stored
+from safefs.cluster.backend import BackendError, HasDied, LeaseLostError, ProcessIdentity, Stored
 from safefs.cluster.record import NameRecord
 from safefs.lease import OwnLease, Sightings, Terms, boottime
 
@@ -52,8 +52,6 @@ GONE = "gone"  # the state after which there is none
 ENDED = "ended"
 
 T = TypeVar("T")
-Identity = Mapping[str, Any]
-HasDied = Callable[[Identity], bool]
 
 
 def directory_of(name: str) -> str:
@@ -72,7 +70,7 @@ class Files:
     `identity` says which process this node is, and `has_died` whether that of another node has ended.
     """
 
-    def __init__(self, root: str, identity: Identity, has_died: HasDied) -> None:
+    def __init__(self, root: str, identity: ProcessIdentity, has_died: HasDied) -> None:
         self.root = root
         self._identity = identity
         self._has_died = has_died
@@ -274,7 +272,7 @@ class Files:
 class LeasefileBackend:
     """One node's view (backend.LockBackend)."""
 
-    def __init__(self, root: str, terms: Terms, identity: Identity, has_died: HasDied) -> None:
+    def __init__(self, root: str, terms: Terms, identity: ProcessIdentity, has_died: HasDied) -> None:
         self._root = root
         self._make_files = partial(Files, root, identity, has_died)
         self._terms = terms

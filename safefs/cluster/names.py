@@ -331,6 +331,8 @@ class Names:
                 self._granted(name, ticket, asked)
 
     async def _swap(self, name: _Name, stored: Stored, new: NameRecord) -> bool:
+        if boottime() >= self._backend.lease_ends():
+            raise BackendError("the lease of this node is over")
         name.stored = None  # what becomes of it is not known until the answer is there
         name.stored = await self._backend.swap(name.key, stored, new)
         return name.stored is not None

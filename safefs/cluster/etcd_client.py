@@ -1,0 +1,257 @@
+"""The little of etcd's API that locks need, through its HTTP/JSON gateway (etcd 3.4 and later), with h11 on trio.
+
+Keys and values are bytes here, and base64 on the wire; numbers of 64 bits are strings there.  A call goes to the
+endpoint that answered last; where that cannot be reached, to the next, as long as there is time.  A call that changes
+something and of which it is not known whether it did is not repeated: `BackendError` leaves that to the caller.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import ssl
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+import h11
+import trio
+
+from safefs.cluster.backend import BackendError
+
+CALL_SECONDS = 5.0
+CONNECT_SECONDS = 2.0
+MAX_IDLE = 8  # connections that are kept
+MAX_ANSWER_BYTES = 16 << 20
+READ_BYTES = 1 << 16
+
+Answer = dict[str, Any]
+
+
+def encode(data: bytes) -> str:
+    return base64.b64encode(data).decode("ascii")
+
+
+def decode(text: str) -> bytes:
+    return base64.b64decode(text)
+
+
+def prefix_end(prefix: bytes) -> bytes:
+    """The `range_end` of all keys that begin with a prefix, which does not end in 0xff."""
+    return prefix[:-1] + bytes([prefix[-1] + 1])
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """One member: http or https, host, port."""
+
+    host: str
+    port: int
+    tls: bool
+
+    @classmethod
+    def parse(cls, text: str) -> Endpoint:
+        """ValueError for what is no URL of a member."""
+        parts = urlsplit(text if "//" in text else f"//{text}", scheme="http")
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.path not in ("", "/"):
+            raise ValueError(f"{text} is no endpoint of etcd (write HOST:PORT or https://HOST:PORT)")
+        return cls(parts.hostname, parts.port or 2379, parts.scheme == "https")
+
+    def __str__(self) -> str:
+        return f"{self.host}:{self.port}"
+
+
+@dataclass(frozen=True)
+class Access:
+    """How a cluster is reached."""
+
+    endpoints: tuple[Endpoint, ...]
+    tls: ssl.SSLContext | None = None
+    user: str = ""
+    password: str = field(default="", repr=False)
+
+
+class UnreachableError(BackendError):
+    """Nothing was sent: another endpoint may be asked."""
+
+
+class RefusedError(BackendError):
+    """etcd answered with an error."""
+
+    def __init__(self, endpoint: Endpoint, status: int, message: str) -> None:
+        super().__init__(f"etcd at {endpoint}: {message} (HTTP {status})")
+        self.status = status
+        self.message = message
+
+
+class _Connection:
+    """One connection, for one request at a time."""
+
+    def __init__(self, endpoint: Endpoint, stream: trio.abc.Stream) -> None:
+        self.endpoint = endpoint
+        self._stream = stream
+        self._http = h11.Connection(h11.CLIENT)
+
+    async def send(self, path: str, body: bytes, headers: Mapping[str, str]) -> int:
+        """Send a POST; returns the status of the answer."""
+        fields = {"Host": str(self.endpoint), "Content-Type": "application/json", "Content-Length": str(len(body))}
+        request = h11.Request(method="POST", target=path, headers=list({**fields, **headers}.items()))
+        data = b"".join(filter(None, map(self._http.send, (request, h11.Data(data=body), h11.EndOfMessage()))))
+        await self._stream.send_all(data)
+        while not isinstance(event := await self._next_event(), h11.Response):
+            pass
+        return event.status_code
+
+    async def parts(self) -> AsyncIterator[bytes]:
+        """The answer's body, as it comes."""
+        while not isinstance(event := await self._next_event(), h11.EndOfMessage):
+            if isinstance(event, h11.Data):
+                yield bytes(event.data)
+
+    def start_next(self) -> bool:
+        """Whether another request may follow."""
+        if self._http.our_state is not h11.DONE or self._http.their_state is not h11.DONE:
+            return False
+        self._http.start_next_cycle()
+        return True
+
+    async def _next_event(self) -> h11.Event:
+        while (event := self._http.next_event()) is h11.NEED_DATA:
+            self._http.receive_data(bytes(await self._stream.receive_some(READ_BYTES)))
+        if not isinstance(event, h11.Event) or isinstance(event, h11.ConnectionClosed):
+            raise h11.RemoteProtocolError("the connection was closed")
+        return event
+
+    async def aclose(self) -> None:
+        await trio.aclose_forcefully(self._stream)
+
+
+class EtcdClient:
+    """Calls to one cluster."""
+
+    def __init__(self, access: Access) -> None:
+        self._access = access
+        self._idle: list[_Connection] = []
+        self._first = 0  # of the endpoints: who answered last
+        self._token = ""
+
+    async def call(self, path: str, request: Mapping[str, Any], *, changes: bool = True) -> Answer:
+        """One request and its answer; BackendError when there is none in time."""
+        problem = BackendError("etcd does not answer")
+        with trio.move_on_after(CALL_SECONDS):
+            for turn in range(2 * len(self._access.endpoints)):
+                try:
+                    return await self._call_once(self._endpoint(turn), path, request)
+                except UnreachableError as error:
+                    problem = error
+                except RefusedError as error:
+                    if not self._may_sign_in(error):
+                        raise
+                    await self._sign_in(self._endpoint(turn))
+                except BackendError as error:
+                    if changes:
+                        raise
+                    problem = error
+        raise problem
+
+    @asynccontextmanager
+    async def stream(self, path: str, request: Mapping[str, Any]) -> AsyncIterator[AsyncIterator[Answer]]:
+        """The answers to a request that go on (a watch)."""
+        connection = await self._connect_any()
+        try:
+            yield self._answers(connection, path, request)
+        finally:
+            await connection.aclose()
+
+    async def aclose(self) -> None:
+        while self._idle:
+            await self._idle.pop().aclose()
+
+    # ------------------------------------------------------------ internals
+
+    def _endpoint(self, turn: int) -> Endpoint:
+        endpoints = self._access.endpoints
+        return endpoints[(self._first + turn) % len(endpoints)]
+
+    def _may_sign_in(self, error: RefusedError) -> bool:
+        asks = error.status == 401 or "auth token" in error.message or "user name is empty" in error.message
+        return asks and bool(self._access.user)
+
+    async def _sign_in(self, endpoint: Endpoint) -> None:
+        who = {"name": self._access.user, "password": self._access.password}
+        self._token = ""
+        self._token = (await self._call_once(endpoint, "/v3/auth/authenticate", who))["token"]
+
+    def _headers(self) -> dict[str, str]:
+        return {"Authorization": self._token} if self._token else {}
+
+    async def _call_once(self, endpoint: Endpoint, path: str, request: Mapping[str, Any]) -> Answer:
+        connection = await self._take(endpoint)
+        try:
+            status = await connection.send(path, json.dumps(request).encode(), self._headers())
+            body = b""
+            async for part in connection.parts():
+                body += part
+                if len(body) > MAX_ANSWER_BYTES:
+                    raise BackendError(f"etcd at {endpoint} sends too much")
+            answer = json.loads(body)
+            reusable = connection.start_next()
+        except (OSError, trio.BrokenResourceError, h11.ProtocolError, ValueError) as error:
+            await connection.aclose()
+            raise BackendError(f"etcd at {endpoint}: {error or 'the connection was lost'}") from None
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await connection.aclose()
+            raise
+        if reusable and len(self._idle) < MAX_IDLE:
+            self._idle.append(connection)
+        else:
+            await connection.aclose()
+        if status != 200:
+            raise RefusedError(endpoint, status, str(answer.get("message") or answer.get("error") or body[:200]))
+        self._first = self._access.endpoints.index(endpoint)
+        return dict(answer)
+
+    async def _answers(self, connection: _Connection, path: str, request: Mapping[str, Any]) -> AsyncIterator[Answer]:
+        rest = b""
+        try:
+            status = await connection.send(path, json.dumps(request).encode(), self._headers())
+            if status != 200:
+                raise RefusedError(connection.endpoint, status, "the stream was refused")
+            async for part in connection.parts():
+                *lines, rest = (rest + part).split(b"\n")
+                for line in filter(None, lines):
+                    yield json.loads(line)
+        except (OSError, trio.BrokenResourceError, h11.ProtocolError, ValueError) as error:
+            raise BackendError(f"etcd at {connection.endpoint}: {error}") from None
+
+    async def _take(self, endpoint: Endpoint) -> _Connection:
+        for connection in self._idle:
+            if connection.endpoint == endpoint:
+                self._idle.remove(connection)
+                return connection
+        return await self._connect(endpoint)
+
+    async def _connect_any(self) -> _Connection:
+        problem: BackendError = UnreachableError("etcd cannot be reached")
+        for turn in range(len(self._access.endpoints)):
+            try:
+                return await self._connect(self._endpoint(turn))
+            except UnreachableError as error:
+                problem = error
+        raise problem
+
+    async def _connect(self, endpoint: Endpoint) -> _Connection:
+        try:
+            with trio.fail_after(CONNECT_SECONDS):
+                stream: trio.abc.Stream = await trio.open_tcp_stream(endpoint.host, endpoint.port)
+                if endpoint.tls:
+                    context = self._access.tls or ssl.create_default_context()
+                    stream = trio.SSLStream(stream, context, server_hostname=endpoint.host, https_compatible=True)
+                    with suppress(AttributeError):
+                        await stream.do_handshake()
+        except (OSError, trio.TooSlowError, trio.BrokenResourceError) as error:
+            raise UnreachableError(f"etcd at {endpoint} cannot be reached: {error or 'no answer'}") from None
+        return _Connection(endpoint, stream)
