@@ -132,9 +132,9 @@ class Daemon:
         )
         cache_size = node_cache_size(settings, limit)
         hot = self._configure_hot(cache_size) if settings.hot else Cold()
-        self.fs = FileSystem(settings, self.backing, self.publisher, cache_size, hot)
         self.names, self.keeper = self._lock_backend()
         self.locks = Locks(self.names or Alone(self.backing.node_id))
+        self.fs = FileSystem(settings, self.backing, self.publisher, self.locks, cache_size, hot)
         if self.names is not None:
             self.names.resolve = self.locks.resolve
             self.fs.can_lose_locks = True
@@ -204,7 +204,7 @@ class Daemon:
             helpers.start_soon(self._keep_house)
             helpers.start_soon(self._sweep_retained)
             async with trio.open_nursery() as requests:
-                locking = Locking(self.fs, self.locks)
+                locking = Locking(self.fs)
                 files, closing = Files(self.fs), Closing(self.fs, requests, locking.released)
                 tree = Tree(self.fs, files, refresh_misses=self._refreshes_misses())
                 self._mount(Operations(self.fs, tree, files, closing, locking, requests))

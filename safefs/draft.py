@@ -9,7 +9,7 @@ still holds a descriptor after that and writes again starts the next round on to
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import TYPE_CHECKING
@@ -104,6 +104,7 @@ class Draft:
     base: Base | None = None
     created: bool = False  # by O_CREAT of a missing name
     exclusive: bool = False  # by O_CREAT|O_EXCL
+    claim: Callable[[], None] | None = None  # gives up what that has claimed, on all nodes
     fresh: bool = False  # started from nothing: O_CREAT or O_TRUNC
     append_only: bool = True  # whoever has opened it for writing did so with O_APPEND
     prepared: bool = False  # the private inode has the content; before that reads go to the base
@@ -136,6 +137,9 @@ class Draft:
         if target is None:
             raise InvalidTransitionError(f"draft {self.write_id} is {self.state.value}: it cannot take {event.name}")
         self.state = target
+        if self.claim is not None and target not in (DraftState.WRITING, DraftState.PUBLISHING):
+            self.claim()
+            self.claim = None
         if event is DraftEvent.WRITTEN and self.version_fd >= 0:
             self.spare_fds.append(self.version_fd)
             self.version_fd = -1

@@ -19,8 +19,7 @@ from safefs.filesystem import Entry, FileSystem, Handle, failure
 from safefs.gate import Gate
 from safefs.model import Caller, Process
 from safefs.namespace import Node, Ticket
-from safefs.native import native
-from safefs.placing import PrivateInode, drop_inode, write_draft, write_gathered
+from safefs.placing import PrivateInode, write_draft, write_gathered
 from safefs.rules import NameClass
 
 SMALL_BYTES, GATHERED_BYTES = 1 << 16, 1 << 18  # of writes that are gathered, and of what is gathered
@@ -236,27 +235,32 @@ class Files:
         self, directory: Node, name: bytes, mode: int, flags: int, caller: Caller
     ) -> tuple[Opened, Entry]:
         fs = self.fs
-        exclusive = bool(flags & os.O_EXCL)
-        if exclusive and fs.drafts.claims(directory, name):
-            raise failure(errno.EEXIST)
-        staged = await self._stage_missing(directory, name, mode & 0o7777, caller)
-        if isinstance(staged, os.stat_result):
-            if exclusive or not stat.S_ISREG(staged.st_mode):
-                # ESTALE: what is not a regular file appeared a moment ago; a new walk of the path will find it.
-                raise failure(errno.EEXIST if exclusive else errno.ESTALE)
-            draft = await self.stage(directory, name, caller)
-            opened = await self._open_draft(draft, flags, caller)
+        if not flags & os.O_EXCL:
+            draft, opened = await self._create_or_open(directory, name, mode, flags, caller)
         else:
-            if exclusive and fs.drafts.claims(directory, name):  # claimed while the temp was made
-                native.backing_close(staged.backing_id)
-                await fs.backing.run(DAEMON, drop_inode, directory.fd, staged.inode)
-                raise failure(errno.EEXIST)
-            draft = self._new_draft(directory, name, caller, staged)
-            draft.created = draft.fresh = draft.prepared = draft.modified = True
-            draft.exclusive = exclusive
-            opened = await self._open_draft(draft, flags & ~os.O_TRUNC, caller, staged.backing_id)
+            claim = await fs.claim(directory, name)
+            try:
+                draft, opened = await self._create_or_open(directory, name, mode, flags, caller)
+                draft.exclusive, draft.claim = True, claim
+            except BaseException:
+                claim()
+                raise
         draft.node.lookups += 1
         return opened, fs.draft_entry(draft, os.fstat(fs.content_fd(draft)))
+
+    async def _create_or_open(
+        self, directory: Node, name: bytes, mode: int, flags: int, caller: Caller
+    ) -> tuple[Draft, Opened]:
+        staged = await self._stage_missing(directory, name, mode & 0o7777, caller)
+        if isinstance(staged, os.stat_result):
+            if flags & os.O_EXCL or not stat.S_ISREG(staged.st_mode):
+                # ESTALE: what is not a regular file appeared a moment ago; a new walk of the path will find it.
+                raise failure(errno.EEXIST if flags & os.O_EXCL else errno.ESTALE)
+            draft = await self.stage(directory, name, caller)
+            return draft, await self._open_draft(draft, flags, caller)
+        draft = self._new_draft(directory, name, caller, staged)
+        draft.created = draft.fresh = draft.prepared = draft.modified = True
+        return draft, await self._open_draft(draft, flags & ~os.O_TRUNC, caller, staged.backing_id)
 
     async def _stage_missing(self, directory: Node, name: bytes, mode: int, caller: Caller) -> Staged | os.stat_result:
         """The beginning of a draft for a name that does not exist; what the name shows where it does."""

@@ -23,6 +23,7 @@ from safefs.backing import DAEMON, Backing
 from safefs.config import Settings
 from safefs.draft import Draft, DraftState, DraftTable
 from safefs.hot import Cold
+from safefs.locks import Locks
 from safefs.model import Caller, Identity, Process
 from safefs.namespace import ROOT_NODEID, Namespace, Node, Ticket, Tickets
 from safefs.native import native
@@ -86,7 +87,13 @@ class FileSystem:
     """The tables of one mount."""
 
     def __init__(
-        self, settings: Settings, store: Backing, publisher: Publisher, max_descriptors: int, hot: Cold | None = None
+        self,
+        settings: Settings,
+        store: Backing,
+        publisher: Publisher,
+        locks: Locks,
+        max_descriptors: int,
+        hot: Cold | None = None,
     ) -> None:
         self.settings = settings
         self.backing = store
@@ -99,6 +106,7 @@ class FileSystem:
         self.handles: dict[int, Handle] = {}
         self.device = ""  # major:minor of the mount, once it is mounted
         self.passthrough = Passthrough("not mounted yet")
+        self.locks = locks
         self.can_lose_locks = False  # they are shared with other nodes
         self.accepting = True  # False while the daemon drains: no new writers
         self.looks = trio.CapacityLimiter(64)  # threads that look at /proc
@@ -401,6 +409,16 @@ class FileSystem:
             handle.fenced = True
             if handle.draft is not None and handle.writable:
                 handle.draft.error = errno.EIO
+        for draft in self.drafts:
+            if draft.claim is not None:
+                draft.error = errno.EIO
+
+    async def claim(self, directory: Node, name: bytes) -> Callable[[], None]:
+        """Take a name that is to be made with O_EXCL, on all nodes; how to give it up.  OSError: EEXIST."""
+        claim = await self.locks.claim(directory.identity, name)
+        if claim is None:
+            raise failure(errno.EEXIST)
+        return claim
 
     def wants_backing_id(self, node: Node) -> bool:
         """Whether a further handle would be the first, so that it decides for all."""

@@ -11,9 +11,8 @@ import trio
 
 from safefs import processes
 from safefs.filesystem import FileSystem, failure
-from safefs.locks import Locks, Waiting
+from safefs.locks import Waiting, name_key
 from safefs.locktable import OFFSET_MAX, Kind, Lock, Mode, Owner
-from safefs.model import Identity
 from safefs.native import native
 
 # After that long, who waits behind others who have nothing yet passes them, should he be what they wait for.
@@ -23,11 +22,6 @@ MAX_KIN = 16
 _MODES = {fcntl.F_RDLCK: Mode.SHARED, fcntl.F_WRLCK: Mode.EXCLUSIVE}
 _TYPES = {mode: number for number, mode in _MODES.items()}
 _FLOCK_MODES = {fcntl.LOCK_SH: Mode.SHARED, fcntl.LOCK_EX: Mode.EXCLUSIVE}
-
-
-def key_of(directory: Identity, name: bytes) -> str:
-    """A name as all nodes call it (st_dev is each node's own).  Not an inode: a publish would split its locks."""
-    return f"{directory.ino:x}/{os.fsdecode(name)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +56,9 @@ def flock_lock(nodeid: int, handle: int, owner: int, operation: int, pid: int) -
 class Locking:
     """The locks of one mount's files."""
 
-    def __init__(self, filesystem: FileSystem, locks: Locks) -> None:
+    def __init__(self, filesystem: FileSystem) -> None:
         self.fs = filesystem
-        self.locks = locks
+        self.locks = filesystem.locks
 
     def key(self, nodeid: int, number: int) -> str:
         """What an open file is locked by: the name that it was locked by before, its draft's, or where it was found."""
@@ -74,11 +68,11 @@ class Locking:
             return known
         handle = fs.handles.get(number)
         if handle is not None and handle.draft is not None:
-            return key_of(handle.draft.directory.identity, handle.draft.name)
+            return name_key(handle.draft.directory.identity, handle.draft.name)
         node = fs.node(nodeid)
         parent = fs.nodes.get(node.parent)
         # The kernel keeps the directories above a file that is open; only of a name that is gone there is none.
-        return key_of(parent.identity, node.name) if parent is not None else key_of(node.identity, b"")
+        return name_key(parent.identity, node.name) if parent is not None else name_key(node.identity, b"")
 
     def _owner(self, wanted: Wanted) -> Owner:
         return Owner(self.locks.node, wanted.owner)

@@ -11,16 +11,23 @@ from __future__ import annotations
 import errno
 import os
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import trio
+import xxhash
 
 from safefs.cluster.record import Acquire, GiveUp, LetPass, Release, Step, carry_out
-from safefs.locktable import OFFSET_MAX, Kind, Lock, NameLocks, Owner, Wait
+from safefs.locktable import OFFSET_MAX, Kind, Lock, Mode, NameLocks, Owner, Wait
+from safefs.model import Identity
 
 Use = tuple[str, Kind, Owner]
+
+
+def name_key(directory: Identity, name: bytes) -> str:
+    """A name as all nodes call it (st_dev is each node's own).  Not an inode: a publish would split its locks."""
+    return f"{directory.ino:x}/{os.fsdecode(name)}"
 
 
 class NameService(Protocol):
@@ -68,7 +75,7 @@ class Waiting:
     key: str
     kind: Kind
     wait: Wait
-    handle: int
+    handle: int | None
     may_wait: bool
     settled: trio.Event = field(default_factory=trio.Event)
     held: bool = False  # once settled: its lock is held, or it was refused
@@ -82,7 +89,7 @@ class Locks:
         self._waiting: dict[int, Waiting] = {}  # by ticket
         self._by_handle: defaultdict[int, set[Use]] = defaultdict(set)
         self._last_handle: dict[Use, int] = {}  # through which an owner asked last
-        self._last_ticket = 0
+        self._last_ticket = self._last_claim = 0
 
     @property
     def node(self) -> str:
@@ -131,7 +138,30 @@ class Locks:
 
     # ------------------------------------------------------------ changes
 
-    def acquire(self, key: str, kind: Kind, lock: Lock, handle: int, *, may_wait: bool) -> Waiting | None:
+    async def claim(self, directory: Identity, name: bytes) -> Callable[[], None] | None:
+        """Claim a name for whoever makes it with O_EXCL: how to give the claim up; None where another has it.
+
+        All names of a directory are on one record, so that making many files costs a message for the first alone.
+        """
+        self._last_claim += 1
+        at = xxhash.xxh3_64_intdigest(name) >> 1
+        lock = Lock(Owner(self.node, self._last_claim), Mode.EXCLUSIVE, at, at)
+        key = name_key(directory, b"")
+        try:
+            waiting = self.acquire(key, Kind.CLAIM, lock, None, may_wait=False)
+        except BlockingIOError:
+            return None
+        if waiting is not None:
+            await waiting.settled.wait()
+            if not waiting.held:
+                return None
+
+        def give_up() -> None:
+            self.release(key, Kind.CLAIM, lock.owner)
+
+        return give_up
+
+    def acquire(self, key: str, kind: Kind, lock: Lock, handle: int | None, *, may_wait: bool) -> Waiting | None:
         """Take a lock through a file handle: None if it is held now, else what to wait for.
 
         Raises BlockingIOError (EAGAIN) where it may not wait and somebody holds what is in its way; that somebody was
@@ -151,8 +181,9 @@ class Locks:
         elif not may_wait and self.is_blocked(waiting):
             self.give_up(waiting)
             raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
-        self._by_handle[handle].add((key, kind, lock.owner))
-        self._last_handle[key, kind, lock.owner] = handle
+        if handle is not None:
+            self._by_handle[handle].add((key, kind, lock.owner))
+            self._last_handle[key, kind, lock.owner] = handle
         return None if waiting.held else waiting
 
     def release(self, key: str, kind: Kind, owner: Owner, first: int = 0, last: int = OFFSET_MAX) -> trio.Event | None:
@@ -204,8 +235,9 @@ class Locks:
         for waiting in self._waiting.values():
             lock = replace(waiting.wait.lock, owner=Owner(self.node, waiting.wait.lock.owner.number))
             waiting.wait = Wait(waiting.wait.ticket, lock)
-            self._by_handle[waiting.handle].add((waiting.key, waiting.kind, lock.owner))
-            self._last_handle[waiting.key, waiting.kind, lock.owner] = waiting.handle
+            if waiting.handle is not None:
+                self._by_handle[waiting.handle].add((waiting.key, waiting.kind, lock.owner))
+                self._last_handle[waiting.key, waiting.kind, lock.owner] = waiting.handle
             self._names.submit(waiting.key, Acquire(waiting.kind, waiting.wait, waiting.may_wait))
 
     def _do(self, key: str, step: Step) -> trio.Event | None:

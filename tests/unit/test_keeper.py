@@ -1,0 +1,204 @@
+"""Losing a lease and coming back, with the locks of a node: what was held is fenced, who waits goes on waiting."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+import pytest
+import trio
+import trio.testing
+
+from safefs.cluster.backend import BackendError, Stored
+from safefs.cluster.keeper import Keeper
+from safefs.cluster.memory import MemoryBackend, MemoryCluster
+from safefs.cluster.names import Names
+from safefs.lease import OwnLease, Sightings, Terms
+from safefs.locks import Alone, Locks, Waiting
+from safefs.locktable import Kind, Lock, Mode, Owner
+
+TERMS = Terms(lease_seconds=6, delay_seconds=2)
+
+
+@dataclass
+class Node:
+    """A node as the daemon puts it together."""
+
+    backend: MemoryBackend
+    fenced: list[set[int]] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.names = Names(self.backend)
+        self.locks = Locks(self.names)
+        self.names.resolve = self.locks.resolve
+        self.keeper = Keeper(self.backend, TERMS, self.locks.ask_again, self.lose)
+
+    def lose(self, reason: str) -> None:
+        self.reasons.append(reason)
+        self.names.lose()
+        self.fenced.append(self.locks.lose())
+
+    def ask(self, handle: int, key: str = "name", *, may_wait: bool = True) -> Waiting | None:
+        lock = Lock(Owner(self.locks.node, handle), Mode.EXCLUSIVE)
+        return self.locks.acquire(key, Kind.FLOCK, lock, handle, may_wait=may_wait)
+
+    async def acquire(self, handle: int, key: str = "name", *, may_wait: bool = True) -> bool:
+        waiting = self.ask(handle, key, may_wait=may_wait)
+        if waiting is None:
+            return True
+        await waiting.settled.wait()
+        return waiting.held
+
+
+def play(scenario: Callable[..., Awaitable[None]], make: Callable[[MemoryCluster, str], MemoryBackend]) -> None:
+    async def main() -> None:
+        cluster = MemoryCluster()
+        nodes = [Node(make(cluster, name)) for name in ("one", "two")]
+        async with trio.open_nursery() as nursery:
+            for node in nodes:
+                await nursery.start(node.keeper.run)
+                nursery.start_soon(node.names.run)
+            with trio.fail_after(3600):
+                await scenario(cluster, *nodes)
+            nursery.cancel_scope.cancel()
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+def test_what_was_held_is_fenced_and_who_waits_goes_on() -> None:
+    async def scenario(cluster: MemoryCluster, one: Node, two: Node) -> None:
+        assert await one.acquire(1)
+        assert await two.acquire(2, "other")
+        waiting = one.ask(3, "other")
+        assert waiting is not None
+        await trio.sleep(3)
+        cluster.ended.add("one")
+        await trio.sleep(2 * TERMS.gone_seconds)
+        assert one.fenced == [{1}] and one.reasons == ["another node has ended the lease"]
+        assert one.locks.node != "one"
+        # The lock is another's now, and the node takes part again.
+        assert await two.acquire(4)
+        assert not await one.acquire(5, may_wait=False)
+        assert not waiting.settled.is_set()
+        two.locks.released(2)
+        await waiting.settled.wait()
+        assert waiting.held
+
+    play(scenario, MemoryBackend)
+
+
+def test_unlocking_after_the_loss_unlocks_nobody_elses() -> None:
+    async def scenario(cluster: MemoryCluster, one: Node, two: Node) -> None:
+        assert await one.acquire(1)
+        old = Owner(one.locks.node, 1)
+        cluster.ended.add("one")
+        await trio.sleep(2 * TERMS.gone_seconds)
+        assert await two.acquire(2)
+        one.locks.release("name", Kind.FLOCK, old)
+        one.locks.released(1)
+        await trio.sleep(10)
+        assert not await one.acquire(3, may_wait=False)
+
+    play(scenario, MemoryBackend)
+
+
+class Unsteady(MemoryBackend):
+    """Cannot be reached for a while."""
+
+    lost = False
+
+    async def join(self) -> None:
+        self._check()
+        await super().join()
+
+    async def renew(self) -> None:
+        self._check()
+        await super().renew()
+
+    async def read(self, name: str) -> Stored:
+        self._check()
+        return await super().read(name)
+
+    def _check(self) -> None:
+        if self.lost:
+            raise BackendError("no route")
+
+
+@pytest.mark.parametrize("seconds", [2, 200])
+def test_a_backend_that_comes_back(seconds: int) -> None:
+    """For a moment, nothing is lost; for longer than the lease, everything is, and then the node joins again."""
+
+    async def scenario(cluster: MemoryCluster, one: Node, two: Node) -> None:
+        assert await one.acquire(1)
+        Unsteady.lost = True
+        await trio.sleep(seconds)
+        if seconds > TERMS.lease_seconds:
+            cluster.ended |= {"one", "two"}
+        Unsteady.lost = False
+        await trio.sleep(20)
+        assert bool(one.fenced) == (seconds > TERMS.lease_seconds)
+        assert await one.acquire(2, "another")
+
+    play(scenario, Unsteady)
+
+
+def test_a_node_that_ends_leaves() -> None:
+    cluster = MemoryCluster()
+
+    async def main() -> None:
+        node = Node(MemoryBackend(cluster, "one"))
+        async with trio.open_nursery() as nursery:
+            await nursery.start(node.keeper.run)
+            nursery.cancel_scope.cancel()
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+    assert cluster.ended == {"one"}
+
+
+# A node alone.
+
+
+def test_alone_everything_is_done_at_once() -> None:
+    locks = Locks(Alone("here"))
+    lock = [Lock(Owner("here", number), Mode.EXCLUSIVE) for number in range(3)]
+    assert locks.acquire("name", Kind.FLOCK, lock[0], 1, may_wait=False) is None
+    with pytest.raises(BlockingIOError):
+        locks.acquire("name", Kind.FLOCK, lock[1], 2, may_wait=False)
+    waiting = locks.acquire("name", Kind.FLOCK, lock[2], 3, may_wait=True)
+    assert waiting is not None and locks.counts() == (2, 1)
+    locks.released(1)
+    assert waiting.held and waiting.settled.is_set()
+    locks.released(3)
+    assert locks.counts() == (0, 0)
+
+
+def test_names_without_locks_do_not_pile_up() -> None:
+    service = Alone("here")
+    locks = Locks(service)
+    for number in range(1000):
+        key = f"name{number}"
+        assert locks.acquire(key, Kind.FLOCK, Lock(Owner("here", 1), Mode.SHARED), 1, may_wait=False) is None
+        locks.released(1)
+    assert len(service._names) <= 2
+
+
+# The arithmetic of leases.
+
+
+def test_a_lease_ends_where_its_renewal_was_sent() -> None:
+    lease = OwnLease(TERMS)
+    assert not lease.holds(0)
+    lease.renew(sent=10)
+    assert lease.ends() == 16 and lease.holds(15.9) and not lease.holds(16)
+
+
+def test_a_node_is_gone_when_nothing_was_seen_for_lease_and_delay() -> None:
+    seen = Sightings(TERMS)
+    assert not seen.see("a", 1, 0, 1)
+    assert not seen.see("a", 1, 8, 9)  # read before the time was over
+    assert not seen.see("a", 2, 20, 21)
+    assert not seen.see("a", 2, 28.9, 29)
+    assert seen.see("a", 2, 29, 29)
+    seen.forget({"a"})
+    assert not seen.see("a", 2, 100, 100)
