@@ -98,6 +98,7 @@ _NEGATIVE_REFRESH = ("auto", "on", "off")
 _TEMP_KINDS = ("auto", "tmpfile", "hidden")
 _PASSTHROUGH = ("auto", "on", "off")
 _LOCKS = ("auto", "memory", "leasefile")
+ETCD_SCHEME = "etcd://"
 _LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -141,6 +142,12 @@ class Settings:
     quarantine_bytes: int = 0
     locks: str = "auto"
     lease_seconds: float = LEASE_SECONDS
+    etcd_prefix: str = ""  # empty: made of the backing directory's own id
+    etcd_ca: Path | None = None
+    etcd_cert: Path | None = None
+    etcd_key: Path | None = None
+    etcd_user: str = ""
+    etcd_password_file: Path | None = None
     retain_seconds: float | None = None  # None: as the backing needs it
     log_file: Path | None = None
     log_level: str = "info"
@@ -221,6 +228,14 @@ def _retain(text: str) -> float | None:
     return None if text == "auto" else parse_duration(text)
 
 
+def _locks(text: str) -> str:
+    if text.startswith(ETCD_SCHEME):
+        return text
+    if text not in _LOCKS:
+        raise ValueError(f"is not one of {', '.join(_LOCKS)} or {ETCD_SCHEME}HOST:PORT,…")
+    return text
+
+
 def _absolute_path(text: str) -> Path:
     if not text.startswith("/"):
         raise ValueError("is not an absolute path")
@@ -246,7 +261,13 @@ _VALUE_OPTIONS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "temp": ("temp", _choice(_TEMP_KINDS)),
     "passthrough": ("passthrough", _choice(_PASSTHROUGH)),
     "verify": ("verify", _verify),
-    "locks": ("locks", _choice(_LOCKS)),
+    "locks": ("locks", _locks),
+    "etcd_prefix": ("etcd_prefix", _word),
+    "etcd_ca": ("etcd_ca", _absolute_path),
+    "etcd_cert": ("etcd_cert", _absolute_path),
+    "etcd_key": ("etcd_key", _absolute_path),
+    "etcd_user": ("etcd_user", _word),
+    "etcd_password_file": ("etcd_password_file", _absolute_path),
     "lease_seconds": ("lease_seconds", _number(1, 3600)),
     "retain": ("retain_seconds", _retain),
     "quarantine_age": ("quarantine_age_seconds", parse_duration),

@@ -25,10 +25,10 @@ import trio
 from safefs import __version__, backing
 from safefs.backing import Backing
 from safefs.closing import Closing
+from safefs.cluster.choice import lock_backend
 from safefs.cluster.keeper import Keeper
-from safefs.cluster.leasefile import LeasefileBackend
 from safefs.cluster.names import Names
-from safefs.config import Settings
+from safefs.config import ETCD_SCHEME, Settings
 from safefs.control import control_socket, find_mount, sd_notify, serve_control
 from safefs.errors import SafefsError
 from safefs.events import EventKind, EventLog
@@ -43,7 +43,7 @@ from safefs.locks import Alone, Locks
 from safefs.native import native
 from safefs.publisher import Publisher
 from safefs.recovery import Recovery
-from safefs.state import LOCKS, DaemonRecord, StateDirectory, host_identity, known_dead
+from safefs.state import LOCK_FILES, DaemonRecord, StateDirectory, host_identity, known_dead
 from safefs.tree import Tree
 
 import pyfuse3  # isort: skip  (after the C extension: safefs/native.py)
@@ -149,14 +149,18 @@ class Daemon:
         return RETAIN_SECONDS if self.type in BREAKS_DESCRIPTORS else 0.0
 
     def _lock_backend(self) -> tuple[Names | None, Keeper | None]:
-        """What is shared with other nodes; nothing where the backing is not written to."""
-        settings = self.settings
-        if settings.locks == "memory" or settings.read_only:
+        """What is shared with other nodes."""
+        settings, state = self.settings, self.state
+        backend = lock_backend(
+            settings,
+            state.path / LOCK_FILES,
+            state.cluster_id(),
+            host_identity(),
+            lambda identity: known_dead(identity) is True,
+        )
+        if backend is None:
             return None, None
-        terms = Terms(settings.lease_seconds)
-        directory = os.fspath(self.state.path / LOCKS)
-        backend = LeasefileBackend(directory, terms, host_identity(), lambda identity: known_dead(identity) is True)
-        return Names(backend), Keeper(backend, terms, self._on_joined, self._on_lost)
+        return Names(backend), Keeper(backend, Terms(settings.lease_seconds), self._on_joined, self._on_lost)
 
     def _on_joined(self) -> None:
         self.locks.ask_again()
@@ -354,6 +358,13 @@ class Daemon:
             raise SafefsError(f"unknown request {operation!r}", errno.EINVAL)
         return await self._status()
 
+    def _locks_text(self) -> str:
+        if self.names is None:
+            return "memory: shared with no other node"
+        etcd = self.settings.locks.startswith(ETCD_SCHEME)
+        place = self.settings.locks if etcd else f"leasefile: {self.state.path / LOCK_FILES}"
+        return f"{place}, as node {self.names.node}"
+
     async def _status(self) -> dict[str, Any]:
         fs = self.fs
         hot = native.hot_counters() if self.settings.hot else None
@@ -376,7 +387,7 @@ class Daemon:
             "open_files": len(fs.handles),
             "drafts": len(fs.drafts),
             "publishing": len(fs.ordering),
-            "locks": {"held": held, "waiting": waiting},
+            "locks": {"backend": self._locks_text(), "held": held, "waiting": waiting},
             "hot": hot,
             "busy_threads": self.backing.limiter.borrowed_tokens,
             "counters": dict(self.publisher.counts),

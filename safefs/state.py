@@ -32,7 +32,8 @@ RECORD_VERSION = 1
 QUARANTINE = "quarantine"
 DAEMONS = "daemons"
 EVENTS = "events"
-LOCKS = "locks"
+LOCK_FILES = "locks"
+CLUSTER = "cluster"
 RETAINED = "retained"
 RECORD_SUFFIX = ".json"
 LOCKS = "names.lock"
@@ -116,6 +117,18 @@ class StateDirectory:
         self.retained = RetainedVersions(path / RETAINED)
         self._locks_fd = os.open(path / LOCKS, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         self.quarantine_fd = os.open(path / QUARANTINE, os.O_PATH | os.O_DIRECTORY)
+
+    def cluster_id(self) -> str:
+        """What all nodes on this backing directory call themselves together: made by the first.  Raises OSError."""
+        path = self.path / CLUSTER
+        with suppress(FileNotFoundError):
+            return path.read_text(encoding="ascii").strip()
+        mine = path.with_name(f"{CLUSTER}.{secrets.token_hex(8)}")
+        mine.write_text(secrets.token_hex(8) + "\n", encoding="ascii")
+        with suppress(FileExistsError, PermissionError):
+            os.link(mine, path)
+        mine.unlink()
+        return path.read_text(encoding="ascii").strip()
 
     @contextmanager
     def name_lock(self, directory: int, name: bytes) -> Iterator[None]:

@@ -436,6 +436,11 @@ def test_a_child_passes_a_writer_that_waits_for_its_parent(place: Path, party: M
     writer.result(SECONDS)
 
 
+def counts(mount: Mount) -> tuple[int, int]:
+    locks = status(mount)["locks"]
+    return locks["held"], locks["waiting"]
+
+
 def test_nothing_is_left_of_locks(mount: Mount, party: Make) -> None:
     processes = [party() for _ in range(4)]
     for process in processes:
@@ -444,9 +449,9 @@ def test_nothing_is_left_of_locks(mount: Mount, party: Make) -> None:
         process("record(fd, SET, SHARED)")
     processes[0].start("record(fd, WAIT, EXCLUSIVE)")
     assert waits(processes[0])
-    assert status(mount)["locks"] == {"held": 8, "waiting": 1}
+    assert counts(mount) == (8, 1)
     for process in processes[1:]:
         process.exit()
     processes[0].result(SECONDS)
     processes[0].exit()
-    assert wait_until(lambda: status(mount)["locks"] == {"held": 0, "waiting": 0})
+    assert wait_until(lambda: counts(mount) == (0, 0))

@@ -219,6 +219,7 @@ def test_every_known_option_can_be_named() -> None:
         "verify": "storage",
         "retain": "auto",
         "quarantine_age": "1d",
+        "locks": "etcd://one:2379",
     }
     for name in known_options():
         written = [name, f"{name}={values.get(name, '9')}", f"{name}=/x"]
