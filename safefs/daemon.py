@@ -15,16 +15,17 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import trio
 
 from safefs import __version__, backing
 from safefs.backing import Backing
 from safefs.closing import Closing
+from safefs.cluster.backend import BackendError
 from safefs.cluster.choice import lock_backend
 from safefs.cluster.keeper import Keeper
 from safefs.cluster.names import Names
@@ -63,6 +64,9 @@ HOUSEKEEPING_SECONDS = 3600.0
 EVENTS_KEPT_SECONDS = 90 * 86400.0  # after the last of a daemon that is gone
 SWEEP_SECONDS = 60.0
 JOIN_SECONDS = 20.0  # for the first lease
+SURVEY_SECONDS = 20.0  # to ask for the locks of all nodes
+
+T = TypeVar("T")
 RETAIN_SECONDS = 3600.0  # longer than it takes to load a model
 BREAKS_DESCRIPTORS = frozenset({"fuse.glusterfs", "fuse.juicefs"})  # of a file that loses its last name
 NETWORK_NAME_CACHES = frozenset({"nfs", "nfs4"})
@@ -135,6 +139,7 @@ class Daemon:
         self.names, self.keeper = self._lock_backend()
         self.locks = Locks(self.names or Alone(self.backing.node_id))
         self.fs = FileSystem(settings, self.backing, self.publisher, self.locks, cache_size, hot)
+        self.locking = Locking(self.fs)
         if self.names is not None:
             self.names.resolve = self.locks.resolve
             self.fs.can_lose_locks = True
@@ -208,7 +213,7 @@ class Daemon:
             helpers.start_soon(self._keep_house)
             helpers.start_soon(self._sweep_retained)
             async with trio.open_nursery() as requests:
-                locking = Locking(self.fs)
+                locking = self.locking
                 files, closing = Files(self.fs), Closing(self.fs, requests, locking.released)
                 tree = Tree(self.fs, files, refresh_misses=self._refreshes_misses())
                 self._mount(Operations(self.fs, tree, files, closing, locking, requests))
@@ -354,9 +359,27 @@ class Daemon:
         operation = question.get("op")
         if operation == "rules":
             return dict(self.settings.rules.explain(os.fsencode(str(question.get("path")))))
+        if operation == "locks":
+            return {"locks": await self._bounded(self.locking.report())}
+        if operation == "break":
+            return {"broken": await self._break(str(question.get("path")))}
         if operation != "status":
             raise SafefsError(f"unknown request {operation!r}", errno.EINVAL)
         return await self._status()
+
+    async def _bounded(self, work: Awaitable[T]) -> T:
+        """What the lock backend has to do with; SafefsError when that cannot be reached."""
+        try:
+            with trio.fail_after(SURVEY_SECONDS):
+                return await work
+        except (BackendError, trio.TooSlowError) as error:
+            reason = str(error) or "no answer"
+            raise SafefsError(f"the lock backend: {reason}", errno.ETIMEDOUT) from None
+
+    async def _break(self, path: str) -> int:
+        broken = await self._bounded(self.locking.break_locks(os.fsencode(path)))
+        self.events.note(EventKind.LOCK_BROKEN, path, locks=broken)
+        return broken
 
     def _locks_text(self) -> str:
         if self.names is None:

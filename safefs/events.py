@@ -38,6 +38,7 @@ class EventKind(StrEnum):
     PARTIAL_KEPT = "partial kept"  # a killed writer's partial file went back under its name
     LATE_WRITE = "late write"
     LEASE_LOST = "lease lost"  # this node's, and with it all locks that were held through it
+    LOCK_BROKEN = "lock broken"  # by an operator
     RECOVERED = "recovered"  # what a dead daemon left was settled
     DAMAGED = "damaged"  # scrub took a file away that is not what it was published as, or what its name says
     RESTORED = "restored"

@@ -6,13 +6,15 @@ import errno
 import fcntl
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import trio
 
-from safefs import processes
+from safefs import backing, processes
 from safefs.filesystem import FileSystem, failure
 from safefs.locks import Waiting, name_key
 from safefs.locktable import OFFSET_MAX, Kind, Lock, Mode, Owner
+from safefs.model import Identity
 from safefs.native import native
 
 # After that long, who waits behind others who have nothing yet passes them, should he be what they wait for.
@@ -136,6 +138,30 @@ class Locking:
             if process is not None and process.tgid in chain:
                 return True
         return False
+
+    async def report(self) -> list[dict[str, Any]]:
+        """Every holder and waiter on all nodes, with its path as far as this node knows the directory."""
+        entries = await self.locks.report()
+        for entry in entries:
+            directory, _, name = entry.pop("key").partition("/")
+            entry["path"] = os.path.join(self._directory_text(int(directory, 16)), name)
+        return entries
+
+    def _directory_text(self, ino: int) -> str:
+        node = self.fs.nodes.find(Identity(self.fs.root.identity.dev, ino))
+        try:
+            if node is None or node.fd < 0:
+                raise FileNotFoundError
+            return os.fsdecode(backing.path_below(self.fs.backing.root_path, node.fd))
+        except OSError:
+            return f"inode {ino}"
+
+    async def break_locks(self, path: bytes) -> int:
+        """Take all locks on a path below the root from their holders; how many there were.  OSError: no such path."""
+        directory, name = os.path.split(path)
+        where = os.path.join(self.fs.backing.root_path, directory)
+        status = await self.fs.backing.run(backing.DAEMON, os.stat, where)
+        return await self.locks.break_locks(name_key(backing.identity_of(status), name))
 
     def flushed(self, number: int, owner: int) -> list[trio.Event]:
         """A process has closed a descriptor of an open file; what to wait for until its locks are free."""

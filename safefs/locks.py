@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import trio
 import xxhash
 
-from safefs.cluster.record import Acquire, GiveUp, LetPass, Release, Step, carry_out
+from safefs.cluster.record import Acquire, Break, GiveUp, LetPass, Release, Step, carry_out
 from safefs.locktable import OFFSET_MAX, Kind, Lock, Mode, NameLocks, Owner, Wait
 from safefs.model import Identity
 
@@ -46,6 +47,12 @@ class NameService(Protocol):
     def submit(self, key: str, step: Step) -> trio.Event:
         """Queue a step; the event is set once it is on record."""
 
+    async def survey(self) -> dict[str, NameLocks]:
+        """The locks of all names."""
+
+    async def host_of(self, node: str) -> str:
+        """The host that a node is on."""
+
 
 class Alone:
     """There is no other node."""
@@ -63,6 +70,12 @@ class Alone:
 
     def known(self, key: str) -> NameLocks:
         return self._names.get(key) or NameLocks()
+
+    async def survey(self) -> dict[str, NameLocks]:
+        return dict(self._names)
+
+    async def host_of(self, node: str) -> str:
+        return socket.gethostname() if node == self.node else ""
 
     def submit(self, key: str, step: Step) -> trio.Event:
         raise AssertionError(f"{step} on {key}: every name is local")
@@ -102,6 +115,41 @@ class Locks:
         if self._names.local(key) is None:
             await self._names.submit(key, LetPass(kind, Wait(0, lock))).wait()  # changes nothing, and has a look
         return self._names.known(key)[kind].conflict(lock)
+
+    async def report(self) -> list[dict[str, Any]]:
+        """Every holder and waiter on all nodes, in words."""
+        entries = []
+        hosts: dict[str, str] = {}
+        for key, locks in (await self._names.survey()).items():
+            for kind, table in locks.tables.items():
+                states = [("held", lock) for lock in table.held]
+                states += [("waiting", wait.lock) for wait in table.waiting]
+                for state, lock in states:
+                    node = lock.owner.node
+                    if node not in hosts:
+                        hosts[node] = await self._names.host_of(node)
+                    entries.append(
+                        {
+                            "key": key,
+                            "kind": kind.value,
+                            "state": state,
+                            "mode": lock.mode.value,
+                            "first": lock.first,
+                            "last": None if lock.last == OFFSET_MAX else lock.last,
+                            "node": node,
+                            "host": hosts[node],
+                            "pid": lock.pid,
+                        }
+                    )
+        return entries
+
+    async def break_locks(self, key: str) -> int:
+        """Take all locks on a name from their holders; how many there were."""
+        held = sum(len(table.held) for table in (await self._names.survey()).get(key, NameLocks()).tables.values())
+        done = self._do(key, Break())
+        if done is not None:
+            await done.wait()
+        return held
 
     def counts(self) -> tuple[int, int]:
         """How many locks are held or asked for through open files, and how many of them wait."""

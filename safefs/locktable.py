@@ -171,6 +171,11 @@ class LockTable:
         self.waiting = [wait for wait in self.waiting if wait.lock.owner.node != node]
         return self._grant()
 
+    def break_held(self) -> list[Wait]:
+        """Nobody holds anything any more; returns the requests that got their locks by it."""
+        self.held = []
+        return self._grant()
+
     def let_pass(self, node: str, ticket: int) -> list[Wait]:
         """A request that waits may pass those before it from now on."""
         self.waiting = [

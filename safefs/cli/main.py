@@ -15,6 +15,7 @@ import click
 import safefs
 from safefs.cli.events import show_events
 from safefs.cli.history import restore_version, show_history
+from safefs.cli.locks import break_locks, show_locks
 from safefs.cli.mounting import MountRequest, mount_background, mount_foreground
 from safefs.cli.quarantine import list_quarantine, purge, restore_quarantined, show_quarantined
 from safefs.cli.rules import show_rules
@@ -154,6 +155,23 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def events(path: Path | None, follow: bool, as_json: bool) -> None:
     """Show what happened on the backing directory of PATH, on all nodes."""
     show_events(path, follow=follow, as_json=as_json)
+
+
+@cli.group(invoke_without_command=True)
+@click.option("--at", "path", type=_PATH, help="A path on the mount (default: the only mount).")
+@_JSON
+@click.pass_context
+def locks(context: click.Context, path: Path | None, as_json: bool) -> None:
+    """Show who holds and who waits for which lock, on all nodes."""
+    if context.invoked_subcommand is None:
+        show_locks(path, as_json=as_json)
+
+
+@locks.command("break")
+@click.argument("path", type=_PATH)
+def locks_break(path: Path) -> None:
+    """Take all locks on PATH from their holders, who are not told: for an operator who knows that they are dead."""
+    break_locks(path)
 
 
 @cli.command()

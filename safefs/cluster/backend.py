@@ -79,5 +79,11 @@ class LockBackend(Protocol):
     async def gone(self, nodes: Iterable[str]) -> set[str]:
         """Those of the nodes that have lost their leases."""
 
+    async def all_names(self) -> list[str]:
+        """The names that have records."""
+
+    async def process_of(self, node: str) -> ProcessIdentity:
+        """Which process a node is; empty when that is not known."""
+
     def lease_ends(self) -> float:
         """Until when this node may act on its locks (CLOCK_BOOTTIME)."""

@@ -139,6 +139,18 @@ class EtcdBackend:
             raise BackendError("the lease of this node has ended in etcd")
         return None
 
+    async def all_names(self) -> list[str]:
+        prefix = self._key("names", "")
+        entries = await self._range(prefix, prefix_end(prefix))
+        return [decode(entry["key"])[len(prefix) :].decode("utf-8", "surrogateescape") for entry in entries]
+
+    async def process_of(self, node: str) -> ProcessIdentity:
+        value = await self._get(self._key("nodes", node))
+        try:
+            return dict(json.loads(value)["process"]) if value else {}
+        except (ValueError, KeyError, TypeError):
+            return {}
+
     async def discard(self, name: str, stored: Stored) -> None:
         """An empty record has no key."""
         await trio.lowlevel.checkpoint()

@@ -22,6 +22,7 @@ and removed, by whoever comes across it.  The first state of a name comes with i
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -215,13 +216,27 @@ class Files:
                 return max(counts, key=lambda entry: (entry == ENDED, int(entry) if entry.isdigit() else 0))
         return None
 
-    def has_died(self, node: str) -> bool:
-        """Whether a node's process is known to have ended."""
+    def process_of(self, node: str) -> ProcessIdentity:
         try:
             with open(self._path("nodes", node, "process"), encoding="utf-8") as file:
-                return self._has_died(json.load(file))
-        except (OSError, ValueError, KeyError):
-            return False
+                return dict(json.load(file))
+        except (OSError, ValueError):
+            return {}
+
+    def has_died(self, node: str) -> bool:
+        """Whether a node's process is known to have ended."""
+        identity = self.process_of(node)
+        return bool(identity) and self._has_died(identity)
+
+    def all_names(self) -> list[str]:
+        names = []
+        for directory in os.listdir(self._path("names")):
+            for path in glob.glob(self._path("names", directory, "data~*")):
+                with suppress(OSError, ValueError, KeyError):
+                    with open(path, encoding="utf-8") as file:
+                        names.append(str(json.load(file)["name"]))
+                    break
+        return names
 
     def tidy_up(self, node: str) -> None:
         """End the nodes whose processes have died; remove what is left of nodes that ended long ago.
@@ -370,6 +385,12 @@ class LeasefileBackend:
                 if trio.current_time() - looked > REFRESH_SECONDS:
                     await self._call(self.files.refresh, name)
                     looked = trio.current_time()
+
+    async def all_names(self) -> list[str]:
+        return await self._call(self.files.all_names)
+
+    async def process_of(self, node: str) -> ProcessIdentity:
+        return await self._call(self.files.process_of, node)
 
     async def discard(self, name: str, stored: Stored) -> None:
         await self._call(self.files.discard, name, stored)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import trio
 
-from safefs.cluster.backend import LeaseLostError, Stored
+from safefs.cluster.backend import LeaseLostError, ProcessIdentity, Stored
 from safefs.cluster.record import NameRecord
 
 
@@ -97,6 +97,14 @@ class MemoryBackend:
     async def gone(self, nodes: Iterable[str]) -> set[str]:
         await trio.lowlevel.checkpoint()
         return set(nodes) & self._cluster.ended
+
+    async def all_names(self) -> list[str]:
+        await trio.lowlevel.checkpoint()
+        return list(self._cluster.records)
+
+    async def process_of(self, node: str) -> ProcessIdentity:
+        await trio.lowlevel.checkpoint()
+        return {"host": node}
 
     def lease_ends(self) -> float:
         return float("-inf") if self.node in self._cluster.ended else float("inf")

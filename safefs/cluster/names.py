@@ -13,15 +13,16 @@ from dataclasses import dataclass, field
 import trio
 
 from safefs.cluster.backend import BackendError, LockBackend, Stored
-from safefs.cluster.record import Acquire, GiveUp, NameRecord, Release, Step, carry_out
+from safefs.cluster.record import Acquire, GiveUp, LetPass, NameRecord, Release, Step, carry_out
 from safefs.lease import boottime
-from safefs.locktable import Kind, Lock, NameLocks
+from safefs.locktable import Kind, Lock, Mode, NameLocks, Owner, Wait
 
 log = logging.getLogger(__name__)
 
 # How often who waits looks whether the nodes that he waits for are still there, and whether a change was missed.
 LOOK_SECONDS = 1.0
 RETRY_SECONDS = (0.05, 1.0)  # after a failure of the backend, at first and at most
+SURVEY_SECONDS = 3.0  # for one name
 IDLE_SECONDS = 60.0  # a name that nobody has used for so long is given back without being asked for
 
 # Of a ticket: its lock is held (True), or refused; returns whether somebody still wanted to know.
@@ -122,6 +123,23 @@ class Names:
         name.pending.append(pending)
         self._wake(name)
         return pending.done
+
+    async def survey(self) -> dict[str, NameLocks]:
+        """The locks of all names of the cluster.  Raises BackendError.
+
+        Names that other nodes serve from memory are asked for, so that what they hold is on record.
+        """
+        found = {}
+        for key in await self._backend.all_names():
+            if self.local(key) is None:
+                with trio.move_on_after(SURVEY_SECONDS):
+                    await self.submit(key, LetPass(Kind.FLOCK, Wait(0, Lock(Owner(self.node, 0), Mode.SHARED)))).wait()
+            found[key] = self.known(key)
+        return found
+
+    async def host_of(self, node: str) -> str:
+        """The host that a node is on, as far as that is known."""
+        return str((await self._backend.process_of(node)).get("host", ""))
 
     def lose(self) -> None:
         """The lease is over: nothing of what this node held, or waited for, counts any more."""

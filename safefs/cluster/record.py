@@ -60,11 +60,19 @@ class LetPass:
     wait: Wait
 
 
-Step = Acquire | Release | GiveUp | LetPass
+@dataclass(frozen=True)
+class Break:
+    """All that is held on the name is taken from its holders, by an operator."""
+
+
+Step = Acquire | Release | GiveUp | LetPass | Break
 
 
 def carry_out(locks: NameLocks, step: Step) -> tuple[bool, list[Wait]]:
     """Change the locks of a name: whether it did what was asked for, and which waiting requests got their locks."""
+    if isinstance(step, Break):
+        tables = [table for table in locks.tables.values() if table.held]
+        return bool(tables), [wait for table in tables for wait in table.break_held()]
     table = locks[step.kind]
     if isinstance(step, Acquire):
         return table.request(step.wait) if step.may_wait else table.attempt(step.wait)
