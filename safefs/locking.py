@@ -110,6 +110,9 @@ class Locking:
         is_new = self.locks.key_of(wanted.handle) is None
         lock = Lock(self._owner(wanted), mode, wanted.first, wanted.last, wanted.pid)
         waiting = self.locks.acquire(key, wanted.kind, lock, wanted.handle, may_wait=wanted.may_wait)
+        handle = self.fs.handles.get(wanted.handle)
+        if handle is not None and handle.draft is not None:
+            handle.draft.locked = True
         if is_new and wanted.handle & native.FH_HOT:
             self.fs.nodes.hot.mark_handle(wanted.handle, 1)  # its RELEASE is Python's business from now on
         return waiting

@@ -38,6 +38,9 @@ class NameService(Protocol):
     def node(self) -> str:
         """This node's name."""
 
+    def lease_holds(self) -> bool:
+        """Whether what was locked is still this node's."""
+
     def local(self, key: str) -> NameLocks | None:
         """The locks of a name, to be worked on at once; None where steps have to be submitted."""
 
@@ -67,6 +70,9 @@ class Alone:
             del self._names[self._last]  # names without locks do not pile up
         self._last = key
         return self._names.setdefault(key, NameLocks())
+
+    def lease_holds(self) -> bool:
+        return True
 
     def known(self, key: str) -> NameLocks:
         return self._names.get(key) or NameLocks()
@@ -107,6 +113,10 @@ class Locks:
     @property
     def node(self) -> str:
         return self._names.node
+
+    def lease_holds(self) -> bool:
+        """Whether what was locked is still this node's: to be asked right before anything is done under a lock."""
+        return self._names.lease_holds()
 
     # ---------------------------------------------------------- questions
 

@@ -67,6 +67,7 @@ class Order:
     sync_target: Callable[[], None]
     demands: Demands
     check_space: Callable[[], None]
+    require_lease: Callable[[], None]  # PublishRefusedError where it was written under a lock that is lost
 
 
 def write_gathered(draft: Draft) -> None:
@@ -142,6 +143,8 @@ def carry_out(order: Order) -> Placed:
         backing.copy_metadata(draft.base.fd, order.inode.fd)
     note_provenance(order.inode.fd, draft, seal(order.inode.fd, order.demands))
     with order.keeper.locked():
+        # Between this and the rename lies what cannot be closed: a node that is frozen just there (docs/semantics.md).
+        order.require_lease()
         placed = _settle(order)
         try:
             _sync_names(order)

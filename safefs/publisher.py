@@ -110,6 +110,7 @@ class Publisher:
         self.counts: Counter[str] = Counter()
         self.on_publish: Callable[[Node, Identity | None], None] | None = None
         self.policy_of: Callable[[Node, bytes], Policy] = lambda _directory, _name: Policy()
+        self.lease_holds: Callable[[], bool] = lambda: True
 
     async def publish(
         self,
@@ -231,8 +232,14 @@ class Publisher:
             keeper=self.keeper_of(target, name),
             sync_target=self._sync_of(target),
             demands=demands,
+            require_lease=partial(self._require_lease, draft),
             check_space=partial(store.check_space, home.fd, draft.caller, store.hidden_name(b"s")),
         )
+
+    def _require_lease(self, draft: Draft) -> None:
+        if (draft.locked or draft.claim) and not self.lease_holds():
+            reason = "the lease of this node is over, and what it had locked may be another's"
+            raise PublishRefusedError(reason, errno.EIO)
 
     def _demands(self, directory: Node, name: bytes, written: Written | None) -> Demands:
         policy = self.policy_of(directory, name)

@@ -99,7 +99,7 @@ class Names:
     def local(self, key: str) -> NameLocks | None:
         """The locks of a name that is delegated to this node, to be worked on at once; None when it is not."""
         name = self._names.get(key)
-        if name is None or name.mine is None or name.pending or boottime() >= self._backend.lease_ends():
+        if name is None or name.mine is None or name.pending or not self.lease_holds():
             return None
         name.used, name.idle = boottime(), False
         return name.mine
@@ -107,6 +107,9 @@ class Names:
     @property
     def node(self) -> str:
         return self._backend.node
+
+    def lease_holds(self) -> bool:
+        return boottime() < self._backend.lease_ends()
 
     def known(self, key: str) -> NameLocks:
         """What is known of the locks of a name, perhaps not the latest."""
@@ -349,7 +352,7 @@ class Names:
                 self._granted(name, ticket, asked)
 
     async def _swap(self, name: _Name, stored: Stored, new: NameRecord) -> bool:
-        if boottime() >= self._backend.lease_ends():
+        if not self.lease_holds():
             raise BackendError("the lease of this node is over")
         name.stored = None  # what becomes of it is not known until the answer is there
         name.stored = await self._backend.swap(name.key, stored, new)

@@ -152,6 +152,7 @@ def prepare(place: Path, case: Case, temp: str, stack: ExitStack, simulation: Si
         sync_target=partial(backing.sync_directory, home),
         demands=Demands(NAME, Policy(), Verify.CACHE, written),
         check_space=lambda: None,
+        require_lease=lambda: None,
     )
     return Stage(directory, order, path.stat().st_ino if case.shown is not None else None)
 

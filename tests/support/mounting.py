@@ -66,6 +66,12 @@ class Mount:
         """Plain umount(8), as an administrator does it."""
         subprocess.run(["umount", self.path], check=True, timeout=STOP_SECONDS)
 
+    def kill(self) -> None:
+        """SIGKILL the daemon, and take the dead mount away."""
+        self.process.kill()
+        self.process.wait(STOP_SECONDS)
+        subprocess.run(["umount", "-l", self.path], check=False, timeout=STOP_SECONDS)
+
     def stop(self) -> None:
         """Unmount, wait for the daemon, and free the mount when that hangs."""
         if self.process.poll() is None and self.is_mounted():
