@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Awaitable, Callable, Container, Iterator
 from dataclasses import dataclass
@@ -13,11 +14,14 @@ import trio
 
 from safefs.cluster import leasefile as module
 from safefs.cluster.backend import BackendError, LeaseLostError, LockBackend, Stored
+from safefs.cluster.etcd import EtcdBackend
+from safefs.cluster.etcd_client import Access, Endpoint
 from safefs.cluster.leasefile import LeasefileBackend
 from safefs.cluster.memory import MemoryBackend, MemoryCluster
 from safefs.cluster.record import NameRecord
 from safefs.lease import Terms, boottime
 from safefs.locktable import Kind, Lock, Mode, NameLocks, Owner, Wait
+from tests.support.etcd import Etcd, etcd
 
 TERMS = Terms(lease_seconds=0.6, delay_seconds=0.2)
 SECONDS = 20.0
@@ -41,11 +45,23 @@ def leasefile(directory: str | Path, process: str = "", died: Container[str] = (
     return LeasefileBackend(str(directory), TERMS, {"process": process}, lambda identity: identity["process"] in died)
 
 
-@pytest.fixture(params=["memory", "leasefile"])
+@pytest.fixture(scope="module")
+def etcd_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Etcd]:
+    with etcd(tmp_path_factory.mktemp("etcd")) as server:
+        yield server
+
+
+@pytest.fixture(params=["memory", "leasefile", "etcd"])
 def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
     if request.param == "memory":
         shared, numbers = MemoryCluster(), iter(range(100))
         yield Cluster(lambda: MemoryBackend(shared, f"node{next(numbers)}"), lapses=False)
+        return
+    if request.param == "etcd":
+        server: Etcd = request.getfixturevalue("etcd_server")
+        access = Access(tuple(map(Endpoint.parse, server.endpoints.split(","))))
+        terms, prefix = Terms(lease_seconds=2.0, delay_seconds=0.2), f"/test/{secrets.token_hex(4)}"
+        yield Cluster(lambda: EtcdBackend(access, prefix, terms, {}, lambda _identity: False), lapses=True)
         return
     with TemporaryDirectory(prefix="safefs-locks-", dir="/dev/shm") as directory:
         yield Cluster(lambda: leasefile(directory), lapses=True)
