@@ -28,6 +28,7 @@ from safefs.closing import Closing
 from safefs.cluster.backend import BackendError
 from safefs.cluster.choice import lock_backend
 from safefs.cluster.keeper import Keeper
+from safefs.cluster.leasefile import LeasefileBackend
 from safefs.cluster.names import Names
 from safefs.config import ETCD_SCHEME, Settings
 from safefs.control import control_socket, find_mount, sd_notify, serve_control
@@ -42,6 +43,7 @@ from safefs.lease import Terms
 from safefs.locking import Locking
 from safefs.locks import Alone, Locks
 from safefs.native import native
+from safefs.probe import filesystem_type, require_lease_files
 from safefs.publisher import Publisher
 from safefs.recovery import Recovery
 from safefs.state import LOCK_FILES, DaemonRecord, StateDirectory, host_identity, known_dead
@@ -90,19 +92,6 @@ def node_cache_size(settings: Settings, limit: int) -> int:
     if settings.max_descriptors is not None:
         return settings.max_descriptors
     return max(SMALLEST_NODE_CACHE, min(LARGEST_NODE_CACHE, limit // DESCRIPTORS_FOR_HANDLES))
-
-
-def filesystem_type(path: Path) -> str:
-    """The type of the filesystem that a directory lies on, as /proc/self/mountinfo names it."""
-    device = os.stat(path).st_dev
-    wanted = f"{os.major(device)}:{os.minor(device)}"
-    found = ""
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
-        for line in lines:
-            fields = line.split(" ")
-            if fields[2] == wanted:
-                found = fields[fields.index("-") + 1]
-    return found
 
 
 def has_posix_acl(path: Path) -> bool:
@@ -165,6 +154,8 @@ class Daemon:
         )
         if backend is None:
             return None, None
+        if isinstance(backend, LeasefileBackend):
+            require_lease_files(state.path, self.type)
         return Names(backend), Keeper(backend, Terms(settings.lease_seconds), self._on_joined, self._on_lost)
 
     def _on_joined(self) -> None:

@@ -17,6 +17,7 @@ from safefs.cli.events import show_events
 from safefs.cli.history import restore_version, show_history
 from safefs.cli.locks import break_locks, show_locks
 from safefs.cli.mounting import MountRequest, mount_background, mount_foreground
+from safefs.cli.probe import show_probe
 from safefs.cli.quarantine import list_quarantine, purge, restore_quarantined, show_quarantined
 from safefs.cli.rules import show_rules
 from safefs.cli.scrub import scrub_tree, show_version
@@ -155,6 +156,15 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def events(path: Path | None, follow: bool, as_json: bool) -> None:
     """Show what happened on the backing directory of PATH, on all nodes."""
     show_events(path, follow=follow, as_json=as_json)
+
+
+@cli.command()
+@click.argument("directory", type=_PATH)
+@click.option("--peer", is_flag=True, help="Find out what two nodes see: run it on both at once.")
+@_JSON
+def probe(directory: Path, peer: bool, as_json: bool) -> None:
+    """Try what the filesystem of DIRECTORY does with locks and names.  Exit code 1: it is not safe for lease files."""
+    show_probe(directory, peer=peer, as_json=as_json)
 
 
 @cli.group(invoke_without_command=True)

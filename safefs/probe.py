@@ -1,0 +1,415 @@
+"""What a directory's filesystem does between two nodes, found out by doing it.
+
+Run on two nodes at once (`--peer`), the two meet in the directory and take turns.  Run alone it says what the kernel
+tells of the filesystem, and tries what lease files rest on between processes, which is all that one node can find out.
+
+Everything that could hang runs in a child process that is given up after a while.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import pickle
+import secrets
+import select
+import shutil
+import signal
+import struct
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from safefs.errors import SafefsError
+
+CALL_SECONDS = 10.0
+MEET_SECONDS = 120.0
+STEP_SECONDS = 90.0  # a client of NFS can go on missing a new file for half a minute
+POLL_SECONDS = 0.02
+RACES = 20
+MEETING = ".safefs-probe"
+
+F_OFD_SETLK = 37
+_WRITE_LOCK = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+
+T = TypeVar("T")
+
+# Filesystems of one node, which do with names what the kernel's own do.
+LOCAL = frozenset(("ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "zfs", "bcachefs", "tmpfs", "ramfs", "overlay"))
+
+# Filesystems on which a rename is not decided in one place.
+REFUSED = {
+    "fuse.rclone": "both of two nodes win a race for one name",
+    "fuse.s3fs": "a rename is a copy and a deletion",
+    "fuse.goofys": "a rename is a copy and a deletion",
+    "fuse.mountpoint-s3": "it has no rename",
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was tried: whether it came out as locks need it (None: it only says something)."""
+
+    what: str
+    result: str
+    good: bool | None = None
+
+
+def bounded(function: Callable[..., T], *arguments: Any, seconds: float = CALL_SECONDS) -> T:
+    """Call a function in a child process; OSError is passed on, TimeoutError (ETIMEDOUT) when it takes too long."""
+    reading, writing = os.pipe2(os.O_CLOEXEC)
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        with suppress(BaseException):
+            try:
+                answer: tuple[bool, Any] = True, function(*arguments)
+            except OSError as error:
+                answer = False, error.errno
+            os.write(writing, pickle.dumps(answer))
+            status = 0
+        os._exit(status)
+    os.close(writing)
+    try:
+        if not select.select([reading], [], [], seconds)[0]:
+            raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+        worked, value = pickle.loads(os.read(reading, 1 << 16) or pickle.dumps((False, errno.EIO)))
+    finally:
+        os.close(reading)
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, os.WNOHANG)  # a child that hangs in the filesystem ends when that lets it go
+    if not worked:
+        raise OSError(value, os.strerror(value))
+    return value  # type: ignore[no-any-return]
+
+
+# ------------------------------------------------------------------ one node
+
+
+def filesystem_type(path: Path) -> str:
+    """The type of the filesystem that a directory lies on, as /proc/self/mountinfo names it."""
+    device = os.stat(path).st_dev
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    found = ""
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
+        for line in lines:
+            fields = line.split(" ")
+            if fields[2] == wanted:
+                found = fields[fields.index("-") + 1]
+    return found
+
+
+def rename_is_decided_once(directory: str) -> bool:
+    """Whether of several processes that rename one file away, one does, time after time."""
+    for race in range(RACES):
+        source = f"{directory}/race{race}"
+        _touch(source)
+        pids = [_fork_rename(source, f"{source}.{number}") for number in range(3)]
+        winners = sum(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0 for pid in pids)
+        if winners != 1:
+            return False
+    return True
+
+
+def _fork_rename(source: str, target: str) -> int:
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.rename(source, target)
+        except OSError:
+            os._exit(1)
+        os._exit(0)
+    return pid
+
+
+def directories_are_made_whole(directory: str) -> bool:
+    """Whether a directory with something in it cannot be replaced by a rename, and comes with what is in it."""
+    for name in ("one", "two"):
+        os.mkdir(f"{directory}/{name}")
+        _touch(f"{directory}/{name}/inside")
+    try:
+        os.rename(f"{directory}/one", f"{directory}/two")
+    except OSError as error:
+        return error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.EPERM, errno.EACCES)
+    return False
+
+
+def require_lease_files(directory: Path, kind: str) -> None:
+    """SafefsError where lease files in the directory would not keep two nodes from holding one lock."""
+    if kind in LOCAL:
+        return
+    bad = next((finding for finding in probe_alone(directory, kind) if finding.good is False), None)
+    if bad is not None:
+        raise SafefsError(
+            f"locks cannot be kept in {directory}: {bad.what}: {bad.result}; use -o locks=etcd://HOST:PORT, or"
+            " -o locks=memory where no other node uses this directory",
+            errno.EOPNOTSUPP,
+        )
+
+
+def probe_alone(directory: Path, kind: str) -> list[Finding]:
+    """What can be said from here.  Raises SafefsError where nothing can be made in the directory."""
+    findings = [Finding("filesystem", kind, False if kind in REFUSED else None)]
+    if kind in REFUSED:
+        findings.append(Finding("known of it", REFUSED[kind], False))
+    with _scratch(directory) as scratch:
+        checks = {
+            "a rename has one winner": rename_is_decided_once,
+            "a directory comes whole, and once": directories_are_made_whole,
+        }
+        for what, check in checks.items():
+            findings.append(_tried(what, check, scratch))
+    return findings
+
+
+def _tried(what: str, check: Callable[[str], bool], directory: str) -> Finding:
+    try:
+        good = bounded(check, directory, seconds=3 * CALL_SECONDS)
+    except OSError as error:
+        return Finding(what, str(error.strerror), False)
+    return Finding(what, "yes" if good else "no", good)
+
+
+@contextmanager
+def _scratch(directory: Path) -> Iterator[str]:
+    path = directory / f"{MEETING}-{secrets.token_hex(4)}"
+    try:
+        bounded(os.mkdir, path)
+    except OSError as error:
+        raise SafefsError(f"nothing can be made in {directory}: {error.strerror}", error.errno or errno.EIO) from None
+    try:
+        yield os.fspath(path)
+    finally:
+        with suppress(OSError):
+            bounded(shutil.rmtree, path)
+
+
+def _touch(path: str) -> None:
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
+
+
+def until(condition: Callable[[], bool], seconds: float) -> bool:
+    """Poll; False when the time is over."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(POLL_SECONDS)
+    return True
+
+
+# ----------------------------------------------------------------- two nodes
+
+
+class Meeting:
+    """Two probes in one directory: they say things to each other by making files there."""
+
+    def __init__(self, directory: Path) -> None:
+        self.path = os.fspath(directory / MEETING)
+        self.name = secrets.token_hex(4)
+        self.first = False
+        self._said = 0
+        self._heard = 0
+
+    def open(self) -> None:
+        """Wait for the other; the one with the smaller name is the first.  SafefsError when nobody comes."""
+        with suppress(FileExistsError):
+            bounded(os.mkdir, self.path)
+        bounded(_touch, f"{self.path}/here-{self.name}")
+        if not until(lambda: bool(self._others()), MEET_SECONDS):
+            raise SafefsError(
+                f"no other probe came to {self.path} within {MEET_SECONDS:g} s: run `safefs probe DIR --peer` on two"
+                " nodes at once",
+                errno.ETIMEDOUT,
+            )
+        self.first = self.name < self._others()[0]
+
+    def _others(self) -> list[str]:
+        names = [entry.removeprefix("here-") for entry in self._entries() if entry.startswith("here-")]
+        return [name for name in names if name != self.name]
+
+    def _entries(self) -> list[str]:
+        """As the server has them: a file that is made here has this client look anew."""
+        look = f"{self.path}/look-{self.name}"
+        bounded(_touch, look)
+        bounded(os.unlink, look)
+        return bounded(os.listdir, self.path)
+
+    def say(self, word: str = "") -> None:
+        """Something that the other waits for; `word` is without a dash."""
+        self._said += 1
+        bounded(_touch, f"{self.path}/{'first' if self.first else 'second'}-{self._said}-{word}")
+
+    def hear(self) -> str:
+        """The other's next word; SafefsError when none comes."""
+        self._heard += 1
+        start = f"{'second' if self.first else 'first'}-{self._heard}-"
+        words: list[str] = []
+
+        def said() -> bool:
+            words[:] = [entry.removeprefix(start) for entry in self._entries() if entry.startswith(start)]
+            return bool(words)
+
+        if not until(said, STEP_SECONDS):
+            raise SafefsError("the other probe does not go on", errno.ETIMEDOUT)
+        return words[0]
+
+    def close(self) -> None:
+        """The second leaves last, and takes everything away."""
+        if self.first:
+            with suppress(SafefsError):
+                self.say("done")
+            return
+        with suppress(SafefsError):
+            self.hear()
+        with suppress(OSError):
+            bounded(shutil.rmtree, self.path)
+
+
+def _flock(path: str) -> int:
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return fd
+
+
+def _record(path: str) -> int:
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return fd
+
+
+def _ofd(path: str) -> int:
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fcntl.fcntl(fd, F_OFD_SETLK, _WRITE_LOCK)
+    return fd
+
+
+_LOCKS = {"flock": _flock, "fcntl": _record, "OFD": _ofd}
+
+
+def probe_with_peer(directory: Path) -> list[Finding]:
+    """Both nodes come to the same findings.  Raises SafefsError when the other does not come, or stops."""
+    meeting = Meeting(directory)
+    try:
+        meeting.open()
+        findings = [_excludes(meeting, kind) for kind in _LOCKS]
+        findings.append(_race(meeting, "O_EXCL", _touch))
+        findings.append(_race(meeting, "rename", _rename_away))
+        findings += [_new_file(meeting), _replaced_file(meeting)]
+    finally:
+        meeting.close()
+    return findings
+
+
+def _excludes(meeting: Meeting, kind: str) -> Finding:
+    """The first locks, the second tries."""
+    path = f"{meeting.path}/lock.{kind}"
+    if meeting.first:
+        with _held(kind, path) as problem:
+            meeting.say(problem or "held")
+            answer = problem or meeting.hear()
+    else:
+        answer = meeting.hear()
+        if answer == "held":
+            with _held(kind, path) as problem:
+                answer = "granted" if not problem else "refused" if problem in ("EAGAIN", "EACCES") else problem
+            meeting.say(answer)
+    words = {"granted": "no: both got the lock", "refused": "yes"}
+    return Finding(f"{kind} excludes", words.get(answer, f"it fails with {answer}"), answer == "refused")
+
+
+@contextmanager
+def _held(kind: str, path: str) -> Iterator[str]:
+    """A lock, held by a child process; yields the name of the errno where it cannot be had."""
+    reading, writing = os.pipe2(os.O_CLOEXEC)
+    pid = os.fork()
+    if pid == 0:
+        problem = ""
+        try:
+            _LOCKS[kind](path)
+        except OSError as error:
+            problem = errno.errorcode.get(error.errno or 0, "EIO")
+        os.write(writing, problem.encode() or b"held")
+        time.sleep(STEP_SECONDS + CALL_SECONDS)
+        os._exit(0)
+    os.close(writing)
+    try:
+        ready = select.select([reading], [], [], CALL_SECONDS)[0]
+        answer = os.read(reading, 100).decode() if ready else "ETIMEDOUT"
+        yield "" if answer == "held" else answer
+    finally:
+        os.close(reading)
+        os.kill(pid, signal.SIGKILL)
+        with suppress(ChildProcessError):
+            os.waitpid(pid, 0)
+
+
+def _rename_away(source: str) -> None:
+    os.rename(f"{source}.source", f"{source}.{secrets.token_hex(4)}")
+
+
+def _race(meeting: Meeting, what: str, attempt: Callable[[str], None]) -> Finding:
+    """Both do the same at the same time, again and again: how often one, both or none of them did it."""
+    won = []
+    for race in range(RACES):
+        path = f"{meeting.path}/{what}.{race}"
+        if meeting.first and attempt is _rename_away:
+            bounded(_touch, f"{path}.source")
+        meeting.say()
+        meeting.hear()
+        try:
+            bounded(attempt, path)
+            won.append("1")
+        except OSError:
+            won.append("0")
+    meeting.say("".join(won))
+    sums = [int(mine) + int(others) for mine, others in zip(won, meeting.hear(), strict=True)]
+    both, none = sums.count(2), sums.count(0)
+    result = "yes" if both == none == 0 else f"of {RACES} races, both won {both} and nobody {none}"
+    return Finding(f"{what} has one winner", result, both == 0)
+
+
+def _new_file(meeting: Meeting) -> Finding:
+    """How long a node that has seen a name missing goes on missing it."""
+    return _delay(meeting, "a new file is seen after", "new", None)
+
+
+def _replaced_file(meeting: Meeting) -> Finding:
+    """How long a node that has read a file goes on reading what another has renamed onto it."""
+    return _delay(meeting, "a replaced file is seen after", "old", b"before")
+
+
+def _delay(meeting: Meeting, what: str, name: str, before: bytes | None) -> Finding:
+    """The first changes what the name shows, and hears when the second sees it, who does nothing but look."""
+    path = Path(meeting.path, f"see.{name}")
+    if meeting.first:
+        if before is not None:
+            path.write_bytes(before)
+        meeting.say()
+        meeting.hear()  # the other has looked
+        fresh = path.with_name(f"fresh.{name}")
+        fresh.write_bytes(b"after")
+        start = time.monotonic()
+        fresh.rename(path)
+        seen = meeting.hear()
+        result = f"{time.monotonic() - start:.3f} s" if seen == "seen" else f"more than {STEP_SECONDS / 2:g} s"
+        meeting.say(result.replace(" ", "_"))
+        return Finding(what, result)
+    meeting.hear()
+    _read(path)
+    meeting.say()
+    is_seen = until(lambda: _read(path) == b"after", STEP_SECONDS / 2)
+    meeting.say("seen" if is_seen else "missed")
+    return Finding(what, meeting.hear().replace("_", " "))
+
+
+def _read(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return None
