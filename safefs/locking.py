@@ -168,11 +168,10 @@ class Locking:
 
     def flushed(self, number: int, owner: int) -> list[trio.Event]:
         """A process has closed a descriptor of an open file; what to wait for until its locks are free."""
-        handle = self.fs.handles.get(number)
-        if handle is None:
+        handle, closer = self.fs.handles.get(number), Owner(self.locks.node, owner)
+        if handle is None or not self.locks.has_record_locks(closer):
             return []
-        key = self.key(handle.node.nodeid, number)
-        return self.locks.flushed(number, key, Owner(self.locks.node, owner))
+        return self.locks.flushed(number, self.key(handle.node.nodeid, number), closer)
 
     def released(self, number: int) -> None:
         """Nobody has an open file any more."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -108,6 +108,7 @@ class Locks:
         self._waiting: dict[int, Waiting] = {}  # by ticket
         self._by_handle: defaultdict[int, set[Use]] = defaultdict(set)
         self._last_handle: dict[Use, int] = {}  # through which an owner asked last
+        self._recorded: Counter[Owner] = Counter()  # on how many names an owner has record locks
         self._last_ticket = self._last_claim = 0
 
     @property
@@ -240,8 +241,7 @@ class Locks:
             self.give_up(waiting)
             raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
         if handle is not None:
-            self._by_handle[handle].add((key, kind, lock.owner))
-            self._last_handle[key, kind, lock.owner] = handle
+            self._remember(handle, (key, kind, lock.owner))
         return None if waiting.held else waiting
 
     def release(self, key: str, kind: Kind, owner: Owner, first: int = 0, last: int = OFFSET_MAX) -> trio.Event | None:
@@ -257,19 +257,37 @@ class Locks:
         if self._waiting.pop(waiting.wait.ticket, None) is not None:
             self._do(waiting.key, GiveUp(waiting.kind, waiting.wait))
 
+    def has_record_locks(self, owner: Owner) -> bool:
+        """Whether a process has any record locks, or asks for some."""
+        return owner in self._recorded
+
     def flushed(self, handle: int, key: str, owner: Owner) -> list[trio.Event]:
         """A process has closed one of its descriptors: it loses its record locks on the file (fcntl(2))."""
         used = {use[0] for use in self._by_handle.get(handle, ()) if use[1:] == (Kind.RECORD, owner)}
-        held = [name for name in {key, *used} if self._last_handle.pop((name, Kind.RECORD, owner), None) is not None]
+        held = [name for name in {key, *used} if self._forget((name, Kind.RECORD, owner))]
         events = [self.release(name, Kind.RECORD, owner) for name in held]
         return [event for event in events if event is not None]
 
     def released(self, handle: int) -> None:
         """The last descriptor of an open file is closed: what was locked through it is free."""
         for use in self._by_handle.pop(handle, ()):
-            if self._last_handle.get(use) == handle:
-                del self._last_handle[use]
+            if self._last_handle.get(use) == handle and self._forget(use):
                 self.release(*use)
+
+    def _remember(self, handle: int, use: Use) -> None:
+        self._by_handle[handle].add(use)
+        if use not in self._last_handle and use[1] is Kind.RECORD:
+            self._recorded[use[2]] += 1
+        self._last_handle[use] = handle
+
+    def _forget(self, use: Use) -> bool:
+        if self._last_handle.pop(use, None) is None:
+            return False
+        if use[1] is Kind.RECORD:
+            self._recorded[use[2]] -= 1
+            if not self._recorded[use[2]]:
+                del self._recorded[use[2]]
+        return True
 
     def resolve(self, ticket: int, held: bool) -> bool:
         """A request has its lock, or is refused; returns whether anybody still wants to know."""
@@ -286,6 +304,7 @@ class Locks:
         fenced = {handle for handle, used in self._by_handle.items() if used - waits}
         self._by_handle.clear()
         self._last_handle.clear()
+        self._recorded.clear()
         return fenced
 
     def ask_again(self) -> None:
@@ -294,8 +313,7 @@ class Locks:
             lock = replace(waiting.wait.lock, owner=Owner(self.node, waiting.wait.lock.owner.number))
             waiting.wait = Wait(waiting.wait.ticket, lock)
             if waiting.handle is not None:
-                self._by_handle[waiting.handle].add((waiting.key, waiting.kind, lock.owner))
-                self._last_handle[waiting.key, waiting.kind, lock.owner] = waiting.handle
+                self._remember(waiting.handle, (waiting.key, waiting.kind, lock.owner))
             self._names.submit(waiting.key, Acquire(waiting.kind, waiting.wait, waiting.may_wait))
 
     def _do(self, key: str, step: Step) -> trio.Event | None:
