@@ -122,7 +122,9 @@ class Locking:
         try:
             if not self.locks.is_blocked(waiting) and await self._is_kin(waiting, tid):
                 self.locks.let_pass(waiting)
-            if waiting.may_wait:
+            if waiting.submitted and not waiting.may_wait:
+                await waiting.settled.wait()
+            elif waiting.may_wait:
                 with trio.move_on_after(PATIENCE_SECONDS):
                     await waiting.settled.wait()
                 if not waiting.settled.is_set():

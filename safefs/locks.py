@@ -96,6 +96,7 @@ class Waiting:
     wait: Wait
     handle: int | None
     may_wait: bool
+    submitted: bool = False  # on its way to a shared record, which answers in any case
     settled: trio.Event = field(default_factory=trio.Event)
     held: bool = False  # once settled: its lock is held, or it was refused
 
@@ -234,6 +235,7 @@ class Locks:
         locks = self._names.local(key)
         self._waiting[waiting.wait.ticket] = waiting
         if locks is None:
+            waiting.submitted = True
             self._names.submit(key, Acquire(kind, waiting.wait, may_wait))
         elif self._carry_out(locks, Acquire(kind, waiting.wait, may_wait=True)):
             self.resolve(waiting.wait.ticket, True)

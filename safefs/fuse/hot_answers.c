@@ -382,7 +382,7 @@ static const char *body_of(const char *request)
 }
 
 /* The handle of requests that begin with one. */
-static uint64_t handle_of(const char *request)
+static uint64_t fh_of(const char *request)
 {
 	uint64_t fh;
 	memcpy(&fh, body_of(request), sizeof fh);
@@ -391,7 +391,7 @@ static uint64_t handle_of(const char *request)
 
 static bool has_hot_handle(const char *request)
 {
-	return handle_of(request) & FH_HOT;
+	return fh_of(request) & FH_HOT;
 }
 
 bool hot_candidate(const char *request, size_t size)
@@ -419,7 +419,7 @@ bool hot_candidate(const char *request, size_t size)
 		return body >= sizeof(struct fuse_read_in) && has_hot_handle(request);
 	case FUSE_RELEASE: /* it unlocks: only in its turn */
 		return body >= sizeof(struct fuse_release_in) && has_hot_handle(request) &&
-		       !handle_marked(handle_of(request));
+		       !handle_marked(fh_of(request));
 	case FUSE_RELEASEDIR:
 		return body >= sizeof(struct fuse_release_in) && has_hot_handle(request);
 	default:
