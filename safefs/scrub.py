@@ -82,7 +82,7 @@ class StoppedError(Exception):
     """The scrub has ended while a file was being read."""
 
 
-def look(root: int, path: Path, policy_of: PolicyOf, stopping: threading.Event | None = None) -> Finding:
+def look(root: int, path: Path, policy_of: PolicyOf, stopping: threading.Event) -> Finding:
     """Read one file and compare it with what is known of it; StoppedError once `stopping` is set."""
     try:
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -99,9 +99,9 @@ def look(root: int, path: Path, policy_of: PolicyOf, stopping: threading.Event |
         os.close(fd)
 
 
-def _look(fd: int, path: Path, policy: Policy, stopping: threading.Event | None) -> Finding:
+def _look(fd: int, path: Path, policy: Policy, stopping: threading.Event) -> Finding:
     def go_on(_data: memoryview) -> None:
-        if stopping is not None and stopping.is_set():
+        if stopping.is_set():
             raise StoppedError
 
     before = os.fstat(fd)

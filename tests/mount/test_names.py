@@ -153,13 +153,19 @@ def test_directory_renamed_on_another_node(nodes: Nodes, writer: Actor, stranger
     assert_everywhere(nodes, "old/file", None)
 
 
+def link_open_draft(directory: Path, writer: Actor) -> int:
+    """Write A under the name `temp`, and link it to `final` before it is closed; returns the writer's descriptor."""
+    fd = writer.open(directory / "temp", CREATE)
+    writer.write(fd, A)
+    writer("os.link(p, q)", p=str(directory / "temp"), q=str(directory / "final"))
+    return fd
+
+
 @both_temps
 def test_link_of_an_open_draft(nodes: Nodes, writer: Actor) -> None:
     """link(2) of an open draft publishes it: both names show the same whole file."""
     first, _ = nodes
-    fd = writer.open(first / "temp", CREATE)
-    writer.write(fd, A)
-    writer("os.link(p, q)", p=str(first / "temp"), q=str(first / "final"))
+    fd = link_open_draft(first.path, writer)
     assert_everywhere(nodes, "final", A)
     writer.closefd(fd)
     assert_everywhere(nodes, "final", A)
@@ -171,9 +177,7 @@ def test_link_of_an_open_draft(nodes: Nodes, writer: Actor) -> None:
 def test_writing_on_after_a_link_changes_neither_name(nodes: Nodes, writer: Actor) -> None:
     """The writer's inode is never the one that gets the second name: its next round would be seen there at once."""
     first, _ = nodes
-    fd = writer.open(first / "temp", CREATE)
-    writer.write(fd, A)
-    writer("os.link(p, q)", p=str(first / "temp"), q=str(first / "final"))
+    fd = link_open_draft(first.path, writer)
     writer.write(fd, B)
     for name in ("temp", "final"):
         assert_everywhere(nodes, name, A)
@@ -187,9 +191,7 @@ def test_writing_on_after_a_link_changes_neither_name(nodes: Nodes, writer: Acto
 def test_a_link_of_an_open_draft_lasts_beyond_its_close(nodes: Nodes, writer: Actor) -> None:
     """Where nothing was written after it, both names stay one file."""
     first, second = nodes
-    fd = writer.open(first / "temp", CREATE)
-    writer.write(fd, A)
-    writer("os.link(p, q)", p=str(first / "temp"), q=str(first / "final"))
+    fd = link_open_draft(first.path, writer)
     writer.closefd(fd)
     assert wait_until(lambda: (second / "temp").stat().st_nlink == 2)
     assert (first / "temp").samefile(first / "final")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,7 +74,9 @@ def test_what_is_not_walked(tmp_path: Path) -> None:
 
 def verdict(root: Path, name: str, *content: Content) -> Verdict:
     with opened(root) as fd:
-        return look(fd, (os.fsencode(name),), lambda _name, _directory: Policy(content=content)).verdict
+        return look(
+            fd, (os.fsencode(name),), lambda _name, _directory: Policy(content=content), threading.Event()
+        ).verdict
 
 
 def test_verdicts(tmp_path: Path) -> None:
