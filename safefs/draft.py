@@ -108,6 +108,7 @@ class Draft:
     locked: bool = False  # something was locked through it
     fresh: bool = False  # started from nothing: O_CREAT or O_TRUNC
     append_only: bool = True  # whoever has opened it for writing did so with O_APPEND
+    appends: bool = False  # somebody opened it with O_APPEND: the kernel writes at the end that it knows
     prepared: bool = False  # the private inode has the content; before that reads go to the base
     modified: bool = False  # there is something to publish
     closed: bool = False  # published by its provably last close: whoever opens the name from now on is a new writer

@@ -147,7 +147,9 @@ class Files:
         fs = self.fs
         fs.end_ticket(fs.tickets.take(caller.pid))
         writable = wants_write(flags)
-        if writable and not flags & os.O_APPEND:
+        if writable and flags & os.O_APPEND:
+            draft.appends = True
+        elif writable:
             draft.append_only = False
         draft.handles += 1
         draft.writers += writable
@@ -326,6 +328,52 @@ class Files:
             raise
         base = Base(base_fd, backing.identity_of(shown))
         return Staged(PrivateInode(fd, temp_name), status, shown, self._introduce(tid), base)
+
+    # ------------------------------------------------------ under a lock
+
+    def may_lag(self, number: int) -> bool:
+        """Whether an open file is a draft that can still `catch_up`."""
+        handle = self.fs.handles.get(number)
+        draft = handle.draft if handle is not None else None
+        if draft is None or draft.base is None or draft.appends:
+            return False
+        return draft.state is DraftState.WRITING and not draft.prepared
+
+    async def catch_up(self, number: int) -> int:
+        """A lock was granted through an open file: what it shows is what those who had the lock before have left.
+
+        A draft that nobody has changed yet starts from the version that its name shows now, not from the one of its
+        open, which came before the lock.  Returns the nodeid whose pages the kernel has to drop, else 0.  Not for
+        O_APPEND: the kernel would go on at the end that it knows, and what is appended is merged at publish anyway.
+        """
+        fs = self.fs
+        if not self.may_lag(number):
+            return 0
+        draft = fs.handle(number).draft
+        assert draft is not None
+        async with fs.held(draft), draft.gate.closed():
+            if not self.may_lag(number):
+                return 0
+            try:
+                base, size = await fs.backing.run_or_daemon(draft.caller, self._open_base, draft.directory.fd, draft.name)
+            except OSError:
+                return 0  # the name is gone, or not for this user any more: what was opened stays
+            assert draft.base is not None
+            if base.identity == draft.base.identity:
+                os.close(base.fd)
+                return 0
+            draft.spare_fds.append(draft.base.fd)
+            draft.base, draft.size = base, size
+            return draft.node.nodeid
+
+    @staticmethod
+    def _open_base(directory: int, name: bytes) -> tuple[Base, int]:
+        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            os.close(fd)
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return Base(fd, backing.identity_of(status)), status.st_size
 
     # ------------------------------------------------------ read and write
 

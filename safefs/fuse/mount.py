@@ -201,6 +201,15 @@ def forget_attributes(nodeid: int) -> None:
         pyfuse3.invalidate_inode(pyfuse3.InodeT(nodeid), attr_only=True)
 
 
+def forget_pages(nodeid: int) -> None:
+    """Make the kernel drop what it has cached of an inode's content and attributes.
+
+    Waits for requests on pages of the inode that are under way: in a thread, and never while they wait for the caller.
+    """
+    with suppress(OSError):
+        pyfuse3.invalidate_inode(pyfuse3.InodeT(nodeid))
+
+
 def connect(operations: pyfuse3.Operations, kernel_fd: int, features: Features) -> Connection:
     """Start pyfuse3 on a mounted connection; it owns the returned descriptor."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

@@ -23,6 +23,7 @@ from safefs.closing import Closing
 from safefs.errors import SafefsError
 from safefs.files import Files, Opened
 from safefs.filesystem import Entry, FileSystem, Handle
+from safefs.fuse.mount import forget_pages
 from safefs.locking import Locking, Wanted, flock_lock, record_lock
 from safefs.locks import Waiting
 from safefs.model import Caller
@@ -39,6 +40,7 @@ SET_MODE, SET_UID, SET_GID, SET_SIZE, SET_ATIME, SET_MTIME = 1 << 0, 1 << 1, 1 <
 SET_ATIME_NOW, SET_MTIME_NOW = 1 << 7, 1 << 8
 
 BLOCK_BYTES = 4096
+MAX_INVALIDATIONS = 8  # threads that wait for the kernel
 
 
 def error_number(error: BaseException, operation: str) -> int:
@@ -145,6 +147,7 @@ class Operations(pyfuse3.Operations):
         self._closing = closing
         self._locking = locking
         self._nursery = nursery
+        self._invalidations = trio.CapacityLimiter(MAX_INVALIDATIONS)
 
     # -------------------------------------------------------------- names
 
@@ -409,15 +412,28 @@ class Operations(pyfuse3.Operations):
                 self._start(request, self._await_unlocking, [unlocking])
                 return
         elif (waiting := self._locking.lock(wanted, wanted.mode)) is not None:
-            self._start(request, self._wait_for_lock, waiting)
+            self._start(request, self._wait_for_lock, waiting, wanted.handle)
+            return
+        elif self._files.may_lag(wanted.handle):
+            self._start(request, self._locked, wanted.handle)
             return
         request.reply_err(0)
 
-    async def _wait_for_lock(self, request: native.Request, waiting: Waiting) -> None:
+    async def _wait_for_lock(self, request: native.Request, waiting: Waiting, number: int) -> None:
         with trio.CancelScope() as scope:
             request.await_interrupt(scope.cancel)
             await self._locking.wait(waiting, request.pid)
-        request.reply_err(0 if waiting.held else errno.EINTR)
+        if waiting.held:
+            await self._locked(request, number)
+        else:
+            request.reply_err(errno.EINTR)
+
+    async def _locked(self, request: native.Request, number: int) -> None:
+        """A lock is held: what is read under it is what was written under it before."""
+        changed = await self._files.catch_up(number)
+        if changed:
+            await trio.to_thread.run_sync(forget_pages, changed, abandon_on_cancel=True, limiter=self._invalidations)
+        request.reply_err(0)
 
     def on_readdir(self, request: native.Request, nodeid: int, number: int, offset: int, size: int) -> None:
         self._start(request, self._readdir, nodeid, number, offset, size)

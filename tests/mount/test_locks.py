@@ -389,11 +389,15 @@ def test_whoever_gets_the_lock_sees_what_was_written_under_it(mount: Mount, part
         fd = opened(writer, path, os.O_RDWR)
         writer(TRY[kind])
         other = opened(reader, path, os.O_RDWR)
+        reader("os.pread(fd, 9000, 0)")  # the kernel has pages of what is there now
         reader.start(BLOCK[kind])
-        writer("os.pwrite(fd, text, 0)", text=str(number).encode())
+        text = str(number).encode() * (number * 500 if number % 3 else 1)
+        writer("os.ftruncate(fd, 0); os.pwrite(fd, text, 0)", text=text)
         writer.closefd(fd)
         reader.result(SECONDS)
-        assert reader.read(path) == str(number).encode()
+        assert reader("os.pread(fd, 20000, 0)") == text
+        assert reader("os.lseek(fd, 0, os.SEEK_END)") == len(text)
+        assert reader.read(path) == text
         reader.closefd(other)
 
 
