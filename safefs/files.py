@@ -355,7 +355,8 @@ class Files:
             if not self.may_lag(number):
                 return 0
             try:
-                base, size = await fs.backing.run_or_daemon(draft.caller, self._open_base, draft.directory.fd, draft.name)
+                directory, name = draft.directory.fd, draft.name
+                base, size = await fs.backing.run_or_daemon(draft.caller, self._open_base, directory, name)
             except OSError:
                 return 0  # the name is gone, or not for this user any more: what was opened stays
             assert draft.base is not None
