@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,6 +13,9 @@ from tests.mount.actors import Actor, actor
 from tests.support.mounting import Mount, mounted
 
 MountFactory = Callable[..., Mount]
+
+# Whoever starts the tests in the background has SIGINT ignored (sh), which every process below would inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
