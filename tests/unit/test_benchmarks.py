@@ -255,6 +255,11 @@ class TestRounds:
 class TestInterruption:
     """Hours of measuring are not lost."""
 
+    @pytest.fixture(autouse=True)
+    def without_fixtures(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What is measured here needs none, and making them takes packages that only the benchmarks have."""
+        monkeypatch.setattr("benchmarks.fixtures.lay_out", lambda *_: None)
+
     def run(self, tmp_path: Path) -> Run:
         calls = iter(range(10))
 
