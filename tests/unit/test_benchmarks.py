@@ -259,6 +259,7 @@ class TestInterruption:
     def without_fixtures(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """What is measured here needs none, and making them takes packages that only the benchmarks have."""
         monkeypatch.setattr("benchmarks.fixtures.lay_out", lambda *_: None)
+        monkeypatch.setattr("benchmarks.fixtures.make_package", lambda _: None)
 
     def run(self, tmp_path: Path) -> Run:
         calls = iter(range(10))
