@@ -613,6 +613,17 @@ def _place_without_replacing(fd: int, temp_name: bytes, directory: int, target: 
         unlink(directory, temp_name)
 
 
+def put_back(directory: int, hidden: bytes, name: bytes) -> None:
+    """Give a file that was renamed to a hidden name its own again, or remove it where that was taken meanwhile."""
+    fd = os.open(hidden, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+    try:
+        _place_without_replacing(fd, hidden, directory, directory, name)
+    except FileExistsError:
+        unlink(directory, hidden)
+    finally:
+        os.close(fd)
+
+
 def take_over(base: int, identity: Identity, directory: int, name: bytes, hidden: bytes) -> int | None:
     """Rename a partial file into a draft: a descriptor to write it with, or None when the name shows another."""
     if identity_at(directory, name) != identity:

@@ -46,6 +46,8 @@ from safefs.native import native
 from safefs.probe import filesystem_type, require_lease_files
 from safefs.publisher import Publisher
 from safefs.recovery import Recovery
+from safefs.rules import Stale
+from safefs.softlocks import SoftLocks, all_noted, remove_noted
 from safefs.state import LOCK_FILES, DaemonRecord, StateDirectory, host_identity, known_dead
 from safefs.tree import Tree
 
@@ -127,7 +129,8 @@ class Daemon:
         hot = self._configure_hot(cache_size) if settings.hot else Cold()
         self.names, self.keeper = self._lock_backend()
         self.locks = Locks(self.names or Alone(self.backing.node_id))
-        self.fs = FileSystem(settings, self.backing, self.publisher, self.locks, cache_size, hot)
+        self.soft_locks = SoftLocks(self.backing, self.record, self.events)
+        self.fs = FileSystem(settings, self.backing, self.publisher, self.locks, self.soft_locks, cache_size, hot)
         self.locking = Locking(self.fs)
         if self.names is not None:
             self.names.resolve = self.locks.resolve
@@ -159,7 +162,9 @@ class Daemon:
         return Names(backend), Keeper(backend, Terms(settings.lease_seconds), self._on_joined, self._on_lost)
 
     def _on_joined(self) -> None:
+        assert self.names is not None
         self.locks.ask_again()
+        self.soft_locks.joined(self.names.node)
 
     def _on_lost(self, reason: str) -> None:
         assert self.names is not None
@@ -198,6 +203,9 @@ class Daemon:
             if self.names is not None and self.keeper is not None:
                 await self._join(helpers, self.names, self.keeper)
             helpers.start_soon(recovery.run)
+            helpers.start_soon(self.soft_locks.run)
+            if self.names is not None:
+                helpers.start_soon(recovery.watch_leases, self.names.gone)
             helpers.start_soon(self.fs.sweep_tickets)
             helpers.start_soon(self.fs.sweep_gathered)
             helpers.start_soon(self._write_events)
@@ -351,7 +359,8 @@ class Daemon:
         if operation == "rules":
             return dict(self.settings.rules.explain(os.fsencode(str(question.get("path")))))
         if operation == "locks":
-            return {"locks": await self._bounded(self.locking.report())}
+            soft = await self.backing.run(backing.DAEMON, all_noted, self.state)
+            return {"locks": await self._bounded(self.locking.report()) + soft}
         if operation == "break":
             return {"broken": await self._break(str(question.get("path")))}
         if operation != "status":
@@ -369,8 +378,13 @@ class Daemon:
 
     async def _break(self, path: str) -> int:
         broken = await self._bounded(self.locking.break_locks(os.fsencode(path)))
+        broken += await self.backing.run(backing.DAEMON, self._break_soft, path)
         self.events.note(EventKind.LOCK_BROKEN, path, locks=broken)
         return broken
+
+    def _break_soft(self, path: str) -> int:
+        entries = [entry for entry in all_noted(self.state) if entry["path"] == os.path.normpath(path)]
+        return len(remove_noted(self.backing, [{**entry, "stale": str(Stale.DEAD)} for entry in entries]))
 
     def _locks_text(self) -> str:
         if self.names is None:

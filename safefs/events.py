@@ -39,6 +39,7 @@ class EventKind(StrEnum):
     LATE_WRITE = "late write"
     LEASE_LOST = "lease lost"  # this node's, and with it all locks that were held through it
     LOCK_BROKEN = "lock broken"  # by an operator
+    LOCK_REMOVED = "lock removed"  # a lock file of a process that was killed, or of a node that is gone
     RECOVERED = "recovered"  # what a dead daemon left was settled
     DAMAGED = "damaged"  # scrub took a file away that is not what it was published as, or what its name says
     RESTORED = "restored"

@@ -21,6 +21,7 @@ from safefs.model import Caller, Process
 from safefs.namespace import Node, Ticket
 from safefs.placing import PrivateInode, write_draft, write_gathered
 from safefs.rules import NameClass
+from safefs.softlocks import Maker, introduce_maker
 
 SMALL_BYTES, GATHERED_BYTES = 1 << 16, 1 << 18  # of writes that are gathered, and of what is gathered
 MAX_GATHERING = 256  # drafts; with more their writes go through
@@ -222,9 +223,13 @@ class Files:
         fs = self.fs
         if flags & os.O_EXCL and fs.drafts.claims(directory, name):
             raise failure(errno.EEXIST)
-        in_place = fs.classify(directory, name).name_class.in_place
+        name_class = fs.classify(directory, name).name_class
+        in_place = name_class.in_place
         kept = flags & (os.O_ACCMODE | os.O_APPEND | os.O_TRUNC | os.O_EXCL)
-        fd, status = await fs.backing.run(caller, backing.create_in_place, directory.fd, name, kept, mode & 0o7777)
+        make = self._make_lock if flags & os.O_EXCL and name_class is NameClass.LOCK else self._make_in_place
+        fd, status, maker = await fs.backing.run(caller, make, directory.fd, name, kept, mode & 0o7777, caller.pid)
+        if maker is not None:
+            fs.soft_locks.made(directory.identity, name, maker, fs.policy(directory, name).stale)
         path_fd = os.open(backing.proc_path(fd), os.O_PATH)
         node = fs.intern(path_fd, status, directory, name)
         node.lookups += 1
@@ -232,6 +237,19 @@ class Files:
         handle = fs.add_handle(node, fd, caller, writable=bool(flags & os.O_ACCMODE), backing_id=candidate)
         opened = Opened(handle, keep_cache=not in_place, direct_io=in_place)
         return opened, fs.entry(node, status)
+
+    @staticmethod
+    def _make_in_place(
+        directory: int, name: bytes, flags: int, mode: int, _tid: int
+    ) -> tuple[int, os.stat_result, Maker | None]:
+        return *backing.create_in_place(directory, name, flags, mode), None
+
+    @staticmethod
+    def _make_lock(
+        directory: int, name: bytes, flags: int, mode: int, tid: int
+    ) -> tuple[int, os.stat_result, Maker | None]:
+        fd, status = backing.create_in_place(directory, name, flags, mode)
+        return fd, status, introduce_maker(directory, fd, tid)
 
     async def _create_draft(
         self, directory: Node, name: bytes, mode: int, flags: int, caller: Caller

@@ -32,6 +32,7 @@ from safefs.passthrough import Passthrough
 from safefs.placing import write_gathered
 from safefs.publisher import Publisher
 from safefs.rules import Match, NameClass, Policy
+from safefs.softlocks import SoftLocks
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +93,7 @@ class FileSystem:
         store: Backing,
         publisher: Publisher,
         locks: Locks,
+        soft_locks: SoftLocks,
         max_descriptors: int,
         hot: Cold | None = None,
     ) -> None:
@@ -107,6 +109,7 @@ class FileSystem:
         self.device = ""  # major:minor of the mount, once it is mounted
         self.passthrough = Passthrough("not mounted yet")
         self.locks = locks
+        self.soft_locks = soft_locks
         self.can_lose_locks = False  # they are shared with other nodes
         self.accepting = True  # False while the daemon drains: no new writers
         self.looks = trio.CapacityLimiter(64)  # threads that look at /proc

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import select
+import signal
 import time
 from collections.abc import Iterator
 
@@ -183,6 +184,17 @@ def is_alive(pidfd: int) -> bool:
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
     return not poll.poll(0)
+
+
+def is_reaped(pidfd: int) -> bool:
+    """Whether nothing is left of the process behind a pidfd, not even a zombie."""
+    try:
+        signal.pidfd_send_signal(pidfd, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass
+    return False
 
 
 def open_pidfd(tgid: int) -> int:

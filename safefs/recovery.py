@@ -1,8 +1,13 @@
-"""Settles what a dead daemon left behind: hidden temps, and partial files that it had taken over.
+"""Settles what a dead daemon left behind: hidden temps, partial files that it had taken over, and lock files.
 
 Whether another daemon is dead is never guessed.  On this host its process is gone (same boot, same pid namespace); a
 host that has booted again has no processes of before; any other daemon is watched, and is dead when its heartbeat has
 not changed for `DEAD_AFTER_SECONDS` of this daemon's own monotonic clock.  No clocks or mtimes are compared.
+
+Where nodes have leases (safefs/cluster), the lock files of one whose lease is over go at once, dead or not.
+
+With many nodes not everybody watches everybody: the daemons on record are a ring, and each watches the next ones, up to
+the second that it sees alive.
 """
 
 from __future__ import annotations
@@ -12,6 +17,7 @@ import logging
 import os
 import shutil
 import time
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -19,13 +25,18 @@ import trio
 
 from safefs import backing
 from safefs.backing import DAEMON, RENAME_NOREPLACE, Backing
+from safefs.cluster.backend import BackendError
 from safefs.events import EventKind, EventLog
+from safefs.softlocks import Noted, read_noted, remove_noted
 from safefs.state import DAEMONS, RECORD_VERSION, DaemonRecord, StateDirectory, known_dead
 
 log = logging.getLogger(__name__)
 
 BEAT_SECONDS = 5.0
 DEAD_AFTER_SECONDS = 60.0
+ALIVE_SECONDS = 15.0  # since the last heartbeat
+WATCHED = 2  # daemons that are alive
+LEASE_LOOK_SECONDS = 1.0
 SETTLING_SUFFIX = ".settling"
 
 
@@ -38,6 +49,8 @@ class Recovery:
         self._state = state
         self._record = record
         self._beats: dict[str, tuple[str, float]] = {}  # node id → heartbeat, and when it was first seen so
+        self._living: set[str] = set()  # node ids whose heartbeat was seen to change lately
+        self._freed: set[str] = set()  # names in the cluster of nodes whose lock files have been removed
 
     async def run(self) -> None:
         """Until cancelled: beat, and settle what dead daemons left."""
@@ -49,13 +62,54 @@ class Recovery:
                 log.warning("the state directory cannot be used at the moment: %s", error)
             await trio.sleep(BEAT_SECONDS)
 
+    async def watch_leases(self, gone: Callable[[Iterable[str]], Awaitable[set[str]]]) -> None:
+        """Until cancelled: remove the lock files of nodes that have lost their leases, as `gone` tells."""
+        while True:
+            await trio.sleep(LEASE_LOOK_SECONDS)
+            try:
+                noted = await self._backing.run(DAEMON, self._noted_by_others)
+                lost = await gone(each.node for each in noted)
+                for each in noted:
+                    if each.node in lost:
+                        await self._backing.run(DAEMON, self._free, each)
+            except (OSError, BackendError) as error:
+                log.warning("the lock files of other nodes cannot be looked at: %s", error)
+
+    def _noted_by_others(self) -> list[Noted]:
+        found = [read_noted(path) for path in self._ring(self._others())]
+        nodes = [noted for noted in found if noted is not None and noted.node and noted.locks]
+        self._freed &= {noted.node for noted in nodes}
+        return [noted for noted in nodes if noted.node not in self._freed]
+
+    def _free(self, noted: Noted) -> None:
+        for path in remove_noted(self._backing, noted.locks):
+            self._events.note(EventKind.LOCK_REMOVED, path, reason="the lease of its node is over", holder=noted.node)
+        self._freed.add(noted.node)
+
+    def _others(self) -> list[Path]:
+        """The records of the other daemons, in the order of the ring: those that come after this one first."""
+        paths = sorted((self._state.path / DAEMONS).iterdir())
+        after = [path for path in paths if path > self._record.path]
+        return after + [path for path in paths if path < self._record.path]
+
+    def _ring(self, paths: list[Path]) -> Iterator[Path]:
+        """Those that this daemon watches."""
+        living = 0
+        for path in paths:
+            yield path
+            living += path.name in self._living
+            if living == WATCHED:
+                return
+
     def settle_dead(self) -> None:
-        """Look at every other daemon's record once.  Blocks."""
-        for path in sorted((self._state.path / DAEMONS).iterdir()):
-            if path != self._record.path and self._is_dead(path):
+        """Look at the records of other daemons once.  Blocks."""
+        others = self._others()
+        watched = set(self._ring(others))
+        for path in others:
+            if self._is_dead(path, watched=path in watched):
                 self._settle(path)
 
-    def _is_dead(self, path: Path) -> bool:
+    def _is_dead(self, path: Path, *, watched: bool) -> bool:
         try:
             identity = json.loads((path / "identity.json").read_text(encoding="ascii"))
         except (OSError, ValueError):
@@ -63,7 +117,10 @@ class Recovery:
         if identity.get("version", RECORD_VERSION) != RECORD_VERSION:
             return False
         known = known_dead(identity)
-        return self._has_stopped_beating(path) if known is None else known
+        if known is None:
+            return watched and self._has_stopped_beating(path)
+        (self._living.discard if known else self._living.add)(path.name)
+        return known
 
     def _has_stopped_beating(self, path: Path) -> bool:
         try:
@@ -74,7 +131,11 @@ class Recovery:
         last, since = self._beats.get(path.name, (None, now))
         if beat != last:
             self._beats[path.name] = (beat, now)
+            if last is not None:
+                self._living.add(path.name)
             return False
+        if now - since > ALIVE_SECONDS:
+            self._living.discard(path.name)
         return now - since > DEAD_AFTER_SECONDS
 
     def _settle(self, path: Path) -> None:
@@ -85,7 +146,11 @@ class Recovery:
         except FileNotFoundError:
             return
         self._beats.pop(path.name, None)
+        self._living.discard(path.name)
         settled = 0
+        noted = read_noted(mine)
+        if noted is not None:
+            self._free(noted)
         for entry in self._journal(mine / "journal"):
             try:
                 settled += self._settle_directory(entry, path.name.partition(".")[0])

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 from safefs.errors import ConfigError
 
 CACHED_NAMES = 16384
-GIVEN = ("class", "verify", "content", "retain")
+GIVEN = ("class", "verify", "content", "retain", "stale")
 _DURATION = re.compile(r"(\d{1,9})([smhd])")
 _RULE_HEADING = re.compile(r"^[ \t]*\[\[\s*rule\s*\]\]", re.MULTILINE)
 _SPECIAL = re.compile(rb"[*?\[]")
@@ -63,6 +63,14 @@ class Content(StrEnum):
     OFF = "off"  # nothing
 
 
+class Stale(StrEnum):
+    """When a lock file goes whose creator is gone (safefs/softlocks.py)."""
+
+    SIGNALLED = "signalled"  # its creator was killed by a signal, or its node is gone
+    DEAD = "dead"  # its creator is gone, however it ended, or its node is
+    OFF = "off"  # never
+
+
 @dataclass(frozen=True)
 class Rule:
     """One `[[rule]]` table: globs, and what they give; None is left to later rules."""
@@ -74,15 +82,17 @@ class Rule:
     verify: Verify | None = None
     content: tuple[Content, ...] | None = None
     retain_seconds: float | None = None
+    stale: Stale | None = None
 
 
 @dataclass(frozen=True)
 class Policy:
-    """How a file of this name is published; None: as the mount says."""
+    """How a file of this name is published, and what becomes of a lock file; None: as the mount says."""
 
     verify: Verify | None = None
     content: tuple[Content, ...] = ()
     retain_seconds: float | None = None  # for how long what is replaced stays reachable
+    stale: Stale = Stale.SIGNALLED
 
 
 @dataclass(frozen=True)
@@ -117,7 +127,7 @@ class _Matcher:
 
     @property
     def gives_policy(self) -> bool:
-        given = (self.rule.verify, self.rule.content, self.rule.retain_seconds)
+        given = (self.rule.verify, self.rule.content, self.rule.retain_seconds, self.rule.stale)
         return any(value is not None for value in given)
 
     def matches(self, name: bytes, directory: bytes) -> bool:
@@ -153,6 +163,7 @@ class RuleSet:
             next((rule.verify for rule in found if rule.verify is not None), None),
             tuple(checks),
             next((rule.retain_seconds for rule in found if rule.retain_seconds is not None), None),
+            next((rule.stale for rule in found if rule.stale is not None), Stale.SIGNALLED),
         )
 
     def explain(self, path: bytes) -> dict[str, str]:
@@ -167,6 +178,7 @@ class RuleSet:
             "verify": str(policy.verify or "default"),
             "content": ", ".join(policy.content) or "off",
             "retain": "default" if policy.retain_seconds is None else f"{policy.retain_seconds:g} s",
+            "stale": str(policy.stale),
         }
 
     def _find(self, name: bytes, directory: bytes) -> Match:
@@ -216,6 +228,7 @@ def _parse_rule(table: object, source: str) -> Rule:
         _parse_choice(table, "verify", Verify, source),
         _parse_content(table, source),
         _parse_retain(table, source),
+        _parse_choice(table, "stale", Stale, source),
     )
 
 

@@ -36,6 +36,7 @@ LOCK_FILES = "locks"
 CLUSTER = "cluster"
 RETAINED = "retained"
 RECORD_SUFFIX = ".json"
+SOFT_LOCKS = "softlocks"  # in a daemon's record
 LOCKS = "names.lock"
 LOCK_RANGE = (1 << 62) - 1
 NAME_LOCK_SECONDS = 30.0  # a publish holds it for a rename, and for comparing two files where there is a conflict
@@ -80,6 +81,14 @@ def known_dead(identity: Mapping[str, Any]) -> bool | None:
     if identity.get("pid_namespace") != me["pid_namespace"]:
         return None
     return bool(start_time(identity["pid"]) != identity["start"])
+
+
+def host_of(record: Path) -> str:
+    """The host of the daemon with this record; empty where that cannot be read."""
+    try:
+        return str(json.loads((record / "identity.json").read_text(encoding="ascii"))["host"])
+    except (OSError, ValueError, KeyError):
+        return ""
 
 
 @dataclass(frozen=True)
@@ -283,13 +292,22 @@ class DaemonRecord:
         """Before a partial file is renamed into a draft: where it belongs."""
         self._append({"directory": os.fsdecode(path), "hidden": os.fsdecode(hidden), "name": os.fsdecode(name)})
 
+    def write_soft_locks(self, data: dict[str, Any]) -> None:
+        """Replace the list of lock files that go with this daemon, durably: others read it when this node is gone."""
+        temporary = self.path / f"{SOFT_LOCKS}.new"
+        with open(temporary, "w", encoding="ascii") as file:
+            json.dump(data, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(self.path / SOFT_LOCKS)
+
     def _append(self, entry: dict[str, str]) -> None:
         os.write(self._journal, json.dumps(entry).encode("ascii") + b"\n")
 
     def remove(self) -> None:
         """An orderly end: nothing is left to find."""
         os.close(self._journal)
-        for name in ("heartbeat.new", "heartbeat", "journal", "identity.json"):
+        for name in ("heartbeat.new", "heartbeat", "journal", "identity.json", SOFT_LOCKS, f"{SOFT_LOCKS}.new"):
             (self.path / name).unlink(missing_ok=True)
         with suppress(OSError):
             self.path.rmdir()

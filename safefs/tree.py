@@ -195,10 +195,12 @@ class Tree:
         await fs.wait_turn(caller)
         await fs.ordering.wait_name(directory, name)
         own = await self._own_draft(directory, name, caller)
+        lock = fs.soft_locks.find(directory.identity, name)
         async with fs.held(own), fs.pinned(directory):
             keeper = fs.publisher.keeper_of(directory, name)
             if own is None:
                 await fs.backing.run(caller, self._unlink_entry, directory.fd, name, keeper)
+                fs.soft_locks.forget(lock)
                 return
             has_version = own.base is not None
             await self._cancel(own)
@@ -316,10 +318,13 @@ class Tree:
         else:
             if own is not None:
                 await fs.publish(own)
+            locks = [fs.soft_locks.find(old.identity, name), fs.soft_locks.find(new.identity, new_name)]
             checked = await fs.publisher.check_new_name(old, name, new, new_name, caller)
             renaming = partial(self._rename_entry, checked, fs.publisher.keeper_of(new, new_name))
             async with fs.publisher.holding(new, new_name):
                 status = await fs.backing.run(caller, renaming, old.fd, name, new.fd, new_name, flags)
+            for lock in locks:
+                fs.soft_locks.forget(lock)
             moved = fs.nodes.find(backing.identity_of(status))
             if moved is not None and moved is not fs.root:
                 fs.moved(moved, new, new_name)

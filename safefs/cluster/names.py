@@ -7,7 +7,7 @@ queued (`submit`); one task for each name takes its steps to the record, as many
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import trio
@@ -139,6 +139,10 @@ class Names:
                     await self.submit(key, LetPass(Kind.FLOCK, Wait(0, Lock(Owner(self.node, 0), Mode.SHARED)))).wait()
             found[key] = self.known(key)
         return found
+
+    async def gone(self, nodes: Iterable[str]) -> set[str]:
+        """Those of the nodes that have lost their leases.  Raises BackendError."""
+        return await self._backend.gone(nodes)
 
     async def host_of(self, node: str) -> str:
         """The host that a node is on, as far as that is known."""

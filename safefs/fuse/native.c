@@ -762,6 +762,21 @@ static PyObject *native_link_count(PyObject *module, PyObject *arg)
 	return PyLong_FromUnsignedLong(status.stx_nlink);
 }
 
+static PyObject *native_birth_time(PyObject *module, PyObject *arg)
+{
+	(void)module;
+	struct statx status;
+	long fd = PyLong_AsLong(arg);
+	if (fd == -1 && PyErr_Occurred())
+		return NULL;
+	int result;
+	Py_BEGIN_ALLOW_THREADS result = statx((int)fd, "", AT_EMPTY_PATH, STATX_BTIME, &status);
+	Py_END_ALLOW_THREADS if (result < 0) return PyErr_SetFromErrno(PyExc_OSError);
+	if (!(status.stx_mask & STATX_BTIME))
+		return PyLong_FromLong(0);
+	return PyLong_FromLongLong(status.stx_btime.tv_sec * 1000000000LL + status.stx_btime.tv_nsec);
+}
+
 static PyObject *native_utimensat(PyObject *module, PyObject *args)
 {
 	(void)module;
@@ -952,6 +967,7 @@ static PyMethodDef native_methods[] = {
 	{"linkat", native_linkat, METH_VARARGS, "linkat(2)"},
 	{"renameat2", native_renameat2, METH_VARARGS, "renameat2(2)"},
 	{"fallocate", native_fallocate, METH_VARARGS, "fallocate(2)"},
+	{"birth_time", native_birth_time, METH_O, "When a descriptor's inode was made (ns), 0 where that is not known."},
 	{"link_count", native_link_count, METH_O, "st_nlink of a descriptor, asked of the server (AT_STATX_FORCE_SYNC)."},
 	{"utimensat", native_utimensat, METH_VARARGS, "utimensat(2), with UTIME_NOW and UTIME_OMIT"},
 	{"fchown", native_fchown, METH_VARARGS, "fchownat(2) of a descriptor, O_PATH and symbolic links included"},

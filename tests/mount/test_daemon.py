@@ -18,18 +18,11 @@ import pytest
 from tests.conftest import MountFactory
 from tests.mount.actors import Actor, actor
 from tests.mount.places import A, B, content, in_quarantine, leftovers
-from tests.support.mounting import Mount, abort_connection, safefs_command, wait_until
+from tests.support.mounting import Mount, abort_connection, safefs, wait_until
 
 CREATE = os.O_CREAT | os.O_TRUNC | os.O_WRONLY
 MANY_OPENS = int(os.environ.get("SAFEFS_MANY_OPENS", "20000"))
 END_SECONDS = 60
-
-
-def safefs(*arguments: str | os.PathLike[str], seconds: float = END_SECONDS) -> subprocess.CompletedProcess[str]:
-    """A safefs command, run to its end."""
-    return subprocess.run(
-        safefs_command(*arguments), capture_output=True, text=True, timeout=seconds, stdin=subprocess.DEVNULL
-    )
 
 
 def is_mounted(path: Path) -> bool:

@@ -16,14 +16,10 @@ import xxhash
 from tests.conftest import MountFactory
 from tests.mount.actors import Actor, actor
 from tests.mount.places import A, B, content, quarantined
-from tests.support.mounting import Mount, safefs_command, wait_until
+from tests.support.mounting import Mount, safefs, safefs_command, wait_until
 
 CREATE = os.O_CREAT | os.O_TRUNC | os.O_WRONLY
 SECONDS = 60
-
-
-def safefs(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(safefs_command(*arguments), capture_output=True, text=True, timeout=SECONDS)
 
 
 def listed(mount: Mount) -> list[dict[str, Any]]:

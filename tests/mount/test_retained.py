@@ -14,13 +14,9 @@ import pytest
 from tests.conftest import MountFactory
 from tests.mount.actors import Actor, actor
 from tests.mount.places import A, B, content, in_quarantine
-from tests.support.mounting import Mount, safefs_command
+from tests.support.mounting import Mount, safefs
 
 SECONDS = 60
-
-
-def safefs(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(safefs_command(*arguments), capture_output=True, text=True, timeout=SECONDS)
 
 
 def history(path: Path) -> list[dict[str, Any]]:

@@ -14,14 +14,9 @@ import xxhash
 
 from tests.mount.actors import Actor
 from tests.mount.places import A, B, content, in_quarantine
-from tests.support.mounting import Mount, safefs_command, wait_until
+from tests.support.mounting import Mount, safefs, safefs_command, wait_until
 
 SECONDS = 60
-
-
-def safefs(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = safefs_command(*arguments)
-    return subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, env={**os.environ, **environment})
 
 
 def damage(path: Path) -> None:

@@ -28,6 +28,20 @@ def safefs_command(*arguments: str | os.PathLike[str], python: str = sys.executa
     return [python, "-m", "safefs", *(os.fspath(argument) for argument in arguments)]
 
 
+def safefs(
+    *arguments: str | os.PathLike[str], seconds: float = 60.0, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """A safefs command, run to its end; `environment` is added to the one here."""
+    return subprocess.run(
+        safefs_command(*arguments),
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, **environment},
+    )
+
+
 @dataclass
 class Mount:
     """A live mount: `path` is where clients look, `backing` the bare directory below it."""

@@ -183,7 +183,8 @@ def test_refused_globs(glob: str, complaint: str) -> None:
 @pytest.mark.parametrize(
     ("table", "complaint"),
     [
-        ({"class": "shared", "match": ["a"], "stale": "off"}, "unknown key 'stale'"),
+        ({"class": "shared", "match": ["a"], "state": "off"}, "unknown key 'state'"),
+        ({"stale": "soon", "match": ["a"]}, "unknown stale 'soon'"),
         ({"match": ["a"]}, "gives nothing"),
         ({"verify": "maybe", "match": ["a"]}, "unknown verify 'maybe'"),
         ({"content": "md5", "match": ["a"]}, "content: 'md5'"),
@@ -222,7 +223,7 @@ def test_source_is_the_position_where_lines_are_in_doubt() -> None:
 def test_explain_splits_the_path() -> None:
     explained = RuleSet([Rule(NameClass.SHARED, ("a/*.x",), "file:1", "because")]).explain(b"a/b.x")
     found = {"class": "shared", "glob": "a/*.x", "source": "file:1", "reason": "because"}
-    assert explained == {**found, "verify": "default", "content": "off", "retain": "default"}
+    assert explained == {**found, "verify": "default", "content": "off", "retain": "default", "stale": "signalled"}
 
 
 PLAIN = st.binary(min_size=1, max_size=20).filter(lambda name: b"/" not in name and b"\0" not in name)

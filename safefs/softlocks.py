@@ -1,0 +1,430 @@
+"""Lock files that are locks by being there (class lock, made with O_EXCL), and what becomes of them without a maker.
+
+A file goes when the process that made it was ended by a signal with the file still there, or when the lease of its
+node is over.  A process that exits by itself proves nothing (lockfile-create(1) exits and its lock stands), and neither
+does one whose end nobody saw: such a file stays, and `safefs locks` says that its creator is gone.  `stale` in the
+rules: `signalled` is that; with `dead` any end of the process counts, with `off` none, nor the end of the lease.
+
+How a process ended is learnt by a pidfd, which was opened while it waited for its open(2): from the kernel once it is
+reaped (ioctl_pidfd(2), PIDFD_GET_INFO with PIDFD_INFO_EXIT, Linux 6.15), before that from /proc while it is a zombie.
+Older kernels leave nothing of a process that was reaped at once: then the file stays.
+
+What other nodes have to know when this one is gone is in a file of this daemon's record, for locks that have been there
+for `NOTE_SECONDS`: most live for less.  Until then a node that dies with all of its daemons leaves a file that stays.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import stat
+import struct
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from safefs import backing, processes
+from safefs.backing import DAEMON, Backing
+from safefs.events import EventKind, EventLog
+from safefs.model import Closer, Identity, Process
+from safefs.native import native
+from safefs.rules import Stale
+from safefs.state import DAEMONS, SOFT_LOCKS, DaemonRecord, StateDirectory, host_of
+
+log = logging.getLogger(__name__)
+
+NOTE_SECONDS = 0.1
+SWEEP_SECONDS = 60.0  # between looks whether the files are still there: other nodes can remove them
+MAX_WATCHED = 1024  # files; each keeps two descriptors open
+REAP_SECONDS = (0.005, 2.0)  # between looks at a zombie, at first and at most
+LOOK_SECONDS = 1.0  # at /proc, which can make wait
+
+# include/uapi/linux/pidfd.h: struct pidfd_info, its first version.
+_PIDFD_GET_INFO = 0xC040FF0B
+_PIDFD_INFO_EXIT = 1 << 3
+_INFO_BYTES, _EXIT_CODE_AT = 64, 60
+
+
+ALIVE = "alive"
+
+
+class End(StrEnum):
+    """How the process that made a lock ended."""
+
+    KILLED = "killed by a signal"
+    EXITED = "exited"
+    UNKNOWN = "ended, nobody saw how"
+
+
+def exit_status(pidfd: int) -> int | None:
+    """The wait(2) status of a process that was reaped; None before that, or where the kernel does not tell."""
+    info = bytearray(_INFO_BYTES)
+    struct.pack_into("=Q", info, 0, _PIDFD_INFO_EXIT)
+    try:
+        fcntl.ioctl(pidfd, _PIDFD_GET_INFO, info)
+    except OSError:
+        return None
+    if not struct.unpack_from("=Q", info, 0)[0] & _PIDFD_INFO_EXIT:
+        return None
+    return int(struct.unpack_from("=i", info, _EXIT_CODE_AT)[0])
+
+
+def end_of(pidfd: int, tgid: int) -> End | None:
+    """How a process ended; None while it is a zombie of which that is not seen.  Blocks."""
+    status = exit_status(pidfd)
+    if status is not None:
+        return End.KILLED if os.WIFSIGNALED(status) else End.EXITED
+    _, closer = processes.closer_of(tgid)
+    if not processes.is_reaped(pidfd):  # so it was this process that /proc spoke of
+        return {Closer.KILLED: End.KILLED, Closer.EXITED: End.EXITED}.get(closer)
+    status = exit_status(pidfd)
+    if status is None:
+        return End.UNKNOWN
+    return End.KILLED if os.WIFSIGNALED(status) else End.EXITED
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What tells one file from a later one of its name, also on another node: inode numbers are used again."""
+
+    ino: int
+    born: int  # ns; 0 where the filesystem does not know it
+    changed: int  # st_mtime_ns, for filesystems that do not know the former
+
+    @classmethod
+    def of(cls, fd: int) -> Mark:
+        status = os.fstat(fd)
+        return cls(status.st_ino, native.birth_time(fd), status.st_mtime_ns)
+
+    def is_same(self, other: Mark) -> bool:
+        if self.ino != other.ino or self.born != other.born:
+            return False
+        return bool(self.born) or self.changed == other.changed
+
+
+@dataclass(frozen=True)
+class Maker:
+    """Who has just made a lock file, and where; the descriptors belong to whoever gets this."""
+
+    process: Process
+    pidfd: int
+    directory_fd: int
+    fd: int  # O_PATH; keeps the inode's number from being used again, as far as this node can
+
+    def close(self) -> None:
+        for fd in (self.pidfd, self.directory_fd, self.fd):
+            os.close(fd)
+
+
+def introduce_maker(directory: int, fd: int, tid: int) -> Maker | None:
+    """The process of a thread that waits for its open(2) of a new lock file; None where it cannot be seen.  Blocks."""
+    process = processes.identify(tid)
+    pidfd = processes.open_pidfd(process.tgid) if process is not None else -1
+    if process is None or pidfd < 0:
+        return None
+    path_fd = os.open(backing.proc_path(fd), os.O_PATH | os.O_CLOEXEC)
+    return Maker(process, pidfd, os.dup(directory), path_fd)
+
+
+@dataclass(eq=False)
+class SoftLock:
+    """One lock file, and who made it."""
+
+    directory: Identity
+    name: bytes
+    directory_fd: int
+    fd: int
+    creator: Process
+    stale: Stale
+    since: float = field(default_factory=time.time)
+    noted: bool = False  # on record for other nodes
+    end: End | None = None  # of its creator, which the file has outlived
+
+    def close(self) -> None:
+        os.close(self.directory_fd)
+        os.close(self.fd)
+
+
+@dataclass(eq=False)
+class _Creator:
+    """A process that has made soft locks."""
+
+    process: Process
+    pidfd: int
+    locks: set[SoftLock] = field(default_factory=set)
+
+
+class SoftLocks:
+    """The soft locks that were made through one mount."""
+
+    def __init__(self, store: Backing, record: DaemonRecord, events: EventLog) -> None:
+        self._backing = store
+        self._record = record
+        self._events = events
+        self._locks: dict[tuple[Identity, bytes], SoftLock] = {}
+        self._creators: dict[int, _Creator] = {}
+        self._nursery: trio.Nursery | None = None
+        self._noting = False
+        self._looks = trio.CapacityLimiter(4)  # threads that look at /proc
+        self.node = ""  # this node's name in the cluster; empty: there is none
+
+    async def run(self) -> None:
+        """Until cancelled: watch those who made locks."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            try:
+                while True:
+                    await trio.sleep(SWEEP_SECONDS)
+                    if self._locks:
+                        await self._drop_missing()
+            finally:
+                self._nursery = None
+                for creator in self._creators.values():
+                    os.close(creator.pidfd)
+                for lock in self._locks.values():
+                    lock.close()
+
+    # ------------------------------------------------------------- locks
+
+    def made(self, directory: Identity, name: bytes, maker: Maker, stale: Stale) -> None:
+        """A process has made a lock file."""
+        if len(self._locks) >= MAX_WATCHED or self._nursery is None:
+            log.warning("%r is not watched: there are %d lock files already", name, len(self._locks))
+            maker.close()
+            return
+        self.forget(self.find(directory, name))
+        lock = SoftLock(directory, name, maker.directory_fd, maker.fd, maker.process, stale)
+        self._locks[directory, name] = lock
+        creator = self._creators.get(maker.process.tgid)
+        if creator is not None and processes.is_alive(creator.pidfd):
+            os.close(maker.pidfd)
+        else:
+            creator = self._creators[maker.process.tgid] = _Creator(maker.process, maker.pidfd)
+            self._nursery.start_soon(self._watch, creator)
+        creator.locks.add(lock)
+        self._note_soon()
+
+    def find(self, directory: Identity, name: bytes) -> SoftLock | None:
+        """The lock that this name shows, as far as this node knows; to `forget` once it is removed."""
+        return self._locks.get((directory, name)) if self._locks else None
+
+    def forget(self, lock: SoftLock | None) -> None:
+        """The file is removed, or its name shows something else now."""
+        if lock is None or self._locks.get((lock.directory, lock.name)) is not lock:
+            return
+        del self._locks[lock.directory, lock.name]
+        creator = self._creators.get(lock.creator.tgid)
+        if creator is not None:
+            creator.locks.discard(lock)
+        if lock.noted:
+            self._note_soon()
+        lock.close()
+
+    def joined(self, node: str) -> None:
+        """This node has a name in the cluster, a new one after each lost lease.
+
+        Others may have removed files when the last one was over; what is left stands under the new one.
+        """
+        self.node = node
+        if self._locks:
+            self._note_soon()
+
+    async def _drop_missing(self) -> None:
+        for lock in list(self._locks.values()):
+            shown = await self._backing.run(DAEMON, self._is_shown, lock)
+            if not shown:
+                self.forget(lock)
+
+    @staticmethod
+    def _is_shown(lock: SoftLock) -> bool:
+        try:
+            return backing.identity_at(lock.directory_fd, lock.name) == backing.identity_of(os.fstat(lock.fd))
+        except OSError:
+            return False
+
+    # ----------------------------------------------------------- creators
+
+    async def _watch(self, creator: _Creator) -> None:
+        tgid = creator.process.tgid
+        try:
+            await trio.lowlevel.wait_readable(creator.pidfd)
+            end = await self._end_of(creator)
+        finally:
+            if self._creators.get(tgid) is creator:
+                del self._creators[tgid]
+            os.close(creator.pidfd)
+        creator.locks -= {lock for lock in creator.locks if self._locks.get((lock.directory, lock.name)) is not lock}
+        for lock in list(creator.locks):
+            lock.end = end
+            if (end is End.KILLED and lock.stale is Stale.SIGNALLED) or lock.stale is Stale.DEAD:
+                await self._remove(lock, f"its creator {end}")
+        if creator.locks:
+            self._note_soon()  # they have outlived it
+
+    async def _end_of(self, creator: _Creator) -> End:
+        pause, longest = REAP_SECONDS
+        while True:
+            end = None
+            with trio.move_on_after(LOOK_SECONDS):
+                end = await trio.to_thread.run_sync(
+                    end_of, creator.pidfd, creator.process.tgid, abandon_on_cancel=True, limiter=self._looks
+                )
+            if end is not None:
+                return end
+            await trio.sleep(pause)
+            pause = min(2 * pause, longest)
+
+    async def _remove(self, lock: SoftLock, reason: str) -> None:
+        if self._locks.get((lock.directory, lock.name)) is not lock:
+            return
+        try:
+            path, removed = await self._backing.run(DAEMON, self._remove_file, lock)
+        except OSError as error:
+            log.warning("the lock file %r of a process that is gone stays: %s", lock.name, error)
+            return
+        if removed:
+            self._events.note(
+                EventKind.LOCK_REMOVED, path, reason=reason, pid=lock.creator.tgid, command=lock.creator.command
+            )
+            log.info("removed the lock file %s: %s", path, reason)
+        self.forget(lock)
+
+    def _remove_file(self, lock: SoftLock) -> tuple[str, bool]:
+        path = self._path(lock)
+        hidden = self._backing.hidden_name(b"l")
+        return path, remove_if_same(lock.directory_fd, lock.name, Mark.of(lock.fd), hidden)
+
+    def _path(self, lock: SoftLock) -> str:
+        directory = os.fsdecode(backing.path_below(self._backing.root_path, lock.directory_fd))
+        return os.path.join(directory, os.fsdecode(lock.name))
+
+    # ------------------------------------------------------------- record
+
+    def _note_soon(self) -> None:
+        if not self._noting and self._nursery is not None:
+            self._noting = True
+            self._nursery.start_soon(self._note)
+
+    async def _note(self) -> None:
+        await trio.sleep(NOTE_SECONDS)
+        self._noting = False
+        locks = list(self._locks.values())
+        for lock in locks:
+            lock.noted = True
+        try:
+            await self._backing.run(DAEMON, self._write, locks)
+        except OSError as error:
+            log.warning("lock files could not be put on record: %s", error)
+
+    def _write(self, locks: list[SoftLock]) -> None:
+        entries = []
+        for lock in locks:
+            with suppress(OSError):  # removed at this moment
+                entries.append(self._entry(lock))
+        self._record.write_soft_locks({"node": self.node, "locks": entries})
+
+    def _entry(self, lock: SoftLock) -> dict[str, Any]:
+        mark = Mark.of(lock.fd)
+        return {
+            "path": self._path(lock),
+            "ino": mark.ino,
+            "born": mark.born,
+            "changed": mark.changed,
+            "pid": lock.creator.tgid,
+            "command": lock.creator.command,
+            "creator": str(lock.end or ALIVE),
+            "stale": str(lock.stale),
+            "since": round(lock.since, 3),
+        }
+
+
+@dataclass(frozen=True)
+class Noted:
+    """The soft locks that a daemon has on record."""
+
+    node: str  # its name in the cluster then
+    locks: tuple[dict[str, Any], ...]
+
+
+def read_noted(record: Path) -> Noted | None:
+    """What a daemon has on record; None where there is nothing, or nothing that can be read.  Blocks."""
+    try:
+        data = json.loads((record / SOFT_LOCKS).read_text(encoding="ascii"))
+        return Noted(str(data["node"]), tuple(data["locks"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def all_noted(state: StateDirectory) -> list[dict[str, Any]]:
+    """The soft locks that any daemon has on record, as `safefs locks` shows them.  Blocks."""
+    entries = []
+    for record in sorted((state.path / DAEMONS).iterdir()):
+        noted = read_noted(record)
+        if noted is None:
+            continue
+        host = host_of(record)
+        for entry in noted.locks:
+            state_text = "held" if entry["creator"] == ALIVE else f"creator {entry['creator']}"
+            shown = {"kind": "file", "mode": "exclusive", "first": 0, "last": None, "state": state_text}
+            entries.append({**entry, **shown, "node": noted.node, "host": host})
+    return entries
+
+
+def remove_noted(store: Backing, locks: Iterable[dict[str, Any]]) -> list[str]:
+    """Remove the files of a node whose lease is over; returns their paths.  Blocks."""
+    removed = []
+    for entry in locks:
+        directory, name = os.path.split(os.fsencode(entry["path"]))
+        if entry["stale"] == Stale.OFF:
+            continue
+        try:
+            fd = backing.open_below(store.root_fd, directory)
+        except OSError:
+            continue  # the directory is gone
+        try:
+            mark = Mark(entry["ino"], entry["born"], entry["changed"])
+            if remove_if_same(fd, name, mark, store.hidden_name(b"l")):
+                removed.append(entry["path"])
+        except OSError as error:
+            log.warning("the lock file %s of a node that is gone stays: %s", entry["path"], error)
+        finally:
+            os.close(fd)
+    return removed
+
+
+def remove_if_same(directory: int, name: bytes, mark: Mark, hidden: bytes) -> bool:
+    """Remove a name as long as it shows this file: another one that comes meanwhile is put back.
+
+    Whoever makes the name in the moment in which another's file is out of its place has it, and that file goes.  It
+    takes two others who make the same lock within microseconds, one before and one after the rename.
+    """
+    if not _shows(directory, name, mark):
+        return False
+    backing.rename(directory, name, directory, hidden, 0)
+    if not _shows(directory, hidden, mark):
+        backing.put_back(directory, hidden, name)
+        return False
+    backing.unlink(directory, hidden)
+    return True
+
+
+def _shows(directory: int, name: bytes, mark: Mark) -> bool:
+    try:
+        fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ESTALE, errno.ENOTDIR):
+            return False
+        raise
+    try:
+        return stat.S_ISREG(os.fstat(fd).st_mode) and Mark.of(fd).is_same(mark)
+    finally:
+        os.close(fd)
