@@ -342,3 +342,33 @@ def test_what_a_daemon_notes_is_what_its_successor_reads(node: Node) -> None:
         {"directory": "a"},
     ]
     assert backing.HIDDEN_PREFIX.decode() in HIDDEN
+
+
+# ----------------------------------------------------------- who watches whom
+
+
+def test_a_daemon_watches_up_to_the_second_that_is_alive(node: Node, clock: Clock) -> None:
+    """In the order of the ring, which goes on from its end to its beginning; the dead between them are watched too."""
+    mine = node.state.path / "daemons"
+    own = node.record.path.name
+    names = [f"{own}{letter}" for letter in "abcd"] + ["0"]  # four after this daemon, one before it
+    for name in names:
+        node.other(ELSEWHERE, name=name)
+
+    def beat(*living: str) -> None:
+        for name in living:
+            (mine / name / "heartbeat").write_text(f"{clock.now}\n")
+        node.recovery.settle_dead()
+        clock.now += 2 * DEAD_AFTER_SECONDS / 3
+
+    beat(*names)
+    beat(*names[1:])  # the first is not seen to be alive
+    watched = [path.name for path in node.recovery._ring(node.recovery._others())]
+    assert watched == names[:3]
+    beat(*names[1:])
+    assert names[0] not in node.daemons  # settled
+    # What happens to those that are not watched is the business of others.
+    beat(*names[1:3])
+    beat(*names[1:3])
+    beat(*names[1:3])
+    assert set(names[1:]) <= set(node.daemons)
