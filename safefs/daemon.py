@@ -43,7 +43,7 @@ from safefs.lease import Terms
 from safefs.locking import Locking
 from safefs.locks import Alone, Locks
 from safefs.native import native
-from safefs.probe import filesystem_type, require_lease_files
+from safefs.probe import LOCAL, filesystem_type, require_lease_files
 from safefs.publisher import Publisher
 from safefs.recovery import Recovery
 from safefs.rules import Stale
@@ -135,6 +135,8 @@ class Daemon:
         if self.names is not None:
             self.names.resolve = self.locks.resolve
             self.fs.can_lose_locks = True
+            if self.type not in LOCAL:
+                self.publisher.lock_name = self.locks.publishing
         self.connection: mount.Connection | None = None
         self.stopping = False
         self.serving = False

@@ -104,7 +104,7 @@ class Draft:
     base: Base | None = None
     created: bool = False  # by O_CREAT of a missing name
     exclusive: bool = False  # by O_CREAT|O_EXCL
-    claim: Callable[[], None] | None = None  # gives up what that has claimed, on all nodes
+    claim: Callable[[], object] | None = None  # gives up what that has claimed, on all nodes
     locked: bool = False  # something was locked through it
     fresh: bool = False  # started from nothing: O_CREAT or O_TRUNC
     append_only: bool = True  # whoever has opened it for writing did so with O_APPEND

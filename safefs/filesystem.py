@@ -417,7 +417,7 @@ class FileSystem:
             if draft.claim is not None:
                 draft.error = errno.EIO
 
-    async def claim(self, directory: Node, name: bytes) -> Callable[[], None]:
+    async def claim(self, directory: Node, name: bytes) -> Callable[[], object]:
         """Take a name that is to be made with O_EXCL, on all nodes; how to give it up.  OSError: EEXIST."""
         claim = await self.locks.claim(directory.identity, name)
         if claim is None:

@@ -12,8 +12,10 @@ import errno
 import os
 import socket
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol
 
 import trio
@@ -22,6 +24,8 @@ import xxhash
 from safefs.cluster.record import Acquire, Break, GiveUp, LetPass, Release, Step, carry_out
 from safefs.locktable import OFFSET_MAX, Kind, Lock, Mode, NameLocks, Owner, Wait
 from safefs.model import Identity
+
+NAME_SECONDS = 30.0  # for the daemon's own locks of names
 
 Use = tuple[str, Kind, Owner]
 
@@ -198,28 +202,45 @@ class Locks:
 
     # ------------------------------------------------------------ changes
 
-    async def claim(self, directory: Identity, name: bytes) -> Callable[[], None] | None:
+    async def claim(self, directory: Identity, name: bytes) -> Callable[[], object] | None:
         """Claim a name for whoever makes it with O_EXCL: how to give the claim up; None where another has it.
+
+        Raises OSError (ETIMEDOUT) where the lock backend does not answer for `NAME_SECONDS`.
+        """
+        waiting = self._ask_for_name(Kind.CLAIM, directory, name, may_wait=False)
+        await self._settle(waiting)
+        if not waiting.settled.is_set():
+            raise OSError(errno.ETIMEDOUT, "the lock backend does not answer")
+        return partial(self.release, waiting.key, Kind.CLAIM, waiting.wait.lock.owner) if waiting.held else None
+
+    @asynccontextmanager
+    async def publishing(self, directory: Identity, name: bytes) -> AsyncIterator[bool]:
+        """Keep other nodes from changing what a name shows; yields False where that is not had in `NAME_SECONDS`."""
+        waiting = self._ask_for_name(Kind.PUBLISH, directory, name, may_wait=True)
+        await self._settle(waiting)
+        try:
+            yield waiting.held
+        finally:
+            if waiting.held:
+                self.release(waiting.key, Kind.PUBLISH, waiting.wait.lock.owner)
+
+    def _ask_for_name(self, kind: Kind, directory: Identity, name: bytes, *, may_wait: bool) -> Waiting:
+        """Lock one name for the daemon itself.
 
         All names of a directory are on one record, so that making many files costs a message for the first alone.
         """
         self._last_claim += 1
         at = xxhash.xxh3_64_intdigest(name) >> 1
         lock = Lock(Owner(self.node, self._last_claim), Mode.EXCLUSIVE, at, at)
-        key = name_key(directory, b"")
+        return self._ask(name_key(directory, b""), kind, lock, None, may_wait=may_wait)
+
+    async def _settle(self, waiting: Waiting) -> None:
+        """Until a request of the daemon's own is answered, or given up after `NAME_SECONDS`."""
         try:
-            waiting = self.acquire(key, Kind.CLAIM, lock, None, may_wait=False)
-        except BlockingIOError:
-            return None
-        if waiting is not None:
-            await waiting.settled.wait()
-            if not waiting.held:
-                return None
-
-        def give_up() -> None:
-            self.release(key, Kind.CLAIM, lock.owner)
-
-        return give_up
+            with trio.move_on_after(NAME_SECONDS):
+                await waiting.settled.wait()
+        finally:
+            self.give_up(waiting)
 
     def acquire(self, key: str, kind: Kind, lock: Lock, handle: int | None, *, may_wait: bool) -> Waiting | None:
         """Take a lock through a file handle: None if it is held now, else what to wait for.
@@ -228,6 +249,15 @@ class Locks:
         first may come to nothing (`kin`).  Raises OSError (EDEADLK) where it would wait for ever: for record locks
         alone, as the kernel does (fcntl(2), F_SETLKW), and as far as this node sees it.
         """
+        waiting = self._ask(key, kind, lock, handle, may_wait=may_wait)
+        if waiting.settled.is_set() and not waiting.held:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        if handle is not None:
+            self._remember(handle, (key, kind, lock.owner))
+        return None if waiting.held else waiting
+
+    def _ask(self, key: str, kind: Kind, lock: Lock, handle: int | None, *, may_wait: bool) -> Waiting:
+        """Ask for a lock; the answer is there at once where the name is this node's."""
         self._last_ticket += 1
         waiting = Waiting(key, kind, Wait(self._last_ticket, lock), handle, may_wait)
         if may_wait and kind is Kind.RECORD and self._deadlocks(waiting):
@@ -241,10 +271,8 @@ class Locks:
             self.resolve(waiting.wait.ticket, True)
         elif not may_wait and self.is_blocked(waiting):
             self.give_up(waiting)
-            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
-        if handle is not None:
-            self._remember(handle, (key, kind, lock.owner))
-        return None if waiting.held else waiting
+            waiting.settled.set()
+        return waiting
 
     def release(self, key: str, kind: Kind, owner: Owner, first: int = 0, last: int = OFFSET_MAX) -> trio.Event | None:
         """Unlock a range of an owner's; None if that is done, else what to wait for."""

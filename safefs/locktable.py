@@ -38,6 +38,7 @@ class Kind(Enum):
     RECORD = "record"  # fcntl(2): traditional (of a process) and OFD locks, which do exclude each other
     FLOCK = "flock"
     CLAIM = "claim"  # of a name that somebody is making with O_EXCL
+    PUBLISH = "publish"  # of a name that is about to show something else
 
 
 @dataclass(frozen=True, slots=True)

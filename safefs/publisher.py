@@ -14,8 +14,8 @@ import os
 import secrets
 import stat
 from collections import Counter
-from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager, AbstractContextManager, suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -111,6 +111,7 @@ class Publisher:
         self.on_publish: Callable[[Node, Identity | None], None] | None = None
         self.policy_of: Callable[[Node, bytes], Policy] = lambda _directory, _name: Policy()
         self.lease_holds: Callable[[], bool] = lambda: True
+        self.lock_name: Callable[[Identity, bytes], AbstractAsyncContextManager[bool]] | None = None
 
     async def publish(
         self,
@@ -136,9 +137,11 @@ class Publisher:
                 return
             if draft.error:
                 await self._refuse(draft, PublishRefusedError("a write to it failed", draft.error))
-            async with self.holding(target, name):
+            async with self.holding(target, name) as alone:
                 draft.move(DraftEvent.SEAL)
                 try:
+                    if not alone and draft.base is not None and not draft.fresh:
+                        raise OSError(errno.EBUSY, "its name is in use on another node, or the lock backend is away")
                     placed = await self._carry_out(draft, target, name, replace, keep_private)
                 except PublishRefusedError as error:
                     await self._refuse(draft, error)
@@ -193,9 +196,19 @@ class Publisher:
         draft.base = Base(fd, backing.identity_of(status))
         return status.st_size
 
-    def holding(self, directory: Node, name: bytes) -> AbstractAsyncContextManager[None]:
-        """Nobody else in this daemon changes what the name shows.  Its threads share the lock of Keeper.locked."""
-        return self._names.holding((directory.identity, name))
+    @asynccontextmanager
+    async def holding(self, directory: Node, name: bytes) -> AsyncIterator[bool]:
+        """Nobody else in this daemon changes what the name shows.  Its threads share the lock of Keeper.locked.
+
+        Where that is no lock between nodes, there is one of the cluster as well; yields False where it is not had.  Who
+        compares nothing, because the last close wins anyway, can go on then.
+        """
+        async with self._names.holding((directory.identity, name)):
+            if self.lock_name is None:
+                yield True
+                return
+            async with self.lock_name(directory.identity, name) as alone:
+                yield alone
 
     def keeper_of(self, directory: Node, name: bytes) -> Keeper:
         """For worker threads, while the directory's descriptor is pinned."""
@@ -237,7 +250,8 @@ class Publisher:
         )
 
     def _require_lease(self, draft: Draft) -> None:
-        if (draft.locked or draft.claim) and not self.lease_holds():
+        compares = self.lock_name is not None and draft.base is not None and not draft.fresh
+        if (draft.locked or draft.claim or compares) and not self.lease_holds():
             reason = "the lease of this node is over, and what it had locked may be another's"
             raise PublishRefusedError(reason, errno.EIO)
 

@@ -79,5 +79,5 @@ class Keeper:
     async def _leave(self) -> None:
         try:
             await self._backend.leave()
-        except (BackendError, FileNotFoundError) as error:
+        except BackendError as error:
             log.info("the lease ends by itself: %s", error)

@@ -119,7 +119,10 @@ class Files:
         if not old.version:
             return self._create(name, stored) if new else Stored()
         home = self._path("names", directory_of(name))
-        self._write(home, name, stored)
+        try:
+            self._write(home, name, stored)
+        except FileNotFoundError:
+            return None  # the record was empty, and its directory is removed
         try:
             os.rename(f"{home}/{old.version}~{old.token}", f"{home}/{stored.version}~{token}")
         except FileNotFoundError:
@@ -195,14 +198,14 @@ class Files:
             json.dump(dict(self._identity), file)
         _touch(f"{home}/0")
 
-    def renew(self, node: str, count: int) -> None:
-        """From `count` to the next; FileNotFoundError when others have ended the lease."""
+    def renew(self, node: str, count: int) -> bool:
+        """From `count` to the next; False when others have ended the lease."""
         home = self._path("nodes", node)
         try:
             os.rename(f"{home}/{count}", f"{home}/{count + 1}")
         except FileNotFoundError:
-            if self.heartbeat(node) != str(count + 1):
-                raise
+            return self.heartbeat(node) == str(count + 1)
+        return True
 
     def heartbeat(self, node: str) -> str | None:
         """What a node's lease has come to: its count, or `ended`; None when there is nothing of it."""
@@ -275,7 +278,10 @@ class Files:
     def notices(self, node: str) -> list[str]:
         """Names that others want of a node; each is given once."""
         home, names = self._path("nodes", node, "wanted"), []
-        for entry in os.listdir(home):
+        entries: list[str] = []
+        with suppress(FileNotFoundError):
+            entries = os.listdir(home)
+        for entry in entries:
             if not entry.endswith(".new"):
                 with suppress(FileNotFoundError):
                     with open(f"{home}/{entry}", encoding="utf-8", errors="surrogateescape") as file:
@@ -308,8 +314,6 @@ class LeasefileBackend:
                 )
         except trio.TooSlowError:
             raise BackendError(f"{self._root} does not answer") from None
-        except FileNotFoundError:
-            raise
         except (OSError, ValueError, KeyError) as error:
             raise BackendError(f"{self._root}: {error}") from None
 
@@ -336,10 +340,8 @@ class LeasefileBackend:
         sent = boottime()
         if not self._lease.holds(sent):
             raise LeaseLostError("the lease was not renewed in time")
-        try:
-            await self._call(self.files.renew, self.node, self._count)
-        except FileNotFoundError:
-            raise LeaseLostError("another node has ended the lease") from None
+        if not await self._call(self.files.renew, self.node, self._count):
+            raise LeaseLostError("another node has ended the lease")
         self._count += 1
         self._lease.renew(sent)
 
@@ -403,8 +405,7 @@ class LeasefileBackend:
     async def next_notice(self) -> str:
         pause, longest = NOTICE_SECONDS
         while not self._wanted:
-            with suppress(FileNotFoundError):
-                self._wanted = await self._call(self.files.notices, self.node)
+            self._wanted = await self._call(self.files.notices, self.node)
             if not self._wanted:
                 await trio.sleep(pause)
                 pause = min(1.5 * pause, longest)

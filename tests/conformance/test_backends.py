@@ -60,7 +60,7 @@ def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
     if request.param == "etcd":
         server: Etcd = request.getfixturevalue("etcd_server")
         access = Access(tuple(map(Endpoint.parse, server.endpoints.split(","))))
-        terms, prefix = Terms(lease_seconds=2.0, delay_seconds=0.2), f"/test/{secrets.token_hex(4)}"
+        terms, prefix = Terms(lease_seconds=5.0, delay_seconds=0.2), f"/test/{secrets.token_hex(4)}"
         yield Cluster(lambda: EtcdBackend(access, prefix, terms, {}, lambda _identity: False), lapses=True)
         return
     with TemporaryDirectory(prefix="safefs-locks-", dir="/dev/shm") as directory:
@@ -153,6 +153,9 @@ def test_a_record_that_is_not_needed_any_more(cluster: Cluster) -> None:
             await one.discard("name", empty)
             await two.discard("name", empty)
             assert not (await two.read("name")).record
+            # Whoever goes on from the empty record finds that it is gone, or can still replace it; nothing else.
+            late = await two.swap("name", empty, held_by("b"))
+            assert (await one.read("name")) == (late or Stored())
 
     play(cluster, scenario)
 
