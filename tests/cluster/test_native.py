@@ -7,15 +7,19 @@ on which they do.  Nothing in the mount options tells the two from each other.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 
+from safefs.cluster.ofd import is_locked
 from safefs.family import mounted_at
 from safefs.verdict import FILE, STATE_NAME, Client, Verdict, write
 from tests.cluster.test_exclusion import LEASE_SECONDS, RECOVERY_SECONDS, kinds, overlaps, parties
@@ -33,15 +37,25 @@ HOLDS = 600
 __all__ = ["parties"]
 
 
+def held(nodes: Path) -> int:
+    """How many nodes hold the locks on their own files, as the disk below all views shows it."""
+    count = 0
+    for path in nodes.glob("*/alive~*"):
+        fd = os.open(path, os.O_RDWR)
+        count += is_locked(fd)
+        os.close(fd)
+    return count
+
+
 @contextmanager
-def bound(source: Path, place: Path, *options: str) -> Iterator[Path]:
+def bound(source: Path, place: Path, *options: str) -> Iterator[subprocess.Popen[bytes]]:
     """One node's view of a directory: a filesystem of its own for the kernel."""
     place.mkdir()
     with subprocess.Popen(["bindfs", "-f", *options, source, place]) as process:
         try:
             assert wait_until(lambda: place.is_mount() or process.poll() is not None, SECONDS)
             assert process.poll() is None
-            yield place
+            yield process
         finally:
             subprocess.run(["umount", "-l", place], check=False, capture_output=True, timeout=SECONDS)
             try:
@@ -50,23 +64,33 @@ def bound(source: Path, place: Path, *options: str) -> Iterator[Path]:
                 process.kill()
 
 
-Places = Callable[..., tuple[Path, Path]]
+Places = Callable[..., tuple[Path, ...]]
+
+
+Servers = dict[Path, subprocess.Popen[bytes]]
 
 
 @pytest.fixture
-def places(tmp_path: Path) -> Iterator[Places]:
-    """Two views of one directory, with these options of bindfs; named in the order of their making."""
+def servers() -> Servers:
+    """The process of each view."""
+    return {}
+
+
+@pytest.fixture
+def places(tmp_path: Path, servers: Servers) -> Iterator[Places]:
+    """Views of one directory, each with its options of bindfs."""
     source = tmp_path / "disk"
     source.mkdir()
     with ExitStack() as stack:
         numbers = iter(range(10))
 
         def make(*options: tuple[str, ...]) -> tuple[Path, ...]:
-            return tuple(
-                stack.enter_context(bound(source, tmp_path / f"view{next(numbers)}", *each)) for each in options
-            )
+            views = tuple(tmp_path / f"view{next(numbers)}" for _ in options)
+            for view, each in zip(views, options, strict=True):
+                servers[view] = stack.enter_context(bound(source, view, *each))
+            return views
 
-        yield make  # type: ignore[misc]
+        yield make
 
 
 def probed(*directories: Path) -> list[dict[str, object]]:
@@ -199,6 +223,31 @@ def test_a_frozen_daemon_loses_its_locks_though_the_backing_leaves_them_to_it(
         nodes[0].process.send_signal(signal.SIGCONT)
     assert one.errno("os.close(fd)") == 5  # EIO
     assert not (nodes[0].backing / "data").exists() or (nodes[0].backing / "data").read_bytes() == b""
+
+
+def test_a_node_whose_client_is_cut_off(nodes: list[Mount], servers: Servers, parties: Callable[[], Actor]) -> None:
+    """Its locks on the backing are gone at once, and nobody takes that for its death: it may act until its lease ends.
+
+    The backing's own lock is the control: whoever relied on that alone would have got it while the daemon lived.
+    """
+    one, two = parties(), parties()
+    fd = opened(one, nodes[0] / "data")
+    opened(two, nodes[1] / "data")
+    one(TRY["flock"])
+    one.write(fd, b"under a lock that is lost")
+    disk = nodes[0].backing.parent / "disk" / STATE_NAME / "locks/nodes"
+    assert held(disk) == 2
+    nodes[0].expected_log += ["the lease of this node is lost", "not connected"]
+    two.start(BLOCK["flock"])
+    start = time.monotonic()
+    servers[nodes[0].backing].kill()
+    assert wait_until(lambda: held(disk) == 1, SECONDS)
+    assert time.monotonic() - start < LEASE_SECONDS
+    two.result(RECOVERY_SECONDS + LEASE_SECONDS)
+    assert time.monotonic() - start > LEASE_SECONDS
+    assert one.errno("os.close(fd)") in (errno.EIO, errno.ENOTCONN)
+    two("os.write(fd, b'mine'); os.close(fd)")
+    assert (nodes[1] / "data").read_bytes() == b"mine"
 
 
 def test_a_node_with_other_mount_options_takes_no_part(nodes: list[Mount], places: Places, tmp_path: Path) -> None:
