@@ -97,7 +97,7 @@ _REFUSED_OPTIONS = {
 _NEGATIVE_REFRESH = ("auto", "on", "off")
 _TEMP_KINDS = ("auto", "tmpfile", "hidden")
 _PASSTHROUGH = ("auto", "on", "off")
-_LOCKS = ("auto", "memory", "leasefile")
+_LOCKS = ("auto", "memory", "leasefile", "native")
 ETCD_SCHEME = "etcd://"
 _LOG_LEVELS = ("debug", "info", "warning", "error")
 

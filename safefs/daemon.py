@@ -28,12 +28,12 @@ from safefs.closing import Closing
 from safefs.cluster.backend import BackendError
 from safefs.cluster.choice import lock_backend
 from safefs.cluster.keeper import Keeper
-from safefs.cluster.leasefile import LeasefileBackend
 from safefs.cluster.names import Names
 from safefs.config import ETCD_SCHEME, Settings
 from safefs.control import control_socket, find_mount, sd_notify, serve_control
 from safefs.errors import SafefsError
 from safefs.events import EventKind, EventLog
+from safefs.family import Reach, mounted_at
 from safefs.files import Files
 from safefs.filesystem import DIRECTORY_ATTR_SECONDS, FileSystem
 from safefs.fuse import mount
@@ -43,13 +43,14 @@ from safefs.lease import Terms
 from safefs.locking import Locking
 from safefs.locks import Alone, Locks
 from safefs.native import native
-from safefs.probe import LOCAL, filesystem_type, require_lease_files
+from safefs.probe import why_lease_files
 from safefs.publisher import Publisher
 from safefs.recovery import Recovery
 from safefs.rules import Stale
 from safefs.softlocks import SoftLocks, all_noted, remove_noted
 from safefs.state import LOCK_FILES, DaemonRecord, StateDirectory, host_identity, known_dead
 from safefs.tree import Tree
+from safefs.verdict import probe_command, why_native
 
 import pyfuse3  # isort: skip  (after the C extension: safefs/native.py)
 
@@ -111,7 +112,8 @@ class Daemon:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.started = time.time()
-        self.type = filesystem_type(settings.backing)
+        self.mounted = mounted_at(settings.backing)
+        self.type = self.mounted.kind
         limit = raise_descriptor_limit()
         self.backing = Backing(
             settings.backing,
@@ -127,6 +129,7 @@ class Daemon:
         )
         cache_size = node_cache_size(settings, limit)
         hot = self._configure_hot(cache_size) if settings.hot else Cold()
+        self.locks_because = self._why_locks()
         self.names, self.keeper = self._lock_backend()
         self.locks = Locks(self.names or Alone(self.backing.node_id))
         self.soft_locks = SoftLocks(self.backing, self.record, self.events)
@@ -135,7 +138,7 @@ class Daemon:
         if self.names is not None:
             self.names.resolve = self.locks.resolve
             self.fs.can_lose_locks = True
-            if self.type not in LOCAL:
+            if mounted_at(self.state.path).reach()[0] not in (Reach.NODE, Reach.CLUSTER):
                 self.publisher.lock_name = self.locks.publishing
         self.connection: mount.Connection | None = None
         self.stopping = False
@@ -146,6 +149,21 @@ class Daemon:
         if self.settings.retain_seconds is not None:
             return self.settings.retain_seconds
         return RETAIN_SECONDS if self.type in BREAKS_DESCRIPTORS else 0.0
+
+    def _why_locks(self) -> str:
+        """Why locks are kept where they are, in words; SafefsError where they cannot be kept there."""
+        settings, state = self.settings, self.state.path
+        if settings.read_only:
+            if not self.mounted.is_local:
+                log.warning("this mount is read-only: other nodes do not see locks that are taken through it")
+            return "a read-only mount puts nothing on record, and other nodes do not see its locks"
+        if settings.locks == "memory":
+            return "as -o locks says: no other node uses this directory"
+        if settings.locks.startswith(ETCD_SCHEME):
+            return "as -o locks says"
+        if settings.locks == "native":
+            return why_native(state, mounted_at(state), probe_command(settings.backing, state))
+        return why_lease_files(state, mounted_at(state), self.mounted)
 
     def _lock_backend(self) -> tuple[Names | None, Keeper | None]:
         """What is shared with other nodes."""
@@ -159,8 +177,6 @@ class Daemon:
         )
         if backend is None:
             return None, None
-        if isinstance(backend, LeasefileBackend):
-            require_lease_files(state.path, self.type)
         return Names(backend), Keeper(backend, Terms(settings.lease_seconds), self._on_joined, self._on_lost)
 
     def _on_joined(self) -> None:
@@ -239,8 +255,8 @@ class Daemon:
                 await helpers.start(keeper.run)
         except trio.TooSlowError:
             raise SafefsError(
-                f"the lock backend cannot be reached within {JOIN_SECONDS:g} s: the log says why; where no other node"
-                " uses this directory, -o locks=memory does without",
+                f"no lease within {JOIN_SECONDS:g} s: {keeper.problem or 'the lock backend does not answer'}; where no"
+                " other node uses this directory, -o locks=memory does without",
                 errno.ETIMEDOUT,
             ) from None
         helpers.start_soon(names.run)
@@ -392,13 +408,15 @@ class Daemon:
         if self.names is None:
             return "memory: shared with no other node"
         etcd = self.settings.locks.startswith(ETCD_SCHEME)
-        place = self.settings.locks if etcd else f"leasefile: {self.state.path / LOCK_FILES}"
+        kind = "native" if self.settings.locks == "native" else "leasefile"
+        place = self.settings.locks if etcd else f"{kind}: {self.state.path / LOCK_FILES}"
         return f"{place}, as node {self.names.node}"
 
     async def _status(self) -> dict[str, Any]:
         fs = self.fs
         hot = native.hot_counters() if self.settings.hot else None
         held, waiting = self.locks.counts()
+        reach, by = self.mounted.reach()
         return {
             "version": __version__,
             "pid": os.getpid(),
@@ -417,7 +435,14 @@ class Daemon:
             "open_files": len(fs.handles),
             "drafts": len(fs.drafts),
             "publishing": len(fs.ordering),
-            "locks": {"backend": self._locks_text(), "held": held, "waiting": waiting},
+            "locks": {
+                "wanted": self.settings.locks,
+                "backend": self._locks_text(),
+                "because": self.locks_because,
+                "backing": f"its fcntl locks keep out {reach.value} ({by})",
+                "held": held,
+                "waiting": waiting,
+            },
             "hot": hot,
             "busy_threads": self.backing.limiter.borrowed_tokens,
             "counters": dict(self.publisher.counts),

@@ -24,7 +24,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from safefs import verdict
 from safefs.errors import SafefsError
+from safefs.family import Mounted
+from safefs.verdict import OFD_EXCLUDES, Client, Verdict
 
 CALL_SECONDS = 10.0
 MEET_SECONDS = 120.0
@@ -37,9 +40,6 @@ F_OFD_SETLK = 37
 _WRITE_LOCK = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
 
 T = TypeVar("T")
-
-# Filesystems of one node, which do with names what the kernel's own do.
-LOCAL = frozenset(("ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "zfs", "bcachefs", "tmpfs", "ramfs", "overlay"))
 
 # Filesystems on which a rename is not decided in one place.
 REFUSED = {
@@ -91,19 +91,6 @@ def bounded(function: Callable[..., T], *arguments: Any, seconds: float = CALL_S
 # ------------------------------------------------------------------ one node
 
 
-def filesystem_type(path: Path) -> str:
-    """The type of the filesystem that a directory lies on, as /proc/self/mountinfo names it."""
-    device = os.stat(path).st_dev
-    wanted = f"{os.major(device)}:{os.minor(device)}"
-    found = ""
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
-        for line in lines:
-            fields = line.split(" ")
-            if fields[2] == wanted:
-                found = fields[fields.index("-") + 1]
-    return found
-
-
 def rename_is_decided_once(directory: str) -> bool:
     """Whether of several processes that rename one file away, one does, time after time."""
     for race in range(RACES):
@@ -139,17 +126,34 @@ def directories_are_made_whole(directory: str) -> bool:
     return False
 
 
-def require_lease_files(directory: Path, kind: str) -> None:
-    """SafefsError where lease files in the directory would not keep two nodes from holding one lock."""
-    if kind in LOCAL:
-        return
-    bad = next((finding for finding in probe_alone(directory, kind) if finding.good is False), None)
-    if bad is not None:
-        raise SafefsError(
-            f"locks cannot be kept in {directory}: {bad.what}: {bad.result}; use -o locks=etcd://HOST:PORT, or"
-            " -o locks=memory where no other node uses this directory",
+def why_lease_files(state: Path, mounted: Mounted, backing: Mounted) -> str:
+    """Why lease files in the state directory keep two nodes from holding one lock, in words.
+
+    SafefsError (EOPNOTSUPP) where they would not: what is not known to be one node's is tried, and a filesystem that
+    fails, or does not answer in time, has no locks rather than locks of this node alone.
+    """
+
+    def refusal(reason: str) -> SafefsError:
+        return SafefsError(
+            f"locks cannot be kept in {state}: {reason}; use -o locks=etcd://HOST:PORT, or -o locks=memory where no"
+            " other node uses this directory",
             errno.EOPNOTSUPP,
         )
+
+    if mounted.is_local and not backing.is_local:
+        raise refusal(
+            f"that is {mounted.kind}, where other nodes on the backing ({backing.kind or 'no known type'}) cannot look"
+        )
+    if mounted.is_local:
+        return f"{mounted.kind} is a filesystem of one node, and each daemon counts as a node of its own"
+    if mounted.kind in REFUSED:
+        raise refusal(f"{mounted.kind}: {REFUSED[mounted.kind]}")
+    findings = probe_alone(state, mounted.kind)
+    bad = next((finding for finding in findings if finding.good is False), None)
+    if bad is not None:
+        raise refusal(f"{bad.what}: {bad.result}")
+    tried = " and ".join(finding.what for finding in findings if finding.good)
+    return f"tried on {mounted.kind or 'a filesystem that the kernel does not name'}: {tried}"
 
 
 def probe_alone(directory: Path, kind: str) -> list[Finding]:
@@ -292,18 +296,40 @@ def _ofd(path: str) -> int:
 _LOCKS = {"flock": _flock, "fcntl": _record, "OFD": _ofd}
 
 
-def probe_with_peer(directory: Path) -> list[Finding]:
+def probe_with_peer(directory: Path, mounted: Mounted) -> tuple[list[Finding], Verdict]:
     """Both nodes come to the same findings.  Raises SafefsError when the other does not come, or stops."""
     meeting = Meeting(directory)
     try:
         meeting.open()
+        clients = _introduced(meeting, Client.here(mounted))
         findings = [_excludes(meeting, kind) for kind in _LOCKS]
         findings.append(_race(meeting, "O_EXCL", _touch))
         findings.append(_race(meeting, "rename", _rename_away))
         findings += [_new_file(meeting), _replaced_file(meeting)]
     finally:
         meeting.close()
-    return findings
+    excludes = any(finding.what == OFD_EXCLUDES and finding.good is True for finding in findings)
+    results = {finding.what: finding.result for finding in findings}
+    found = Verdict(time.time(), mounted.kind, clients, results, excludes)
+    clients_text = "yes" if found.two_clients else "no: both came through one mount, which shows only what it does"
+    findings.insert(0, Finding("two clients", clients_text))
+    return findings, found
+
+
+def record(state: Path, found: Verdict) -> Path:
+    """Put what two nodes found out on record, for `-o locks=native`; where it is.  SafefsError when it cannot be."""
+    try:
+        return verdict.write(state, found)
+    except OSError as error:
+        raise SafefsError(f"nothing can be recorded in {state}: {error.strerror}", error.errno or errno.EIO) from None
+
+
+def _introduced(meeting: Meeting, me: Client) -> tuple[Client, Client]:
+    """Both clients, in the same order for both."""
+    meeting.say(f"{me.id}.{me.host.encode().hex()}")
+    number, _, host = meeting.hear().partition(".")
+    other = Client(number, bytes.fromhex(host).decode())
+    return (me, other) if meeting.first else (other, me)
 
 
 def _excludes(meeting: Meeting, kind: str) -> Finding:

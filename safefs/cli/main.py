@@ -160,11 +160,12 @@ def events(path: Path | None, follow: bool, as_json: bool) -> None:
 
 @cli.command()
 @click.argument("directory", type=_PATH)
+@click.option("--state", type=_PATH, help="The directory that mounts are given with -o state=DIR.")
 @click.option("--peer", is_flag=True, help="Find out what two nodes see: run it on both at once.")
 @_JSON
-def probe(directory: Path, peer: bool, as_json: bool) -> None:
+def probe(directory: Path, state: Path | None, peer: bool, as_json: bool) -> None:
     """Try what the filesystem of DIRECTORY does with locks and names.  Exit code 1: it is not safe for lease files."""
-    show_probe(directory, peer=peer, as_json=as_json)
+    show_probe(directory, state=state, peer=peer, as_json=as_json)
 
 
 @cli.group(invoke_without_command=True)

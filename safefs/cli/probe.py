@@ -12,18 +12,28 @@ import click
 
 from safefs.cli.tables import print_rows
 from safefs.errors import SafefsError
-from safefs.probe import Finding, filesystem_type, probe_alone, probe_with_peer
+from safefs.family import mounted_at
+from safefs.probe import Finding, probe_alone, probe_with_peer, record
+from safefs.verdict import STATE_NAME
 
 
-def show_probe(directory: Path, *, peer: bool, as_json: bool) -> None:
-    """Print the findings; exit code 1 when lease files would not be safe there."""
-    path = Path(os.path.realpath(directory))
+def show_probe(directory: Path, *, state: Path | None, peer: bool, as_json: bool) -> None:
+    """Print the findings; exit code 1 when lease files would not be safe there.
+
+    What two nodes find out is put on record in the state directory, where `-o locks=native` looks for it.
+    """
+    path = Path(os.path.realpath(state or directory))
     if not path.is_dir():
-        raise SafefsError(f"{directory}: no such directory", errno.ENOENT)
-    findings = probe_alone(path, filesystem_type(path))
-    if peer and not any(finding.good is False for finding in findings):
+        raise SafefsError(f"{state or directory}: no such directory", errno.ENOENT)
+    mounted = mounted_at(path)
+    reach, by = mounted.reach()
+    findings = probe_alone(path, mounted.kind)
+    findings.insert(1, Finding("its fcntl locks, by its options, keep out", f"{reach.value} ({by})"))
+    if peer:
         click.echo("waiting for the other node to run `safefs probe --peer` on this directory", err=True)
-        findings += probe_with_peer(path)
+        found, verdict = probe_with_peer(path, mounted)
+        findings += found
+        click.echo(f"recorded in {record(path if state else path / STATE_NAME, verdict)}", err=True)
     if as_json:
         click.echo(json.dumps([vars_of(finding) for finding in findings], indent=2))
     else:

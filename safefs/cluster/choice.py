@@ -11,9 +11,12 @@ from safefs.cluster.backend import HasDied, LockBackend, ProcessIdentity
 from safefs.cluster.etcd import EtcdBackend
 from safefs.cluster.etcd_client import Access, Endpoint
 from safefs.cluster.leasefile import LeasefileBackend
+from safefs.cluster.ofd import NativeBackend
 from safefs.config import ETCD_SCHEME, Settings
 from safefs.errors import SafefsError
+from safefs.family import mounted_at
 from safefs.lease import Terms
+from safefs.verdict import Client
 
 
 def lock_backend(
@@ -21,7 +24,8 @@ def lock_backend(
 ) -> LockBackend | None:
     """What is shared with other nodes; None for a mount that shares nothing.
 
-    `directory` is where lease files go, and `cluster` what all nodes on the backing directory call themselves together.
+    `directory` is where lease files go, in a state directory that is there, and `cluster` what all nodes on the backing
+    directory call themselves together.
     """
     terms = Terms(settings.lease_seconds)
     if settings.locks == "memory" or settings.read_only:
@@ -29,6 +33,9 @@ def lock_backend(
     if settings.locks.startswith(ETCD_SCHEME):
         prefix = settings.etcd_prefix or f"/safefs/{cluster}"
         return EtcdBackend(etcd_access(settings), prefix, terms, identity, has_died)
+    if settings.locks == "native":
+        client = Client.here(mounted_at(directory.parent))
+        return NativeBackend(os.fspath(directory), terms, identity, has_died, client.id)
     return LeasefileBackend(os.fspath(directory), terms, identity, has_died)
 
 

@@ -30,6 +30,7 @@ class Keeper:
         self._terms = terms
         self._on_joined = on_joined
         self._on_lost = on_lost
+        self.problem = ""  # why there is no lease; empty: no attempt to get one has failed
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until cancelled; started once there is a first lease."""
@@ -52,10 +53,12 @@ class Keeper:
                 await self._backend.join()
             except BackendError as error:
                 log.warning("the lock backend: %s", error)
+                self.problem = str(error)
                 await trio.sleep(pause)
                 pause = min(2 * pause, longest)
             else:
                 log.info("this node is %s", self._backend.node)
+                self.problem = ""
                 self._on_joined()
                 return
 

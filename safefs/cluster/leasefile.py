@@ -29,8 +29,7 @@ import os
 import re
 import secrets
 from collections.abc import Callable, Iterable
-from contextlib import suppress
-from functools import partial
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, TypeVar
 
 import trio
@@ -81,6 +80,11 @@ class Files:
     def _path(self, *parts: str) -> str:
         return os.path.join(self.root, *parts)
 
+    def _deciding(self, what: str) -> AbstractContextManager[None]:
+        """Around what decides about a name or a node: a rename needs nothing more (but safefs/cluster/ofd.py)."""
+        assert what
+        return nullcontext()
+
     # -------------------------------------------------------------- records
 
     def _state(self, name: str) -> tuple[int, str] | None:
@@ -116,9 +120,13 @@ class Files:
     def swap(self, name: str, old: Stored, new: NameRecord) -> Stored | None:
         token = secrets.token_hex(8) if new else NONE
         stored = Stored(old.version + 1, new, token)
-        if not old.version:
+        with self._deciding(directory_of(name)):
+            if old.version:
+                return self._replace(name, old, stored)
             return self._create(name, stored) if new else Stored()
-        home = self._path("names", directory_of(name))
+
+    def _replace(self, name: str, old: Stored, stored: Stored) -> Stored | None:
+        home, token = self._path("names", directory_of(name)), stored.token
         try:
             self._write(home, name, stored)
         except FileNotFoundError:
@@ -155,7 +163,7 @@ class Files:
     def discard(self, name: str, stored: Stored) -> None:
         """Remove what an empty record has left; nothing happens where it is not empty any more."""
         home = self._path("names", directory_of(name))
-        with suppress(FileNotFoundError):
+        with suppress(FileNotFoundError), self._deciding(directory_of(name)):
             os.rename(f"{home}/{stored.version}~{NONE}", f"{home}/{GONE}")
             self._clear(home)
 
@@ -196,15 +204,20 @@ class Files:
         os.mkdir(f"{home}/wanted", 0o700)
         with open(f"{home}/process", "x", encoding="utf-8") as file:
             json.dump(dict(self._identity), file)
+        self._move_in(home)
         _touch(f"{home}/0")
+
+    def _move_in(self, home: str) -> None:
+        """What a node has in its directory before others take it for one."""
 
     def renew(self, node: str, count: int) -> bool:
         """From `count` to the next; False when others have ended the lease."""
         home = self._path("nodes", node)
-        try:
-            os.rename(f"{home}/{count}", f"{home}/{count + 1}")
-        except FileNotFoundError:
-            return self.heartbeat(node) == str(count + 1)
+        with self._deciding(node):
+            try:
+                os.rename(f"{home}/{count}", f"{home}/{count + 1}")
+            except FileNotFoundError:
+                return self.heartbeat(node) == str(count + 1)
         return True
 
     def heartbeat(self, node: str) -> str | None:
@@ -259,10 +272,11 @@ class Files:
     def end(self, node: str, heartbeat: str) -> bool:
         """End a lease that was seen to be at `heartbeat`; False when it has been renewed since."""
         home = self._path("nodes", node)
-        try:
-            os.rename(f"{home}/{heartbeat}", f"{home}/{ENDED}")
-        except FileNotFoundError:
-            return self.heartbeat(node) in (ENDED, None)
+        with self._deciding(node):
+            try:
+                os.rename(f"{home}/{heartbeat}", f"{home}/{ENDED}")
+            except FileNotFoundError:
+                return self.heartbeat(node) in (ENDED, None)
         return True
 
     # -------------------------------------------------------------- notices
@@ -295,7 +309,8 @@ class LeasefileBackend:
 
     def __init__(self, root: str, terms: Terms, identity: ProcessIdentity, has_died: HasDied) -> None:
         self._root = root
-        self._make_files = partial(Files, root, identity, has_died)
+        self._identity = identity
+        self._has_died = has_died
         self._terms = terms
         self._limiter = trio.CapacityLimiter(MAX_THREADS)
         self._sightings = Sightings(self._terms)
@@ -304,6 +319,9 @@ class LeasefileBackend:
         self._count = 0
         self._wanted: list[str] = []
         self.node = ""
+
+    def _open(self) -> Files:
+        return Files(self._root, self._identity, self._has_died)
 
     async def _call(self, function: Callable[..., T], *arguments: Any) -> T:
         """In a thread; BackendError for whatever goes wrong, also where there is no answer in time."""
@@ -328,7 +346,7 @@ class LeasefileBackend:
     async def join(self) -> None:
         """Become a node of the cluster, with a new name."""
         if self._files is None:
-            self._files = await self._call(self._make_files)
+            self._files = await self._call(self._open)
         node, sent = secrets.token_hex(8), boottime()
         await self._call(self.files.join, node)
         await self._call(self.files.tidy_up, node)

@@ -18,6 +18,7 @@ from safefs.cluster.etcd import EtcdBackend
 from safefs.cluster.etcd_client import Access, Endpoint
 from safefs.cluster.leasefile import LeasefileBackend
 from safefs.cluster.memory import MemoryBackend, MemoryCluster
+from safefs.cluster.ofd import NativeBackend
 from safefs.cluster.record import NameRecord
 from safefs.lease import Terms, boottime
 from safefs.locktable import Kind, Lock, Mode, NameLocks, Owner, Wait
@@ -45,13 +46,18 @@ def leasefile(directory: str | Path, process: str = "", died: Container[str] = (
     return LeasefileBackend(str(directory), TERMS, {"process": process}, lambda identity: identity["process"] in died)
 
 
+def native(directory: str | Path) -> NativeBackend:
+    """A node on a client of its own."""
+    return NativeBackend(str(directory), TERMS, {"process": ""}, lambda _identity: False, secrets.token_hex(4))
+
+
 @pytest.fixture(scope="module")
 def etcd_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Etcd]:
     with etcd(tmp_path_factory.mktemp("etcd")) as server:
         yield server
 
 
-@pytest.fixture(params=["memory", "leasefile", "etcd"])
+@pytest.fixture(params=["memory", "leasefile", "native", "etcd"])
 def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
     if request.param == "memory":
         shared, numbers = MemoryCluster(), iter(range(100))
@@ -64,7 +70,8 @@ def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
         yield Cluster(lambda: EtcdBackend(access, prefix, terms, {}, lambda _identity: False), lapses=True)
         return
     with TemporaryDirectory(prefix="safefs-locks-", dir="/dev/shm") as directory:
-        yield Cluster(lambda: leasefile(directory), lapses=True)
+        files = native if request.param == "native" else leasefile
+        yield Cluster(lambda: files(directory), lapses=True)
 
 
 def play(cluster: Cluster, scenario: Callable[..., Awaitable[None]], nodes: int = 2) -> None:

@@ -1,0 +1,137 @@
+"""What the kernel tells of the filesystem below a directory, and how far its fcntl(2) locks are meant to reach.
+
+Pure, but for `mounted_at`.  What is said here is what the mount options promise; what a filesystem does, only a probe
+can tell (safefs/probe.py).  Options that are not in /proc/self/mountinfo (of FUSE filesystems, and what BeeGFS has in
+its own configuration) cannot be known, so their locks are `UNKNOWN`, and nothing rests on them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+# Filesystems of one node, which do with names and locks what the kernel's own do.
+LOCAL = frozenset(("ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "zfs", "bcachefs", "tmpfs", "ramfs", "overlay"))
+
+
+class Reach(StrEnum):
+    """Whom an fcntl lock keeps out."""
+
+    NODE = "all processes of this node, which is all that use the filesystem"
+    CLUSTER = "processes on all nodes"
+    CLIENT = "processes on this mount alone, and nobody on other nodes"
+    NOBODY = "nobody: locks fail"
+    UNKNOWN = "it is not known whom"
+
+
+@dataclass(frozen=True)
+class Mounted:
+    """One line of /proc/self/mountinfo.  `device` is the superblock: within a boot, what is one client of a server."""
+
+    kind: str = ""  # with the subtype of a FUSE filesystem; empty: the kernel does not say
+    source: str = ""
+    device: str = ""
+    options: tuple[str, ...] = ()
+
+    @property
+    def is_local(self) -> bool:
+        return self.kind in LOCAL
+
+    def option(self, name: str) -> str | None:
+        """The last value of an option, empty where it has none; None when it is not there."""
+        values = [text.partition("=")[2] for text in self.options if text.partition("=")[0] == name]
+        return values[-1] if values else None
+
+    def reach(self) -> tuple[Reach, str]:
+        """Whom its fcntl locks keep out, and what says so."""
+        if self.is_local:
+            return Reach.NODE, f"{self.kind} is a filesystem of one node"
+        for family in FAMILIES:
+            if self.kind in family.kinds:
+                return self._reach_in(family)
+        return Reach.UNKNOWN, f"{self.kind or 'a filesystem without a name'} is not known to safefs"
+
+    def _reach_in(self, family: Family) -> tuple[Reach, str]:
+        for name, value, reach in family.options:
+            found = self.option(name)
+            if found is not None and value in (None, found):
+                return reach, f"{self.kind} is mounted with {name}{'=' + found if found else ''}"
+        return family.reach, f"{self.kind}: {family.why}"
+
+
+@dataclass(frozen=True)
+class Family:
+    """Filesystems of one kind; the first of the options (name, value or None for any, reach) that is there decides."""
+
+    kinds: tuple[str, ...]
+    reach: Reach
+    why: str
+    options: tuple[tuple[str, str | None, Reach], ...] = ()
+
+
+FAMILIES = (
+    Family(
+        ("nfs", "nfs4"),
+        Reach.CLUSTER,
+        "the server keeps the locks",
+        (
+            ("nolock", None, Reach.CLIENT),
+            ("local_lock", "all", Reach.CLIENT),
+            ("local_lock", "posix", Reach.CLIENT),
+            ("local_lock", "none", Reach.CLUSTER),
+            ("local_lock", "flock", Reach.CLUSTER),  # fcntl goes to the server
+        ),
+    ),
+    Family(
+        ("lustre", "lustre_lite"),
+        Reach.UNKNOWN,
+        "mounted with neither flock nor localflock, which means one thing or another by version",
+        (
+            ("noflock", None, Reach.NOBODY),
+            ("localflock", None, Reach.CLIENT),
+            ("flock", None, Reach.CLUSTER),
+        ),
+    ),
+    Family(("gpfs",), Reach.CLUSTER, "its token manager keeps the locks"),
+    Family(("ceph", "fuse.ceph", "fuse.ceph-fuse"), Reach.CLUSTER, "the metadata server keeps the locks"),
+    Family(("gfs2",), Reach.CLUSTER, "its lock manager keeps the locks", (("localflocks", None, Reach.CLIENT),)),
+    Family(("cifs", "smb3"), Reach.CLUSTER, "the server keeps the locks", (("nobrl", None, Reach.CLIENT),)),
+    Family(("fuse.glusterfs",), Reach.CLUSTER, "the bricks keep the locks"),
+    Family(("fuse.juicefs",), Reach.CLUSTER, "the metadata engine keeps the locks"),
+    Family(("fuse.sshfs",), Reach.CLIENT, "the protocol has no locks"),
+    Family(("afs",), Reach.CLIENT, "the server locks files as a whole, and ranges stay with the client"),
+    Family(("beegfs",), Reach.UNKNOWN, "tuneUseGlobalFileLocks of its client decides, which mount options do not show"),
+    Family(("fuse.mfs", "fuse.moosefs"), Reach.UNKNOWN, "mfsnoposixlocks of its client decides, which is not shown"),
+    Family(("9p", "virtiofs"), Reach.UNKNOWN, "options of the server decide, which are not shown"),
+)
+
+
+def parse(lines: Iterable[str], mount_id: int) -> Mounted:
+    """The mount with this id, of the lines of a mountinfo; an empty one where there is none."""
+    for line in lines:
+        before, separator, after = line.rstrip("\n").partition(" - ")
+        fields, rest = before.split(" "), after.split(" ")
+        if separator and fields[0] == str(mount_id) and len(rest) >= 2:
+            options = (*fields[5].split(","), *(rest[2].split(",") if len(rest) > 2 else ()))
+            return Mounted(rest[0], _unescaped(rest[1]), fields[2], options)
+    return Mounted()
+
+
+def _unescaped(field: str) -> str:
+    return re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), field)
+
+
+def mounted_at(path: Path) -> Mounted:
+    """The mount that a path lies on: by the id of the mount, since st_dev is not always in the list (btrfs)."""
+    fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        with open(f"/proc/self/fdinfo/{fd}", encoding="ascii") as lines:
+            mount_id = next(int(line.split()[1]) for line in lines if line.startswith("mnt_id:"))
+    finally:
+        os.close(fd)
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as mounts:
+        return parse(mounts, mount_id)
