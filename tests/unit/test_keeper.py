@@ -9,11 +9,11 @@ import pytest
 import trio
 import trio.testing
 
-from safefs.cluster.backend import BackendError, Stored
+from safefs.cluster.backend import BackendError, LeaseLostError, Stored
 from safefs.cluster.keeper import Keeper
 from safefs.cluster.memory import MemoryBackend, MemoryCluster
 from safefs.cluster.names import Names
-from safefs.lease import OwnLease, Sightings, Terms
+from safefs.lease import OwnLease, Sightings, Terms, boottime
 from safefs.locks import Alone, Locks, Waiting
 from safefs.locktable import Kind, Lock, Mode, Owner
 
@@ -123,6 +123,39 @@ class Unsteady(MemoryBackend):
     def _check(self) -> None:
         if self.lost:
             raise BackendError("no route")
+
+
+class Silent(MemoryBackend):
+    """Does not answer any more, once it is silent; the lease ends meanwhile."""
+
+    silent = False
+    renewed = 0.0
+
+    async def join(self) -> None:
+        await super().join()
+        self.renewed = trio.current_time()
+
+    async def renew(self) -> None:
+        if boottime() >= self.lease_ends():
+            raise LeaseLostError("the lease was not renewed in time")
+        if self.silent:
+            await trio.sleep(100 * TERMS.lease_seconds)
+        self.renewed = trio.current_time()
+
+    def lease_ends(self) -> float:
+        return boottime() + self.renewed + TERMS.lease_seconds - trio.current_time()
+
+
+def test_who_waits_for_an_answer_knows_that_the_lease_has_ended() -> None:
+    """And does not find out with the answer: others have the lock by then."""
+
+    async def scenario(cluster: MemoryCluster, one: Node, two: Node) -> None:
+        assert await one.acquire(1)
+        Silent.silent = True
+        await trio.sleep(TERMS.gone_seconds)
+        assert one.fenced == [{1}]
+
+    play(scenario, Silent)
 
 
 @pytest.mark.parametrize("seconds", [2, 200])
