@@ -69,6 +69,7 @@ class _Name:
     waits: dict[int, _Queued] = field(default_factory=dict)  # requests of ours in the queue on record, by ticket
     poke: trio.Event = field(default_factory=trio.Event)
     busy: bool = False
+    shared_until: float = float("-inf")  # (trio's clock) not to be taken before: others who wanted it come first
     used: float = 0.0
     idle: bool = False  # nobody has used it for long
 
@@ -243,7 +244,7 @@ class Names:
         self._settle_waits(name, record)
         if record.delegate:
             await self._ask(name, stored, record)
-        elif record.may_take(node) and not name.waits:
+        elif record.may_take(node) and not name.waits and trio.current_time() >= name.shared_until:
             await self._take(name, stored, record)
         else:
             await self._share(name, stored, record)
@@ -276,6 +277,8 @@ class Names:
         # because the lease of this node is over, which its own clock has told it before.
         if record.delegate != node or await self._swap(name, stored, record.given_back(node, locks)):
             name.waits = _queued(locks)
+            # They have to hear of it first, and this node would always be quicker.
+            name.shared_until = trio.current_time() + LOOK_SECONDS
             name.leaving, name.asked = None, False
 
     async def _take(self, name: _Name, stored: Stored, record: NameRecord) -> None:
