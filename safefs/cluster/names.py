@@ -224,6 +224,8 @@ class Names:
         if name.mine is not None:
             name.leaving, name.mine = name.mine, None
         stored = name.stored or await self._backend.read(name.key)
+        if name.lost:
+            return  # what it says is about a node that this one is not any more
         name.stored = stored
         if name.leaving is not None:
             await self._give_back(name, stored, name.leaving)
@@ -355,11 +357,16 @@ class Names:
                 self._granted(name, ticket, asked)
 
     async def _swap(self, name: _Name, stored: Stored, new: NameRecord) -> bool:
-        if not self.lease_holds():
-            raise BackendError("the lease of this node is over")
+        self._require_lease(name)
         name.stored = None  # what becomes of it is not known until the answer is there
         name.stored = await self._backend.swap(name.key, stored, new)
+        self._require_lease(name)
         return name.stored is not None
+
+    def _require_lease(self, name: _Name) -> None:
+        """Nothing is done for a name that was lost, though this node may have another lease by now."""
+        if name.lost or not self.lease_holds():
+            raise BackendError("the lease of this node is over")
 
     async def _await_change(self, name: _Name, stored: Stored) -> None:
         """Until the record changes, there is something else to do, or it is time to look at the other nodes."""

@@ -125,6 +125,41 @@ class Unsteady(MemoryBackend):
             raise BackendError("no route")
 
 
+class Late(MemoryBackend):
+    """First it fails, then its answers are late: they come when the lease is over and the node has another name."""
+
+    fails = 0
+
+    async def read(self, name: str) -> Stored:
+        stored = await super().read(name)
+        if self.fails:
+            self.fails -= 1
+            if self.fails:
+                raise BackendError("no route")
+            await trio.sleep(3 * TERMS.lease_seconds)
+        return stored
+
+
+def test_an_answer_from_before_the_loss_grants_nothing() -> None:
+    async def scenario(cluster: MemoryCluster, one: Node, two: Node) -> None:
+        assert await two.acquire(1)
+        waiting = one.ask(2)
+        assert waiting is not None
+        await trio.sleep(3)
+        assert isinstance(one.backend, Late)
+        one.backend.fails = 2
+        await trio.sleep(1.5)
+        cluster.ended.add("one")
+        await trio.sleep(10 * TERMS.lease_seconds)
+        assert one.locks.node != "one"
+        assert not waiting.settled.is_set()
+        two.locks.released(1)
+        await waiting.settled.wait()
+        assert waiting.held
+
+    play(scenario, Late)
+
+
 class Silent(MemoryBackend):
     """Does not answer any more, once it is silent; the lease ends meanwhile."""
 
