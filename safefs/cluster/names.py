@@ -223,10 +223,7 @@ class Names:
             return
         if name.mine is not None:
             name.leaving, name.mine = name.mine, None
-        stored = name.stored or await self._backend.read(name.key)
-        if name.lost:
-            return  # what it says is about a node that this one is not any more
-        name.stored = stored
+        stored = name.stored = name.stored or await self._read(name)
         if name.leaving is not None:
             await self._give_back(name, stored, name.leaving)
             return
@@ -355,6 +352,11 @@ class Names:
             if not record.waits(self._backend.node, asked.kind, ticket):
                 del name.waits[ticket]
                 self._granted(name, ticket, asked)
+
+    async def _read(self, name: _Name) -> Stored:
+        stored = await self._backend.read(name.key)
+        self._require_lease(name)  # what it says may be about a node that this one is not any more
+        return stored
 
     async def _swap(self, name: _Name, stored: Stored, new: NameRecord) -> bool:
         self._require_lease(name)
