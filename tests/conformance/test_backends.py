@@ -181,6 +181,7 @@ def test_of_many_that_replace_one_record_one_succeeds(cluster: Cluster) -> None:
     async def count(backend: LockBackend, wins: list[int]) -> None:
         for _ in range(steps):
             while True:
+                await backend.renew()  # on a busy machine it takes longer than a lease
                 stored = await backend.read("name")
                 reached = len(stored.record.wanted)
                 record = NameRecord("counter", tuple(str(number) for number in range(reached + 1)))
