@@ -25,10 +25,12 @@ test-modes:
 	@SAFEFS_TEST_OPTIONS=hot=off $(PYTEST) -q
 	@SAFEFS_TEST_OPTIONS=passthrough=off,hot=off $(PYTEST) -q
 
-# What is tried at random, a thousand times: most of an hour.
+# What is tried at random, a thousand times, and the locks of several nodes, ten thousand times and under many faults:
+# two hours.
 test-nightly:
 	@scripts/setup test
 	@SAFEFS_MODEL_EXAMPLES=1000 $(PYTEST) -q tests/model
+	@SAFEFS_CLUSTER_HOLDS=3400 SAFEFS_CLUSTER_ROUNDS=10 .venv/bin/python -m pytest -q tests/cluster
 
 check:
 	@scripts/setup build

@@ -401,10 +401,8 @@ class Files:
             return await self.fs.backing.run(DAEMON, backing.read_full, fd, size, offset)
 
     async def write(self, number: int, offset: int, data: bytes) -> int:
-        handle = self.fs.handle(number)
+        handle = self.fs.changeable(number)
         draft = handle.draft
-        if handle.fenced:
-            raise failure(errno.EIO)
         if draft is None:
             return await self.fs.backing.run(handle.caller, backing.write_all, handle.fd, data, offset)
         async with draft.gate.passing():
@@ -523,7 +521,7 @@ class Files:
                 draft.fresh = True
 
     async def fallocate(self, number: int, mode: int, offset: int, length: int) -> None:
-        handle = self.fs.handle(number)
+        handle = self.fs.changeable(number)
         draft = handle.draft
         if draft is None:
             await self.fs.backing.run(handle.caller, backing.allocate, handle.fd, mode, offset, length)
@@ -544,7 +542,7 @@ class Files:
         self, source: int, source_offset: int, target: int, target_offset: int, length: int
     ) -> int:
         fs = self.fs
-        reading, writing = fs.handle(source), fs.handle(target)
+        reading, writing = fs.handle(source), fs.changeable(target)
         draft = writing.draft
         if draft is None:
             async with fs.readable(reading) as fd_in:
@@ -571,10 +569,10 @@ class Files:
     async def set_size(self, node: Node, size: int, number: int | None, caller: Caller) -> None:
         """The size part of SETATTR: ftruncate(2) with a handle, truncate(2) without."""
         fs = self.fs
+        handle = fs.changeable(number) if number is not None else None
         if node.draft is not None:
-            await self._truncate_draft(node.draft, size, number is not None, caller)
-        elif number is not None and fs.handle(number).draft is None:
-            handle = fs.handle(number)
+            await self._truncate_draft(node.draft, size, handle is not None, caller)
+        elif handle is not None and handle.draft is None:
             await fs.backing.run(caller, os.ftruncate, handle.fd, size)
         else:
             parent = fs.nodes.get(node.parent)

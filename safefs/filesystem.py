@@ -391,6 +391,20 @@ class FileSystem:
         except KeyError:
             raise failure(errno.EBADF) from None
 
+    def changeable(self, number: int) -> Handle:
+        """An open file that is to be changed.  OSError: EBADF; EIO where a lock may be lost that was taken with it."""
+        handle = self.handle(number)
+        if self.is_fenced(handle):
+            raise failure(errno.EIO)
+        return handle
+
+    def is_fenced(self, handle: Handle) -> bool:
+        """Whether what was locked through an open file may be another node's by now.
+
+        Asked for each change: a daemon that was stopped is sent changes before it has noticed that its lease is over.
+        """
+        return handle.fenced or self.locks.is_stale(handle.number)
+
     async def backing_id(self, node: Node, fd: int, caller: Caller) -> int:
         """A backing id for the first open handle of a node, whose file `fd` has open; 0 where there can be none."""
         # The kernel will do its I/O with the rights of the thread that registers.

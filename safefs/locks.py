@@ -124,6 +124,13 @@ class Locks:
         """Whether what was locked is still this node's: to be asked right before anything is done under a lock."""
         return self._names.lease_holds()
 
+    def is_stale(self, handle: int) -> bool:
+        """Whether what was locked through a file handle may be another node's, before `lose` has been called."""
+        return not self.lease_holds() and bool(self._by_handle.get(handle, set()) - self._waits())
+
+    def _waits(self) -> set[Use]:
+        return {(waiting.key, waiting.kind, waiting.wait.lock.owner) for waiting in self._waiting.values()}
+
     # ---------------------------------------------------------- questions
 
     async def conflict(self, key: str, kind: Kind, lock: Lock) -> Lock | None:
@@ -330,7 +337,7 @@ class Locks:
 
     def lose(self) -> set[int]:
         """All locks are lost; returns the file handles that something was locked through.  Requests go on waiting."""
-        waits = {(waiting.key, waiting.kind, waiting.wait.lock.owner) for waiting in self._waiting.values()}
+        waits = self._waits()
         fenced = {handle for handle, used in self._by_handle.items() if used - waits}
         self._by_handle.clear()
         self._last_handle.clear()

@@ -88,21 +88,29 @@ class EtcdBackend:
         """Nodes whose processes have died on this host: a daemon that is started again does not wait for itself."""
         prefix = self._key("nodes", "")
         for entry in await self._range(prefix, prefix_end(prefix)):
-            try:
-                value = json.loads(decode(entry["value"]))
-                died, lease = self._has_died(value["process"]), str(value["lease"])
-            except (ValueError, KeyError, TypeError):
-                continue
-            if died:
-                await self._end(decode(entry["key"])[len(prefix) :].decode("utf-8", "replace"), lease)
+            node = decode(entry["key"])[len(prefix) :].decode("utf-8", "replace")
+            await self._end_if_dead(node, decode(entry["value"]))
+
+    async def _end_if_dead(self, node: str, value: bytes) -> bool:
+        """End a node whose process is known to have died, by what it has on record."""
+        try:
+            known = json.loads(value)
+            died, lease = self._has_died(known["process"]), str(known["lease"])
+        except (ValueError, KeyError, TypeError):
+            return False
+        if died:
+            await self._end(node, lease)
+        return died
 
     async def gone(self, nodes: Iterable[str]) -> set[str]:
         ended = set()
         for node in nodes:
             if await self._get(self._key("ended", node)) is not None:
                 ended.add(node)
-            elif await self._get(self._key("nodes", node)) is not None:
+            elif (value := await self._get(self._key("nodes", node))) is not None:
                 self._missing.pop(node, None)
+                if await self._end_if_dead(node, value):
+                    ended.add(node)
             # etcd's clock ended the lease; the delay is for what the node began before.
             elif boottime() - self._missing.setdefault(node, boottime()) >= self._terms.delay_seconds:
                 ended.add(node)

@@ -1,8 +1,9 @@
 """The little of etcd's API that locks need, through its HTTP/JSON gateway (etcd 3.4 and later), with h11 on trio.
 
 Keys and values are bytes here, and base64 on the wire; numbers of 64 bits are strings there.  A call goes to the
-endpoint that answered last; where that cannot be reached, to the next, as long as there is time.  A call that changes
-something and of which it is not known whether it did is not repeated: `BackendError` leaves that to the caller.
+endpoint that answered last; where that cannot be reached, to the next, as long as there is time, and so does the next
+call after one that got no answer.  A call that changes something and of which it is not known whether it did is not
+repeated: `BackendError` leaves that to the caller.
 """
 
 from __future__ import annotations
@@ -23,9 +24,12 @@ from safefs.cluster.backend import BackendError
 
 CALL_SECONDS = 5.0
 CONNECT_SECONDS = 2.0
+ATTEMPTS = 3  # at each endpoint: a connection that was kept, and the token, can both be too old
 MAX_IDLE = 8  # connections that are kept
 MAX_ANSWER_BYTES = 16 << 20
 READ_BYTES = 1 << 16
+# What etcd says where a token is too old for it, or missing.
+SIGNED_OUT = ("invalid auth token", "auth store is old", "user name is empty")
 
 Answer = dict[str, Any]
 
@@ -41,6 +45,11 @@ def decode(text: str) -> bytes:
 def prefix_end(prefix: bytes) -> bytes:
     """The `range_end` of all keys that begin with a prefix, which does not end in 0xff."""
     return prefix[:-1] + bytes([prefix[-1] + 1])
+
+
+def reason(error: Exception, otherwise: str) -> str:
+    """What an error says; trio's own say it in their causes."""
+    return str(error) or str(error.__cause__ or "") or otherwise
 
 
 @dataclass(frozen=True)
@@ -83,7 +92,8 @@ class RefusedError(BackendError):
     def __init__(self, endpoint: Endpoint, status: int, message: str) -> None:
         super().__init__(f"etcd at {endpoint}: {message} (HTTP {status})")
         self.status = status
-        self.message = message
+        self.may_be_repeated = any(words in message for words in SIGNED_OUT)  # nothing was done: sign in first
+        self.is_members_own = status >= 500  # this member has no leader, or no quorum; others may have
 
 
 class _Connection:
@@ -141,15 +151,15 @@ class EtcdClient:
         """One request and its answer; BackendError when there is none in time."""
         problem = BackendError("etcd does not answer")
         with trio.move_on_after(CALL_SECONDS):
-            for turn in range(2 * len(self._access.endpoints)):
+            for endpoint in ATTEMPTS * self._endpoints():
                 try:
-                    return await self._call_once(self._endpoint(turn), path, request)
+                    return await self._attempt(endpoint, path, request)
                 except UnreachableError as error:
                     problem = error
                 except RefusedError as error:
-                    if not self._may_sign_in(error):
+                    if not error.may_be_repeated and (changes or not error.is_members_own):
                         raise
-                    await self._sign_in(self._endpoint(turn))
+                    problem = error
                 except BackendError as error:
                     if changes:
                         raise
@@ -171,18 +181,44 @@ class EtcdClient:
 
     # ------------------------------------------------------------ internals
 
-    def _endpoint(self, turn: int) -> Endpoint:
+    def _endpoints(self) -> list[Endpoint]:
+        """All, in the order in which they are asked."""
         endpoints = self._access.endpoints
-        return endpoints[(self._first + turn) % len(endpoints)]
+        return [*endpoints[self._first :], *endpoints[: self._first]]
 
-    def _may_sign_in(self, error: RefusedError) -> bool:
-        asks = error.status == 401 or "auth token" in error.message or "user name is empty" in error.message
-        return asks and bool(self._access.user)
+    async def _pass_over(self, endpoint: Endpoint) -> None:
+        """An endpoint failed: others are asked first, and none of its connections is used again."""
+        if self._endpoints()[0] == endpoint:
+            self._first = (self._first + 1) % len(self._access.endpoints)
+        kept, self._idle = self._idle, [other for other in self._idle if other.endpoint != endpoint]
+        for connection in kept:
+            if connection not in self._idle:
+                await connection.aclose()
+
+    async def _attempt(self, endpoint: Endpoint, path: str, request: Mapping[str, Any]) -> Answer:
+        """At one endpoint, which gets its share of the time: it may take connections and never answer."""
+        try:
+            with trio.fail_after(CALL_SECONDS / len(self._access.endpoints)):
+                await self._sign_in(endpoint)
+                return await self._call_once(endpoint, path, request)
+        except trio.TooSlowError:
+            await self._pass_over(endpoint)
+            raise BackendError(f"etcd at {endpoint} does not answer") from None
+        except RefusedError as error:
+            if error.may_be_repeated:
+                self._token = ""
+            if error.is_members_own:
+                await self._pass_over(endpoint)
+            raise
+        except BackendError:
+            await self._pass_over(endpoint)
+            raise
 
     async def _sign_in(self, endpoint: Endpoint) -> None:
-        who = {"name": self._access.user, "password": self._access.password}
-        self._token = ""
-        self._token = (await self._call_once(endpoint, "/v3/auth/authenticate", who))["token"]
+        """Where there are passwords; the token is good at every endpoint."""
+        if self._access.user and not self._token:
+            who = {"name": self._access.user, "password": self._access.password}
+            self._token = (await self._call_once(endpoint, "/v3/auth/authenticate", who))["token"]
 
     def _headers(self) -> dict[str, str]:
         return {"Authorization": self._token} if self._token else {}
@@ -200,7 +236,7 @@ class EtcdClient:
             reusable = connection.start_next()
         except (OSError, trio.BrokenResourceError, h11.ProtocolError, ValueError) as error:
             await connection.aclose()
-            raise BackendError(f"etcd at {endpoint}: {error or 'the connection was lost'}") from None
+            raise BackendError(f"etcd at {endpoint}: {reason(error, 'the connection was lost')}") from None
         except BaseException:
             with trio.CancelScope(shield=True):
                 await connection.aclose()
@@ -225,7 +261,7 @@ class EtcdClient:
                 for line in filter(None, lines):
                     yield json.loads(line)
         except (OSError, trio.BrokenResourceError, h11.ProtocolError, ValueError) as error:
-            raise BackendError(f"etcd at {connection.endpoint}: {error}") from None
+            raise BackendError(f"etcd at {connection.endpoint}: {reason(error, 'the connection was lost')}") from None
 
     async def _take(self, endpoint: Endpoint) -> _Connection:
         for connection in self._idle:
@@ -236,10 +272,12 @@ class EtcdClient:
 
     async def _connect_any(self) -> _Connection:
         problem: BackendError = UnreachableError("etcd cannot be reached")
-        for turn in range(len(self._access.endpoints)):
+        for endpoint in self._endpoints():
             try:
-                return await self._connect(self._endpoint(turn))
-            except UnreachableError as error:
+                await self._sign_in(endpoint)
+                return await self._connect(endpoint)
+            except BackendError as error:
+                await self._pass_over(endpoint)
                 problem = error
         raise problem
 
@@ -253,5 +291,5 @@ class EtcdClient:
                     with suppress(AttributeError):
                         await stream.do_handshake()
         except (OSError, trio.TooSlowError, trio.BrokenResourceError) as error:
-            raise UnreachableError(f"etcd at {endpoint} cannot be reached: {error or 'no answer'}") from None
+            raise UnreachableError(f"etcd at {endpoint} cannot be reached: {reason(error, 'no answer')}") from None
         return _Connection(endpoint, stream)

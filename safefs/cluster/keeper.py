@@ -8,6 +8,7 @@ that was held is given up, and the node joins again under a new name.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 
 import trio
@@ -68,7 +69,7 @@ class Keeper:
         while True:
             await trio.sleep(pause)
             try:
-                await self._backend.renew()
+                await self._renew()
             except LeaseLostError as error:
                 return str(error)
             except BackendError as error:
@@ -78,6 +79,14 @@ class Keeper:
                 pause = RETRY_SECONDS[0]
             else:
                 pause = self._terms.renew_seconds
+
+    async def _renew(self) -> None:
+        """BackendError where there is no answer before the lease ends: that has to be noticed in time."""
+        left = self._backend.lease_ends() - boottime()
+        with trio.move_on_after(left if left > 0 else math.inf) as scope:
+            await self._backend.renew()
+        if scope.cancelled_caught:
+            raise BackendError("there was no answer")
 
     async def _leave(self) -> None:
         try:

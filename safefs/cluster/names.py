@@ -69,6 +69,7 @@ class _Name:
     waits: dict[int, _Queued] = field(default_factory=dict)  # requests of ours in the queue on record, by ticket
     poke: trio.Event = field(default_factory=trio.Event)
     busy: bool = False
+    shared_until: float = float("-inf")  # (trio's clock) not to be taken before: others who wanted it come first
     used: float = 0.0
     idle: bool = False  # nobody has used it for long
 
@@ -226,8 +227,7 @@ class Names:
             return
         if name.mine is not None:
             name.leaving, name.mine = name.mine, None
-        stored = name.stored or await self._backend.read(name.key)
-        name.stored = stored
+        stored = name.stored = name.stored or await self._read(name)
         if name.leaving is not None:
             await self._give_back(name, stored, name.leaving)
             return
@@ -247,7 +247,7 @@ class Names:
         self._settle_waits(name, record)
         if record.delegate:
             await self._ask(name, stored, record)
-        elif record.may_take(node) and not name.waits:
+        elif record.may_take(node) and not name.waits and trio.current_time() >= name.shared_until:
             await self._take(name, stored, record)
         else:
             await self._share(name, stored, record)
@@ -280,6 +280,8 @@ class Names:
         # because the lease of this node is over, which its own clock has told it before.
         if record.delegate != node or await self._swap(name, stored, record.given_back(node, locks)):
             name.waits = _queued(locks)
+            # They have to hear of it first, and this node would always be quicker.
+            name.shared_until = trio.current_time() + LOOK_SECONDS
             name.leaving, name.asked = None, False
 
     async def _take(self, name: _Name, stored: Stored, record: NameRecord) -> None:
@@ -355,12 +357,22 @@ class Names:
                 del name.waits[ticket]
                 self._granted(name, ticket, asked)
 
+    async def _read(self, name: _Name) -> Stored:
+        stored = await self._backend.read(name.key)
+        self._require_lease(name)  # what it says may be about a node that this one is not any more
+        return stored
+
     async def _swap(self, name: _Name, stored: Stored, new: NameRecord) -> bool:
-        if not self.lease_holds():
-            raise BackendError("the lease of this node is over")
+        self._require_lease(name)
         name.stored = None  # what becomes of it is not known until the answer is there
         name.stored = await self._backend.swap(name.key, stored, new)
+        self._require_lease(name)
         return name.stored is not None
+
+    def _require_lease(self, name: _Name) -> None:
+        """Nothing is done for a name that was lost, though this node may have another lease by now."""
+        if name.lost or not self.lease_holds():
+            raise BackendError("the lease of this node is over")
 
     async def _await_change(self, name: _Name, stored: Stored) -> None:
         """Until the record changes, there is something else to do, or it is time to look at the other nodes."""

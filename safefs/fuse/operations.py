@@ -334,7 +334,7 @@ class Operations(pyfuse3.Operations):
         handle = self._fs.handles.get(number)
         if handle is not None and handle.draft is not None and handle.writable:
             self._start(request, self._flush, handle, owner)
-        elif handle is not None and handle.fenced:
+        elif handle is not None and self._fs.is_fenced(handle):
             request.reply_err(errno.EIO)
         elif unlocking := self._locking.flushed(number, owner):
             self._start(request, self._await_unlocking, unlocking)

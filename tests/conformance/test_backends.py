@@ -14,15 +14,17 @@ import trio
 
 from safefs.cluster import leasefile as module
 from safefs.cluster.backend import BackendError, LeaseLostError, LockBackend, Stored
+from safefs.cluster.choice import etcd_access
 from safefs.cluster.etcd import EtcdBackend
-from safefs.cluster.etcd_client import Access, Endpoint
+from safefs.cluster.etcd_client import Access
 from safefs.cluster.leasefile import LeasefileBackend
 from safefs.cluster.memory import MemoryBackend, MemoryCluster
 from safefs.cluster.ofd import NativeBackend
 from safefs.cluster.record import NameRecord
+from safefs.config import load_settings, parse_options
 from safefs.lease import Terms, boottime
 from safefs.locktable import Kind, Lock, Mode, NameLocks, Owner, Wait
-from tests.support.etcd import Etcd, etcd
+from tests.support.etcd import PREFIX, Etcd, etcd
 
 TERMS = Terms(lease_seconds=0.6, delay_seconds=0.2)
 SECONDS = 20.0
@@ -51,23 +53,38 @@ def native(directory: str | Path) -> NativeBackend:
     return NativeBackend(str(directory), TERMS, {"process": ""}, lambda _identity: False, secrets.token_hex(4))
 
 
+def access_of(server: Etcd) -> Access:
+    """How the options of a mount say that this etcd is reached."""
+    return etcd_access(load_settings(Path("/"), Path("/"), parse_options([server.options])))
+
+
+def etcd_node(access: Access, prefix: str, lease_seconds: float = 5.0) -> EtcdBackend:
+    terms = Terms(lease_seconds, delay_seconds=0.2)
+    return EtcdBackend(access, prefix, terms, {}, lambda _identity: False)
+
+
 @pytest.fixture(scope="module")
-def etcd_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Etcd]:
+def etcd_one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Etcd]:
     with etcd(tmp_path_factory.mktemp("etcd")) as server:
         yield server
 
 
-@pytest.fixture(params=["memory", "leasefile", "native", "etcd"])
+@pytest.fixture(scope="module")
+def etcd_secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Etcd]:
+    """Three members, which want certificates and passwords."""
+    with etcd(tmp_path_factory.mktemp("etcd"), 3, tls=True, user=True) as server:
+        yield server
+
+
+@pytest.fixture(params=["memory", "leasefile", "native", "etcd_one", "etcd_secured"])
 def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
     if request.param == "memory":
         shared, numbers = MemoryCluster(), iter(range(100))
         yield Cluster(lambda: MemoryBackend(shared, f"node{next(numbers)}"), lapses=False)
         return
-    if request.param == "etcd":
-        server: Etcd = request.getfixturevalue("etcd_server")
-        access = Access(tuple(map(Endpoint.parse, server.endpoints.split(","))))
-        terms, prefix = Terms(lease_seconds=5.0, delay_seconds=0.2), f"/test/{secrets.token_hex(4)}"
-        yield Cluster(lambda: EtcdBackend(access, prefix, terms, {}, lambda _identity: False), lapses=True)
+    if request.param.startswith("etcd"):
+        access, prefix = access_of(request.getfixturevalue(request.param)), PREFIX + secrets.token_hex(4)
+        yield Cluster(lambda: etcd_node(access, prefix), lapses=True)
         return
     with TemporaryDirectory(prefix="safefs-locks-", dir="/dev/shm") as directory:
         files = native if request.param == "native" else leasefile
@@ -174,6 +191,7 @@ def test_of_many_that_replace_one_record_one_succeeds(cluster: Cluster) -> None:
     async def count(backend: LockBackend, wins: list[int]) -> None:
         for _ in range(steps):
             while True:
+                await backend.renew()  # on a busy machine it takes longer than a lease
                 stored = await backend.read("name")
                 reached = len(stored.record.wanted)
                 record = NameRecord("counter", tuple(str(number) for number in range(reached + 1)))

@@ -174,7 +174,12 @@ def mounted(backing: Path, path: Path, *arguments: str, **options: object) -> It
 
 def status(mount: Mount) -> dict[str, Any]:
     """What `safefs status` says of a mount."""
-    done = subprocess.run(safefs_command("status", "--json", mount.path), check=True, capture_output=True, timeout=30)
+    return status_at(mount.path)
+
+
+def status_at(path: Path) -> dict[str, Any]:
+    """What `safefs status` says of what is mounted at a path."""
+    done = subprocess.run(safefs_command("status", "--json", path), check=True, capture_output=True, timeout=30)
     found = json.loads(done.stdout)
     return dict(found[0] if isinstance(found, list) else found)
 

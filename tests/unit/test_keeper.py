@@ -9,11 +9,11 @@ import pytest
 import trio
 import trio.testing
 
-from safefs.cluster.backend import BackendError, Stored
+from safefs.cluster.backend import BackendError, LeaseLostError, Stored
 from safefs.cluster.keeper import Keeper
 from safefs.cluster.memory import MemoryBackend, MemoryCluster
 from safefs.cluster.names import Names
-from safefs.lease import OwnLease, Sightings, Terms
+from safefs.lease import OwnLease, Sightings, Terms, boottime
 from safefs.locks import Alone, Locks, Waiting
 from safefs.locktable import Kind, Lock, Mode, Owner
 
@@ -123,6 +123,74 @@ class Unsteady(MemoryBackend):
     def _check(self) -> None:
         if self.lost:
             raise BackendError("no route")
+
+
+class Late(MemoryBackend):
+    """First it fails, then its answers are late: they come when the lease is over and the node has another name."""
+
+    fails = 0
+
+    async def read(self, name: str) -> Stored:
+        stored = await super().read(name)
+        if self.fails:
+            self.fails -= 1
+            if self.fails:
+                raise BackendError("no route")
+            await trio.sleep(3 * TERMS.lease_seconds)
+        return stored
+
+
+def test_an_answer_from_before_the_loss_grants_nothing() -> None:
+    async def scenario(cluster: MemoryCluster, one: Node, two: Node) -> None:
+        assert await two.acquire(1)
+        waiting = one.ask(2)
+        assert waiting is not None
+        await trio.sleep(3)
+        assert isinstance(one.backend, Late)
+        one.backend.fails = 2
+        await trio.sleep(1.5)
+        cluster.ended.add("one")
+        await trio.sleep(10 * TERMS.lease_seconds)
+        assert one.locks.node != "one"
+        assert not waiting.settled.is_set()
+        two.locks.released(1)
+        await waiting.settled.wait()
+        assert waiting.held
+
+    play(scenario, Late)
+
+
+class Silent(MemoryBackend):
+    """Does not answer any more, once it is silent; the lease ends meanwhile."""
+
+    silent = False
+    renewed = 0.0
+
+    async def join(self) -> None:
+        await super().join()
+        self.renewed = trio.current_time()
+
+    async def renew(self) -> None:
+        if boottime() >= self.lease_ends():
+            raise LeaseLostError("the lease was not renewed in time")
+        if self.silent:
+            await trio.sleep(100 * TERMS.lease_seconds)
+        self.renewed = trio.current_time()
+
+    def lease_ends(self) -> float:
+        return boottime() + self.renewed + TERMS.lease_seconds - trio.current_time()
+
+
+def test_who_waits_for_an_answer_knows_that_the_lease_has_ended() -> None:
+    """And does not find out with the answer: others have the lock by then."""
+
+    async def scenario(cluster: MemoryCluster, one: Node, two: Node) -> None:
+        assert await one.acquire(1)
+        Silent.silent = True
+        await trio.sleep(TERMS.gone_seconds)
+        assert one.fenced == [{1}]
+
+    play(scenario, Silent)
 
 
 @pytest.mark.parametrize("seconds", [2, 200])

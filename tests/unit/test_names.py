@@ -308,3 +308,39 @@ def test_a_record_that_another_version_wrote() -> None:
         NameRecord.from_json({"format": 1, "delegate": "a"})
     record = NameRecord("a", ("b",), NameLocks())
     assert NameRecord.from_json(record.to_json()) == record
+
+
+class Distant(MemoryBackend):
+    """Every answer takes a while, and a notice of a change as long again."""
+
+    async def read(self, name: str) -> Stored:
+        await trio.sleep(0.001)
+        return await super().read(name)
+
+    async def swap(self, name: str, old: Stored, new: NameRecord) -> Stored | None:
+        await trio.sleep(0.001)
+        return await super().swap(name, old, new)
+
+    async def wait_for_change(self, name: str, seen: Stored, seconds: float) -> None:
+        await super().wait_for_change(name, seen, seconds)
+        await trio.sleep(0.001)
+
+
+def test_who_gives_a_name_back_does_not_take_it_again_at_once() -> None:
+    """He is nearer to it than those who have to hear of it first."""
+
+    async def scenario(nodes: list[Node]) -> None:
+        async def go_on() -> None:
+            while True:
+                await nodes[0].acquire("name", 1, Mode.EXCLUSIVE)
+                await trio.sleep(0.0001)
+                await nodes[0].release("name", 1)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(go_on)
+            await trio.sleep(0.1)
+            with trio.fail_after(2):
+                await nodes[1].acquire("name", 2, Mode.EXCLUSIVE)
+            nursery.cancel_scope.cancel()
+
+    play(scenario, Distant, 2)

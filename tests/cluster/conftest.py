@@ -1,0 +1,91 @@
+"""Clusters for tests: several nodes on one backing directory, on each of the lock backends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.hosts import ADDRESS, Host, Network, Node, make_host, network
+from tests.mount.actors import Actor, actor
+from tests.mount.test_locks import CODE
+from tests.support.etcd import Etcd, etcd
+
+LEASE_SECONDS = 3.0
+BACKENDS = {"leasefile": 0, "etcd": 1, "etcd3": 3}  # with so many members of etcd
+
+
+@dataclass
+class Cluster:
+    """Makes nodes of one backing directory that share their locks."""
+
+    backing: Path
+    options: str
+    stack: ExitStack
+    etcd: Etcd | None = None
+    network: Network | None = None
+    nodes: list[Node] = field(default_factory=list)
+
+    def node(
+        self, host: Host | None = None, backing: Path | None = None, lease: float = LEASE_SECONDS, **more: object
+    ) -> Node:
+        """One more; without a host of its own it is the test's neighbour."""
+        if host is None and self.network is not None:
+            # The servers' own network, and the test's own name and clocks.
+            more["prefix"] = self.network.prefix
+        path = self.backing.with_name(f"node{len(self.nodes)}")
+        options = ("-o", f"{self.options},lease_seconds={lease:g}")
+        node = Node(backing or self.backing, path, options, host=host, **more)  # type: ignore[arg-type]
+        self.stack.callback(node.stop)
+        self.nodes.append(node)
+        return node
+
+    def host(self) -> Host:
+        return make_host(len(self.nodes) + 1, self.network)
+
+    def make(self, count: int, **more: object) -> list[Node]:
+        """Nodes on one host each."""
+        return [self.node(self.host(), **more) for _ in range(count)]  # type: ignore[arg-type]
+
+
+@contextmanager
+def etcd_of(place: Path, backing: Path, members: int, **more: bool) -> Iterator[Cluster]:
+    """A cluster with its locks in etcd, and a network."""
+    with ExitStack() as stack:
+        net = stack.enter_context(network())
+        (place / "etcd").mkdir()
+        servers = stack.enter_context(etcd(place / "etcd", members, address=ADDRESS, prefix=net.prefix, **more))
+        yield Cluster(backing, servers.options, stack, servers, net)
+
+
+@pytest.fixture(params=list(BACKENDS))
+def cluster(request: pytest.FixtureRequest, tmp_path: Path, backing: Path) -> Iterator[Cluster]:
+    members = BACKENDS[request.param]
+    with ExitStack() as stack:
+        if members:
+            yield stack.enter_context(etcd_of(tmp_path, backing, members))
+        else:
+            yield Cluster(backing, f"locks={request.param}", stack)
+
+
+@pytest.fixture
+def unshared(backing: Path) -> Iterator[Cluster]:
+    """The control: nodes that share no locks."""
+    with ExitStack() as stack:
+        yield Cluster(backing, "locks=memory", stack)
+
+
+@pytest.fixture
+def parties() -> Iterator[Callable[[], Actor]]:
+    """Processes that know the lock calls."""
+    with ExitStack() as stack:
+
+        def make() -> Actor:
+            process = stack.enter_context(actor())
+            process(CODE)
+            return process
+
+        yield make

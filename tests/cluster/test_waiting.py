@@ -1,0 +1,171 @@
+"""Who waits for a lock while etcd is away or the backing filesystem hangs, and who holds one then."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from safefs.lease import DELAY_SECONDS
+from tests.cluster.conftest import LEASE_SECONDS, Cluster, etcd_of
+from tests.cluster.hosts import LOST, Node
+from tests.mount.actors import Actor
+from tests.mount.test_locks import BLOCK, TRY, opened, process_state
+from tests.support.mounting import status_at, wait_until
+from tests.underlay.test_bad_underlay import underlay
+
+GONE_SECONDS = LEASE_SECONDS + DELAY_SECONDS
+SECONDS = 60.0
+AT_ONCE_SECONDS = 5.0  # without any of the time limits of what is waited for
+LONG_LEASE = 300.0
+
+Make = Callable[[], Actor]
+
+
+@dataclass
+class Outage:
+    """Two nodes; what their locks depend on can go away, and come back."""
+
+    nodes: list[Node]
+    begin: Callable[[], None]
+    end: Callable[[], None]
+
+
+@pytest.fixture(params=["etcd that is killed", "etcd that hangs", "a link that is cut", "a backing that hangs"])
+def outage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Outage]:
+    """Of all of etcd; or of one node's link to it, or one node's client of the backing filesystem."""
+    with ExitStack() as stack:
+        if request.param == "a backing that hangs":
+            yield stack.enter_context(hanging_backing(tmp_path))
+            return
+        cluster: Cluster = request.getfixturevalue("etcd_cluster")
+        nodes = cluster.make(2)
+        assert cluster.etcd is not None and nodes[0].host is not None
+        member = cluster.etcd.members[0]
+        begin, end = {
+            "etcd that is killed": (member.kill, cluster.etcd.restart),
+            "etcd that hangs": (member.pause, member.resume),
+            "a link that is cut": (nodes[0].host.cut_off, nodes[0].host.reconnect),
+        }[request.param]
+        yield Outage(nodes, begin, end)
+
+
+@pytest.fixture
+def etcd_cluster(tmp_path: Path, backing: Path) -> Iterator[Cluster]:
+    with etcd_of(tmp_path, backing, 1) as cluster:
+        yield cluster
+
+
+@contextmanager
+def hanging_backing(place: Path) -> Iterator[Outage]:
+    """Each node has its own mount of a filesystem in user space, as clients of a shared filesystem; the first hangs."""
+    source = place / "disk"
+    source.mkdir()
+    with ExitStack() as stack:
+        # Names and attributes are as fresh as a local filesystem's: this is about answers that do not come.
+        fresh = ("--negative", "0", "--attr", "0")
+        views = [place / f"view{number}" for number in range(2)]
+        clients = [stack.enter_context(underlay(source, view, *fresh)) for view in views]
+        cluster = Cluster(source, "locks=leasefile", stack)
+        nodes = [cluster.node(cluster.host(), backing=view) for view in views]
+        stack.callback(clients[0].send_signal, signal.SIGCONT)
+        yield Outage(
+            nodes, lambda: clients[0].send_signal(signal.SIGSTOP), lambda: clients[0].send_signal(signal.SIGCONT)
+        )
+
+
+def waiter(process: Actor, path: Path, kind: str) -> None:
+    """Waits for the lock of a file until it has it, or a signal comes."""
+    opened(process, path)
+    process.start(
+        {"flock": "interruptible(flock, fd, LOCK_EX)", "fcntl": "interruptible(record, fd, WAIT, EXCLUSIVE)"}[kind]
+    )
+    assert wait_until(lambda: status_at(path.parent)["locks"]["waiting"] > 0, SECONDS)
+    assert process_state(process.pid) == "S"
+
+
+@pytest.mark.parametrize("kind", ["flock", "fcntl"])
+def test_an_outage(outage: Outage, parties: Make, kind: str) -> None:
+    """Who waits goes on waiting, can be interrupted and killed, and has the lock when everything is back; who holds a
+    lock is fenced before another can have it."""
+    holder, killed, interrupted, patient = (parties() for _ in range(4))
+    node, other = outage.nodes
+    for each in outage.nodes:
+        each.may_lose_its_lease()
+    place = opened(holder, node / "held.db")
+    holder(TRY[kind])
+    for process in (killed, interrupted, patient):
+        waiter(process, node / "held.db", kind)
+    outage.begin()
+    try:
+        assert wait_until(lambda: LOST in node.mount.log_text(), GONE_SECONDS)
+        assert holder.errno("os.pwrite(fd, b'late', 0)", fd=place) == errno.EIO
+        os.kill(interrupted.pid, signal.SIGUSR1)
+        assert interrupted.result(AT_ONCE_SECONDS) == "interrupted"
+        start = time.monotonic()
+        killed.kill(signal.SIGKILL)
+        assert time.monotonic() - start < AT_ONCE_SECONDS
+        assert process_state(patient.pid) == "S"
+    finally:
+        outage.end()
+    assert patient.result(SECONDS) == "done"
+    assert (node / "held.db").read_bytes() == b""
+    patient("os.close(fd)")
+    opened(interrupted, other / "held.db")
+    interrupted.start(BLOCK[kind])
+    interrupted.result(SECONDS)
+
+
+@pytest.mark.parametrize("kind", ["flock", "fcntl"])
+def test_an_outage_that_is_shorter_than_the_lease(outage: Outage, parties: Make, kind: str) -> None:
+    """Nobody notices but who asks for something: and he can be killed at once, too."""
+    holder, killed, patient = (parties() for _ in range(3))
+    node, _ = outage.nodes
+    opened(holder, node / "held.db")
+    holder(TRY[kind])
+    for process in (killed, patient):
+        waiter(process, node / "held.db", kind)
+    outage.begin()
+    try:
+        start = time.monotonic()
+        killed.kill(signal.SIGKILL)
+        assert time.monotonic() - start < AT_ONCE_SECONDS
+    finally:
+        outage.end()
+    holder("os.pwrite(fd, b'held', 0)")
+    holder("os.close(fd)")
+    assert patient.result(SECONDS) == "done"
+
+
+@pytest.mark.parametrize("cluster", ["leasefile", "etcd"], indirect=True)
+def test_a_daemon_does_not_wait_for_its_own_old_lease(cluster: Cluster, parties: Make) -> None:
+    """It is known on its host that its predecessor has died."""
+    node = cluster.node(cluster.host(), lease=LONG_LEASE)
+    one, two = parties(), parties()
+    opened(one, node / "data")
+    one(TRY["flock"])
+    node.kill()
+    node.start()
+    opened(two, node / "data")
+    two.start(BLOCK["flock"])
+    two.result(SECONDS)
+
+
+@pytest.mark.parametrize("cluster", ["leasefile", "etcd"], indirect=True)
+def test_a_neighbour_knows_that_a_daemon_has_died(cluster: Cluster, parties: Make) -> None:
+    """On the same host; on another one the lease has to end."""
+    nodes = [cluster.node(lease=LONG_LEASE) for _ in range(2)]
+    one, two = parties(), parties()
+    opened(one, nodes[0] / "data")
+    opened(two, nodes[1] / "data")
+    one(TRY["flock"])
+    two.start(BLOCK["flock"])
+    nodes[0].kill()
+    two.result(SECONDS)

@@ -1,0 +1,176 @@
+"""etcd alone: members that fail, hang or forget who has signed in, and clients that may not come in."""
+
+from __future__ import annotations
+
+import secrets
+import ssl
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import trio
+
+from safefs.cluster.backend import BackendError, Stored
+from safefs.cluster.etcd import EtcdBackend
+from safefs.cluster.etcd_client import Access
+from safefs.cluster.record import NameRecord
+from tests.conformance.test_backends import access_of, etcd_node, held_by
+from tests.support.etcd import PREFIX, TOKEN_SECONDS, Etcd, etcd
+
+SECONDS = 60.0
+LEASE_SECONDS = 5.0
+
+
+@pytest.fixture
+def three(tmp_path: Path) -> Iterator[Etcd]:
+    with etcd(tmp_path, 3) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Etcd]:
+    with etcd(tmp_path_factory.mktemp("etcd"), tls=True, user=True) as server:
+        yield server
+
+
+def play(
+    scenario: Callable[[EtcdBackend, EtcdBackend], Awaitable[None]],
+    access: Access,
+    lease_seconds: float = LEASE_SECONDS,
+) -> None:
+    prefix = PREFIX + secrets.token_hex(4)
+
+    async def main() -> None:
+        one, two = (etcd_node(access, prefix, lease_seconds) for _ in range(2))
+        with trio.fail_after(SECONDS):
+            await one.join()
+            await two.join()
+            await scenario(one, two)
+
+    trio.run(main)
+
+
+async def written(node: EtcdBackend, record: NameRecord) -> None:
+    """The outcome of a swap that was on its way to a member that failed is not known: who sent it reads again."""
+    while True:
+        with suppress(BackendError):
+            if await node.swap("name", await node.read("name"), record):
+                return
+
+
+@pytest.mark.parametrize("how", ["kill", "pause"])
+@pytest.mark.parametrize("which", ["leader", "follower"])
+def test_a_member_that_fails(three: Etcd, how: str, which: str) -> None:
+    """Others answer in its place: whether it is gone, or takes connections and never answers."""
+    leader = three.leader()
+    followers = [member for member in three.members if member is not leader]
+    bad = leader if which == "leader" else followers[0]
+    access = access_of(three)
+    at = three.members.index(bad)
+    # The one that fails is the one that was asked so far.
+    access = replace(access, endpoints=access.endpoints[at:] + access.endpoints[:at])
+
+    async def scenario(one: EtcdBackend, two: EtcdBackend) -> None:
+        assert await one.swap("name", Stored(), held_by("a"))
+        getattr(bad, how)()
+        try:
+            for count in range(10):
+                await written(one, held_by(str(count)))
+            assert (await two.read("name")).record == held_by("9")
+        finally:
+            bad.resume()
+
+    play(scenario, access)
+
+
+@pytest.mark.parametrize("how", ["kill", "pause"])
+def test_a_lease_outlives_the_member_that_renewed_it(three: Etcd, how: str) -> None:
+    async def scenario(one: EtcdBackend, two: EtcdBackend) -> None:
+        bad = three.leader()
+        getattr(bad, how)()
+        try:
+            end = trio.current_time() + 2 * LEASE_SECONDS
+            while trio.current_time() < end:
+                for node in (one, two):
+                    with suppress(BackendError):
+                        await node.renew()
+                await trio.sleep(0.1)
+            assert await one.gone([two.node]) == set()
+        finally:
+            bad.resume()
+
+    play(scenario, access_of(three))
+
+
+def test_a_change_is_noticed_through_a_member_that_failed(three: Etcd) -> None:
+    """Who waits for a change waits at another member."""
+
+    async def scenario(one: EtcdBackend, two: EtcdBackend) -> None:
+        first = await one.swap("name", Stored(), held_by("a"))
+        assert first is not None
+        three.members[0].kill()
+
+        async def change() -> None:
+            await written(two, held_by("b"))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(change)
+            await one.wait_for_change("name", first, SECONDS)
+        assert (await one.read("name")).record == held_by("b")
+
+    leads = three.leader()
+    if leads is three.members[0]:
+        three.members.reverse()
+    play(scenario, access_of(three))
+
+
+# Certificates and passwords.
+
+
+def test_tokens_that_are_too_old(secured: Etcd) -> None:
+    """Signing in lasts for a while only, and a member that starts again has forgotten who did."""
+
+    async def scenario(one: EtcdBackend, two: EtcdBackend) -> None:
+        stored = await one.swap("name", Stored(), held_by("a"))
+        await trio.sleep(2 * TOKEN_SECONDS + 1)
+        assert await two.read("name") == stored
+        secured.kill()
+        secured.restart()
+        secured.leader()
+        assert await one.read("name") == stored
+        assert stored is not None and await one.swap("name", stored, held_by("b"))
+
+        async def notify() -> None:
+            await trio.sleep(2 * TOKEN_SECONDS + 1)
+            await two.notify(one.node, "name")
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(notify)
+            assert await one.next_notice() == "name"
+
+    play(scenario, access_of(secured), lease_seconds=60)
+
+
+def refused(access: Access, prefix: str = PREFIX) -> str:
+    """What is said to a node that is not let in."""
+
+    async def main() -> None:
+        await etcd_node(access, prefix).join()
+
+    with pytest.raises(BackendError) as caught:
+        trio.run(main)
+    return str(caught.value)
+
+
+def test_who_may_not_come_in(secured: Etcd) -> None:
+    """And is told why."""
+    access = access_of(secured)
+    assert "authentication failed" in refused(replace(access, password="guessed"))
+    assert "permission denied" in refused(replace(access, user=""))
+    assert "permission denied" in refused(access, "/other/")
+    assert secured.certificates is not None
+    without = ssl.create_default_context(cafile=secured.certificates.ca)
+    assert "certificate" in refused(replace(access, tls=without))
+    assert "certificate verify failed" in refused(replace(access, tls=ssl.create_default_context()))
