@@ -250,7 +250,10 @@ class Names:
 
     async def _share(self, name: _Name, stored: Stored, record: NameRecord) -> None:
         """The locks of all are on record."""
-        if name.pending:
+        expected = set(record.wanted) - {self._backend.node}
+        if expected and (gone := await self._backend.gone(expected)):  # or the name would never be anybody's again
+            name.gone = gone
+        elif name.pending:
             await self._step(name, stored, record)
         elif record != stored.record:
             await self._swap(name, stored, record)
@@ -302,7 +305,7 @@ class Names:
             if isinstance(pending.step, Acquire):
                 asked[pending.step.wait.ticket] = self._asks(pending, pending.step, locks)
             outcomes.append(carry_out(locks, pending.step)[0])
-        after = NameRecord(locks=locks)
+        after = record.stepped(self._backend.node, locks)
         if not await self._swap(name, stored, after):
             return
         del name.pending[: len(batch)]
