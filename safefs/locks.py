@@ -169,7 +169,9 @@ class Locks:
 
     def key_of(self, handle: int) -> str | None:
         """The name that was locked through this file handle, which it may not have any more; None if none was."""
-        return next((key for key, _, _ in self._by_handle.get(handle, ())), None)
+        for key, _, _ in self._by_handle.get(handle, ()):
+            return key
+        return None
 
     def kin(self, waiting: Waiting) -> set[int]:
         """Pids of those who hold something on the name: a request of a child of theirs need not wait in the queue."""
@@ -229,21 +231,28 @@ class Locks:
         alone, as the kernel does (fcntl(2), F_SETLKW), and as far as this node sees it.
         """
         self._last_ticket += 1
-        waiting = Waiting(key, kind, Wait(self._last_ticket, lock), handle, may_wait)
-        if may_wait and kind is Kind.RECORD and self._deadlocks(waiting):
-            raise OSError(errno.EDEADLK, os.strerror(errno.EDEADLK))
         locks = self._names.local(key)
+        waiting = None
+        if locks is None or locks[kind]:
+            waiting = self._ask(locks, Waiting(key, kind, Wait(self._last_ticket, lock), handle, may_wait))
+        else:
+            locks[kind].request(Wait(self._last_ticket, lock))  # nobody has anything: it is held
+        if handle is not None:
+            self._remember(handle, (key, kind, lock.owner))
+        return waiting
+
+    def _ask(self, locks: NameLocks | None, waiting: Waiting) -> Waiting | None:
+        if waiting.may_wait and waiting.kind is Kind.RECORD and self._deadlocks(waiting):
+            raise OSError(errno.EDEADLK, os.strerror(errno.EDEADLK))
         self._waiting[waiting.wait.ticket] = waiting
         if locks is None:
             waiting.submitted = True
-            self._names.submit(key, Acquire(kind, waiting.wait, may_wait))
-        elif self._carry_out(locks, Acquire(kind, waiting.wait, may_wait=True)):
+            self._names.submit(waiting.key, Acquire(waiting.kind, waiting.wait, waiting.may_wait))
+        elif self._carry_out(locks, Acquire(waiting.kind, waiting.wait, may_wait=True)):
             self.resolve(waiting.wait.ticket, True)
-        elif not may_wait and self.is_blocked(waiting):
+        elif not waiting.may_wait and self.is_blocked(waiting):
             self.give_up(waiting)
             raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
-        if handle is not None:
-            self._remember(handle, (key, kind, lock.owner))
         return None if waiting.held else waiting
 
     def release(self, key: str, kind: Kind, owner: Owner, first: int = 0, last: int = OFFSET_MAX) -> trio.Event | None:
