@@ -63,7 +63,7 @@ FULL = Scale(
 
 QUICK = Scale(
     rounds=3,
-    rounds_seconds=110,
+    rounds_seconds=80,
     file_bytes=32 * MIB,
     loop_seconds=0.05,
     sync_loop_seconds=0.1,
