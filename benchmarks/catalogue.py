@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.errors import BenchError, SystemFailedError
-from benchmarks.mounts import Service
+from benchmarks.servers import redis_url, start_redis
 from benchmarks.systems import COMMAND_SECONDS, Command, Place, Profile, Request, System, find_program
 from safefs.cli.status import describe
 from safefs.control import find_mount
@@ -28,7 +26,9 @@ def _validity(request: Request, entry: str, attr: str) -> list[str]:
     return [f"{entry}={request.profile.seconds}", f"{attr}={request.profile.seconds}"]
 
 
-def _safefs(option: str) -> Command:
+def mount_safefs(option: str) -> Command:
+    """How safefs is mounted with an option more than its defaults."""
+
     def command(request: Request) -> list[str | Path]:
         options = _options(option, *_validity(request, "entry_timeout", "attr_timeout"))
         # The machine's own configuration is not what is measured.
@@ -69,28 +69,14 @@ def _juicefs(request: Request) -> list[str | Path]:
     if request.profile is not Profile.DEFAULT:
         for cache in ("--attr-cache", "--entry-cache", "--dir-entry-cache"):
             command += [cache, f"{request.profile.seconds}s"]
-    return [*command, _redis_url(request.place), request.mountpoint]
+    return [*command, redis_url(request.place), request.mountpoint]
 
 
-def _redis_url(place: Place) -> str:
-    return (place.directory("redis") / "url").read_text()
-
-
-def _start_redis(place: Place) -> None:
-    """A redis-server on a free loopback port for the length of the run, and an empty JuiceFS volume on it."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    directory = place.directory("redis")
-    url = f"redis://127.0.0.1:{port}/1"
-    (directory / "url").write_text(url)
-    command = ["redis-server", "--bind", "127.0.0.1", "--port", str(port), "--dir", str(directory)]
-    redis = Service([*command, "--save", "", "--appendonly", "no"], directory / "log")
-    place.services["redis"] = redis
-    place.stack.callback(redis.end, 0)
-    _await_port(redis, port)
+def _format_juicefs(place: Place) -> None:
+    """An empty JuiceFS volume on a redis of the run."""
+    start_redis(place)
     bucket = place.directory("juicefs")
-    volume = ["format", "--storage", "file", "--bucket", f"{bucket}/", "--trash-days", "0", url, "bench"]
+    volume = ["format", "--storage", "file", "--bucket", f"{bucket}/", "--trash-days", "0", redis_url(place), "bench"]
     done = subprocess.run(
         [find_program("juicefs") or "juicefs", *volume],
         capture_output=True,
@@ -102,17 +88,6 @@ def _start_redis(place: Place) -> None:
         raise SystemFailedError(f"juicefs format failed: {done.stderr.strip().splitlines()[-1]}")
 
 
-def _await_port(service: Service, port: int) -> None:
-    deadline = time.monotonic() + COMMAND_SECONDS
-    while service.running() and time.monotonic() < deadline:
-        try:
-            socket.create_connection(("127.0.0.1", port), 1).close()
-            return
-        except OSError:
-            time.sleep(0.02)
-    raise SystemFailedError(f"redis-server does not answer: {service.last_words()}")
-
-
 def _safefs_state(mountpoint: Path) -> str:
     """Which of its two data paths, and which of its two ways to answer requests, a mount has."""
     mount = find_mount(mountpoint)
@@ -122,7 +97,8 @@ def _safefs_state(mountpoint: Path) -> str:
 
 
 def _safefs_system(name: str, title: str, option: str = "", *, once: bool = False) -> System:
-    return System(name, title, _safefs(option), safefs_option=option, publishes=True, once=once, state=_safefs_state)
+    command = mount_safefs(option)
+    return System(name, title, command, safefs_option=option, publishes=True, once=once, state=_safefs_state)
 
 
 SYSTEMS = (
@@ -149,7 +125,7 @@ SYSTEMS = (
         ("juicefs", "version"),
         shares=False,
         once=True,
-        prepare=_start_redis,
+        prepare=_format_juicefs,
         helper="redis",
     ),
 )

@@ -16,7 +16,8 @@ from rich.console import Console
 from benchmarks import report, results
 from benchmarks.catalogue import SYSTEMS, select_systems
 from benchmarks.errors import BenchError
-from benchmarks.measures import CROWDS, WALKS, all_measures, select_measures
+from benchmarks.locks import SERVICES, lock_measures
+from benchmarks.measures import CROWDS, LOCKS, WALKS, all_measures, select_measures
 from benchmarks.results import Run
 from benchmarks.scale import FULL, QUICK
 
@@ -24,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT = ROOT / "docs" / "performance.md"
 RECORD = ROOT / "docs" / "performance"
 PIPE_COLUMNS = 160
-NEEDED = ("matplotlib", "numpy", "safetensors")
+NEEDED = ("matplotlib", "numpy", "safetensors", "filelock")
 
 _PATH = click.Path(path_type=Path)
 
@@ -33,9 +34,12 @@ def _print_list(context: click.Context, _parameter: click.Parameter, wanted: boo
     if not wanted:
         return
     rows = [[measure.name, measure.figure.meaning] for measure in all_measures(FULL)]
+    rows += [[measure.figure.name, measure.figure.meaning] for measure in lock_measures(FULL)]
     rows += [[WALKS, "time and memory with the number of files"], [CROWDS, "and with the number of mounts"]]
+    rows += [[LOCKS, "all measures of locks, which are chosen together"]]
     systems = [[system.name, system.missing() or system.title] for system in SYSTEMS]
-    for title, lines in (("Measures", rows), ("Systems", systems)):
+    services = [[service.name, service.system.missing() or service.system.title] for service in SERVICES]
+    for title, lines in (("Measures", rows), ("Systems", systems), ("Lock services", services)):
         Console(highlight=False).print(report.Grid(title, ["", ""], lines, words=True).rich())
     context.exit()
 
@@ -71,8 +75,8 @@ def main(
     # Lines are not cut to the width of a terminal that is not there.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_COLUMNS)
     try:
-        if record and (only or systems) and source is None:
-            raise BenchError("--record is for whole runs: leave out --only and --systems")
+        if record and (only not in {(), (LOCKS,)} or systems) and source is None:
+            raise BenchError(f"--record is for whole runs: leave out --systems and --only, but for --only {LOCKS}")
         _check_libraries()
         _make_directory(output)
         run = results.load(source) if source else _measure(console, quick, only, systems, rounds, work)
@@ -131,9 +135,12 @@ def _write(run: Run, directory: Path) -> None:
 
 
 def _record(run: Run) -> None:
-    """The results where the documents are."""
+    """The results where the documents are.  Of a run of locks alone, beside the other figures that are there."""
     from benchmarks.plots import draw
 
+    if not run.samples and run.locks is not None:
+        recorded = results.load(RECORD / "results.json")
+        run = replace(recorded, locks=run.locks)
     RECORD.mkdir(exist_ok=True)
     run.save(RECORD / "results.json")
     images = [f"{RECORD.name}/{path.name}" for path in draw(run, RECORD)]
@@ -142,7 +149,8 @@ def _record(run: Run) -> None:
 
 
 def _show(console: Console, run: Run, output: Path) -> None:
-    for grid in (*report.ratio_grids(run), *report.growth_grids(run), report.targets_grid(report.judged(run))):
+    grids = (*report.ratio_grids(run), *report.growth_grids(run), *report.lock_grids(run))
+    for grid in (*grids, report.targets_grid(report.judged(run))):
         if grid.rows:
             console.print(grid.rich())
     for name, reason in run.left_out.items():

@@ -14,7 +14,7 @@ from safefs.cli.main import versions
 
 COMMAND_SECONDS = 10
 DROP_CACHES = Path("/proc/sys/vm/drop_caches")
-PACKAGES = ("trio", "safetensors", "numpy")
+PACKAGES = ("trio", "safetensors", "numpy", "filelock")
 
 
 def drop_caches() -> None:

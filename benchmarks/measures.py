@@ -25,9 +25,10 @@ PUBLISH_MEANING = (
     "write, fsync, rename, fsync of the directory"
 )
 
-# What grows with the number of files and of mounts is measured by growth.py.
+# What grows with the number of files and of mounts is measured by growth.py, locks by locks.py.
 WALKS = "growth-files"
 CROWDS = "growth-mounts"
+LOCKS = "locks"
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,8 @@ def all_measures(scale: Scale) -> list[Measure]:
 
 
 def select_measures(measures: Sequence[Measure], patterns: Sequence[str]) -> tuple[list[Measure], set[str]]:
-    """The measures that a pattern matches, and which of the two series of growth; everything without patterns."""
-    series = {WALKS, CROWDS}
+    """The measures that a pattern matches, and which of the series; everything without patterns."""
+    series = {WALKS, CROWDS, LOCKS}
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in [*(m.name for m in measures), *series]):
             raise BenchError(f"no measure matches {pattern!r}; --list shows them")

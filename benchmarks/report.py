@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.table import Table
 
 from benchmarks.errors import BenchError
+from benchmarks.locks import COMPARED
 from benchmarks.results import BASE, Figure, Run, Spread
-from benchmarks.targets import Verdict, ratio_text, verdicts
+from benchmarks.targets import Verdict, ratio_text, spread_text, verdicts
 
 BEGIN = "<!-- results: begin (written by `python -m benchmarks --record`) -->"
 END = "<!-- results: end -->"
@@ -119,6 +120,56 @@ def meaning_grid(run: Run) -> Grid:
     return Grid("The measures", ["", "unit", "what is measured"], rows, words=True)
 
 
+def lock_grids(run: Run) -> Iterator[Grid]:
+    """Of each measure of locks every service's median, with the range of the rounds."""
+    locks = run.locks
+    if locks is None:
+        return
+    systems = measured_systems(locks)
+    rows = [
+        [figure.name, *(_value_and_range(locks.value(figure.name, name), figure) for name in systems)]
+        for figure in locks.figures.values()
+    ]
+    yield Grid("Locks: medians (range of rounds)", ["", *systems], rows)
+    sides = [(mine, other) for mine, other in COMPARED if {mine, other} <= set(systems)]
+    rows = [
+        [name, *(spread_text(locks.ratio(name, mine, other)) for mine, other in sides)]
+        for name in locks.figures
+        if any(locks.ratio(name, mine, other) for mine, other in sides)
+    ]
+    yield Grid("Locks: how many times as fast", ["", *(f"{mine} / {other}" for mine, other in sides)], rows)
+
+
+def _value_and_range(spread: Spread | None, figure: Figure) -> str:
+    if spread is None:
+        return NOTHING
+    form = _milliseconds if figure.unit == "s" else _per_second
+    return form(spread.median) if spread.rounds == 1 else f"{form(spread.median)} ({_range(spread, form)})"
+
+
+def _range(spread: Spread, form: Callable[[float], str]) -> str:
+    return f"{form(spread.low)} to {form(spread.high)}"
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{_short(seconds * 1e3)} ms"
+
+
+def _per_second(rate: float) -> str:
+    return f"{_short(rate)}/s"
+
+
+def _locks_markdown(locks: Run) -> list[str]:
+    """What the report of a run has of its locks, which may have been measured at another time."""
+    kind = "Quick run" if locks.quick else "Run"
+    head = f"{kind} of the locks of {locks.started}, {locks.seconds / 60:.0f} minutes: {_scale(locks)}."
+    left_out = [f"{name}: {reason}" for name, reason in locks.left_out.items()]
+    lists = [*_list("Locks: left out", left_out), *_list("Locks: not measured", locks.notes)]
+    services = [[name, locks.systems[name]] for name in measured_systems(locks)]
+    named = Grid("The lock services", ["", ""], services, words=True)
+    return [head, "", meaning_grid(locks).markdown(), named.markdown(), *lists, machine_grid(locks).markdown()]
+
+
 def machine_grid(run: Run) -> Grid:
     return Grid("The machine", ["", ""], [[key, value] for key, value in run.machine.items()], words=True)
 
@@ -133,6 +184,8 @@ def markdown(run: Run, images: Sequence[str]) -> str:
     parts += [grid.markdown() for grid in grids]
     parts += _list("Left out", [f"{name}: {reason}" for name, reason in run.left_out.items()])
     parts += [*_list("Not measured", run.notes), machine_grid(run).markdown()]
+    if run.locks is not None:
+        parts += ["## Locks", "", *(grid.markdown() for grid in lock_grids(run)), *_locks_markdown(run.locks)]
     return "\n".join(parts).strip() + "\n"
 
 

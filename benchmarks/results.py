@@ -97,6 +97,11 @@ class Spread:
         return cls(statistics.median(values), min(values), max(values), len(values))
 
 
+def quotient(values: dict[int, float], others: dict[int, float]) -> Spread | None:
+    """How many times as much the values are as others, round by round; None where no round has both."""
+    return Spread.of([values[number] / others[number] for number in values if others.get(number, 0) > 0])
+
+
 @dataclass
 class Run:
     """Everything about one run, as it is kept in results.json."""
@@ -114,6 +119,7 @@ class Run:
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
     interrupted: bool = False
+    locks: Run | None = None  # a run of its own, which can be repeated alone
 
     def values(self, measure: str, system: str) -> dict[int, float]:
         """Round -> value."""
@@ -125,10 +131,9 @@ class Run:
     def ratio(self, measure: str, system: str, to: str = BASE) -> Spread | None:
         """How much faster `system` is than `to`, round by round; None if one of them was not measured."""
         mine, others = self.values(measure, system), self.values(measure, to)
-        pairs = [(mine[number], others[number]) for number in mine if number in others]
         if self.figures[measure].less_is_better:
-            pairs = [(other, value) for value, other in pairs]
-        return Spread.of([value / other for value, other in pairs if other > 0])
+            mine, others = others, mine
+        return quotient(mine, others)
 
     def cpu(self, measure: str, system: str) -> Spread | None:
         """Seconds of processor time per request."""
@@ -147,13 +152,18 @@ def load(path: Path) -> Run:
         data = json.loads(path.read_text(encoding="utf-8"))
         if data.pop("format") != FORMAT:
             raise ValueError("written by another version")
-        run = Run(**data)
-        run.figures = {name: Figure(**figure) for name, figure in data["figures"].items()}
-        run.samples = [Sample(**sample) for sample in data["samples"]]
-        run.walks = [Walk(**walk) for walk in data["walks"]]
-        run.crowds = [Crowd(**crowd) for crowd in data["crowds"]]
+        return _from_data(data)
     except OSError as error:
         raise BenchError(f"{path}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BenchError(f"{path}: not the results of a benchmark: {error}") from None
+
+
+def _from_data(data: dict[str, Any]) -> Run:
+    run = Run(**data)
+    run.figures = {name: Figure(**figure) for name, figure in data["figures"].items()}
+    run.samples = [Sample(**sample) for sample in data["samples"]]
+    run.walks = [Walk(**walk) for walk in data["walks"]]
+    run.crowds = [Crowd(**crowd) for crowd in data["crowds"]]
+    run.locks = _from_data(data["locks"]) if data.get("locks") else None
     return run

@@ -30,6 +30,11 @@ class Scale:
     made_files: int
     mount_counts: tuple[int, ...]
     crowd_files: int
+    # Processes that contend for one lock; how long a loop over locks goes on; how long who is waited for has the lock.
+    lock_clients: tuple[int, ...]
+    lock_seconds: float
+    hold_seconds: float
+    long_hold_seconds: float
     # A mount that has not finished a measure by then counts as stuck.
     turn_seconds: float
 
@@ -49,12 +54,16 @@ FULL = Scale(
     made_files=100_000,
     mount_counts=(1, 2, 4, 8),
     crowd_files=10_000,
+    lock_clients=(1, 2, 4),
+    lock_seconds=1.5,
+    hold_seconds=0.02,
+    long_hold_seconds=0.5,
     turn_seconds=300,
 )
 
 QUICK = Scale(
     rounds=3,
-    rounds_seconds=110,
+    rounds_seconds=80,
     file_bytes=32 * MIB,
     loop_seconds=0.05,
     sync_loop_seconds=0.1,
@@ -67,5 +76,9 @@ QUICK = Scale(
     made_files=1_000,
     mount_counts=(1, 2),
     crowd_files=500,
+    lock_clients=(1, 2),
+    lock_seconds=0.1,
+    hold_seconds=0.02,
+    long_hold_seconds=0.1,
     turn_seconds=20,
 )

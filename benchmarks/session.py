@@ -19,16 +19,20 @@ from benchmarks import fixtures, machine
 from benchmarks.client import Client
 from benchmarks.errors import BenchError
 from benchmarks.growth import Growth
-from benchmarks.measures import PROGRAMS, Measure
+from benchmarks.locks import SERVICES, LockRounds, lock_measures
+from benchmarks.measures import LOCKS, PROGRAMS, Measure
 from benchmarks.results import Run
 from benchmarks.rounds import Fleet, Rounds
 from benchmarks.scale import QUICK, Scale
 from benchmarks.systems import Place, System
 
+# What of the scale is about locks.
+LOCK_SCALE = ("rounds", "lock_clients", "lock_seconds", "hold_seconds", "long_hold_seconds")
+
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run is to do; `series` names what is to be measured of growth."""
+    """What a run is to do; `series` names what is to be measured of growth, and whether locks are."""
 
     scale: Scale
     systems: Sequence[System]
@@ -61,14 +65,19 @@ def carry_out(plan: Plan, parent: Path, console: Console) -> Run:
         if with_package:
             fixtures.make_package(place.backing)
         os.sync()
+        growing = plan.series - {LOCKS}
         growth = Growth(place, run, plan.scale, client, present, tell, advance)
         rounds = Rounds(Fleet(place, plan.scale, run, with_package), client, present, plan.measures, tell, advance)
-        turns = plan.scale.rounds * len(plan.measures) * len(present)
-        progress.update(task, total=turns + growth.steps(plan.series))
+        locks = LockRounds(place, _new_lock_run(plan, work), plan.scale, client, tell, advance)
+        turns = plan.scale.rounds * len(plan.measures) * len(present) + growth.steps(growing)
+        progress.update(task, total=turns + (locks.steps() if LOCKS in plan.series else 0))
         try:
             if plan.measures:
                 rounds.go(plan.scale.rounds, plan.scale.rounds_seconds)
-            growth.go(plan.series)
+            growth.go(growing)
+            if LOCKS in plan.series:
+                run.locks = locks.run
+                locks.go()
         except KeyboardInterrupt:
             run.interrupted = True
             run.notes.append("interrupted: what would have come after it")
@@ -82,13 +91,32 @@ def _new_run(plan: Plan, work: Path) -> Run:
     present = [system for system in plan.systems if system.name not in left_out]
     return Run(
         quick=plan.scale.file_bytes == QUICK.file_bytes,
-        started=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        started=_now(),
         machine=machine.describe(work, present),
         scale=asdict(plan.scale),
         systems={system.name: system.title for system in plan.systems},
         left_out=left_out,
         figures={measure.name: measure.figure for measure in plan.measures},
     )
+
+
+def _new_lock_run(plan: Plan, work: Path) -> Run:
+    systems = [service.system for service in SERVICES]
+    left_out = {system.name: reason for system in systems if (reason := system.missing())}
+    present = [system for system in systems if system.name not in left_out]
+    return Run(
+        quick=plan.scale.file_bytes == QUICK.file_bytes,
+        started=_now(),
+        machine=machine.describe(work, present),
+        scale={name: value for name, value in asdict(plan.scale).items() if name in LOCK_SCALE},
+        systems={system.name: system.title for system in systems},
+        left_out=left_out,
+        figures={measure.figure.name: measure.figure for measure in lock_measures(plan.scale)},
+    )
+
+
+def _now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
 @contextmanager

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from benchmarks.results import BASE, Run, Spread, Walk
+from benchmarks.locks import ETCD, LEASEFILE, MEMORY
+from benchmarks.results import BASE, Run, Spread, Walk, quotient
 
 SAFEFS = "safefs"
 FALLBACK = "safefs-fallback"
@@ -66,10 +67,15 @@ BYTES_PER_INODE = 1024
 GROWTH_AFTER = 1.1
 FORGOTTEN_FILES = 1_000_000
 
+LOCK_REQUESTS = 0.9  # a lock or unlock that nobody contends for: of the rate of empty round trips
+HANDOVER_SWAPS = 2  # from node to node: round trips of the backend,
+HANDOVER_SECONDS = 0.005  # and so much more
+
 
 def verdicts(run: Run) -> list[Verdict]:
     """All targets, in their order."""
-    return [*(_judge(target, run) for target in TARGETS), *_judge_memory(run)]
+    locks = [] if run.locks is None else _judge_locks(run.locks)
+    return [*(_judge(target, run) for target in TARGETS), *_judge_memory(run), *locks]
 
 
 def _judge(target: Target, run: Run) -> Verdict:
@@ -83,6 +89,24 @@ def _judge(target: Target, run: Run) -> Verdict:
         "; ".join(spread_text(ratio) for ratio in ratios) if known else NOT_MEASURED,
         all(ratio.median >= target.least for ratio in known) if known else None,
     )
+
+
+def _judge_locks(locks: Run) -> Iterator[Verdict]:
+    """What lock services are to reach within a run: compared with other figures of their own."""
+    for system in (MEMORY, LEASEFILE, ETCD):
+        share = quotient(locks.values("flock", system), locks.values("empty", system))
+        met = None if share is None else share.median >= LOCK_REQUESTS
+        wanted = f"≥ {LOCK_REQUESTS:g} of the rate of empty round trips"
+        yield Verdict(f"{system}: flock", wanted, spread_text(share), met)
+    for system in (LEASEFILE, ETCD):
+        swaps = locks.values("swap", system)
+        allowed = {number: HANDOVER_SWAPS * seconds + HANDOVER_SECONDS for number, seconds in swaps.items()}
+        for name in ("handover", "handover-late"):
+            share = quotient(locks.values(name, system), allowed)
+            met = None if share is None else share.median <= 1
+            wanted = f"≤ {HANDOVER_SWAPS} swaps + {HANDOVER_SECONDS * 1e3:g} ms"
+            measured = NOT_MEASURED if share is None else f"{spread_text(share)} of that"
+            yield Verdict(f"{system}: {name}", wanted, measured, met)
 
 
 def spread_text(spread: Spread | None) -> str:

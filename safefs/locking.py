@@ -5,8 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import trio
 
@@ -26,8 +25,7 @@ _TYPES = {mode: number for number, mode in _MODES.items()}
 _FLOCK_MODES = {fcntl.LOCK_SH: Mode.SHARED, fcntl.LOCK_EX: Mode.EXCLUSIVE}
 
 
-@dataclass(frozen=True, slots=True)
-class Wanted:
+class Wanted(NamedTuple):
     """A lock request as the kernel sends it: `owner` is its number for who asks, `handle` that of the open file."""
 
     nodeid: int
@@ -64,10 +62,10 @@ class Locking:
 
     def key(self, nodeid: int, number: int) -> str:
         """What an open file is locked by: the name that it was locked by before, its draft's, or where it was found."""
+        return self.locks.key_of(number) or self._found_under(nodeid, number)
+
+    def _found_under(self, nodeid: int, number: int) -> str:
         fs = self.fs
-        known = self.locks.key_of(number)
-        if known is not None:
-            return known
         handle = fs.handles.get(number)
         if handle is not None and handle.draft is not None:
             return name_key(handle.draft.directory.identity, handle.draft.name)
@@ -106,14 +104,14 @@ class Locking:
 
     def lock(self, wanted: Wanted, mode: Mode) -> Waiting | None:
         """None if the lock is held, else what to `wait` for.  OSError: EAGAIN, EDEADLK, ESTALE."""
-        key = self.key(wanted.nodeid, wanted.handle)
-        is_new = self.locks.key_of(wanted.handle) is None
+        known = self.locks.key_of(wanted.handle)
+        key = known or self._found_under(wanted.nodeid, wanted.handle)
         lock = Lock(self._owner(wanted), mode, wanted.first, wanted.last, wanted.pid)
         waiting = self.locks.acquire(key, wanted.kind, lock, wanted.handle, may_wait=wanted.may_wait)
         handle = self.fs.handles.get(wanted.handle)
         if handle is not None and handle.draft is not None:
             handle.draft.locked = True
-        if is_new and wanted.handle & native.FH_HOT:
+        if known is None and wanted.handle & native.FH_HOT:
             self.fs.nodes.hot.mark_handle(wanted.handle, 1)  # its RELEASE is Python's business from now on
         return waiting
 

@@ -180,7 +180,9 @@ class Locks:
 
     def key_of(self, handle: int) -> str | None:
         """The name that was locked through this file handle, which it may not have any more; None if none was."""
-        return next((key for key, _, _ in self._by_handle.get(handle, ())), None)
+        for key, _, _ in self._by_handle.get(handle, ()):
+            return key
+        return None
 
     def kin(self, waiting: Waiting) -> set[int]:
         """Pids of those who hold something on the name: a request of a child of theirs need not wait in the queue."""
@@ -256,15 +258,21 @@ class Locks:
         first may come to nothing (`kin`).  Raises OSError (EDEADLK) where it would wait for ever: for record locks
         alone, as the kernel does (fcntl(2), F_SETLKW), and as far as this node sees it.
         """
-        waiting = self._ask(key, kind, lock, handle, may_wait=may_wait)
-        if waiting.settled.is_set() and not waiting.held:
-            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        locks = self._names.local(key)
+        waiting = None
+        if locks is not None and not locks[kind]:
+            self._last_ticket += 1
+            locks[kind].request(Wait(self._last_ticket, lock))  # nobody has anything: it is held
+        else:
+            waiting = self._ask(key, kind, lock, handle, may_wait=may_wait)
+            if waiting.settled.is_set() and not waiting.held:
+                raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
         if handle is not None:
             self._remember(handle, (key, kind, lock.owner))
-        return None if waiting.held else waiting
+        return None if waiting is None or waiting.held else waiting
 
     def _ask(self, key: str, kind: Kind, lock: Lock, handle: int | None, *, may_wait: bool) -> Waiting:
-        """Ask for a lock; the answer is there at once where the name is this node's."""
+        """Ask for a lock; the answer is there at once where the name is this node's.  Raises OSError (EDEADLK)."""
         self._last_ticket += 1
         waiting = Waiting(key, kind, Wait(self._last_ticket, lock), handle, may_wait)
         if may_wait and kind is Kind.RECORD and self._deadlocks(waiting):

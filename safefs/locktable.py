@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 OFFSET_MAX = (1 << 63) - 1  # as in include/linux/fs.h: a range to the end of the file, however long it gets
 
@@ -40,9 +40,11 @@ class Kind(Enum):
     CLAIM = "claim"  # of a name that somebody is making with O_EXCL
     PUBLISH = "publish"  # of a name that is about to show something else
 
+    # Each is there once.  Of Enum's own, which is in Python, every lock request would need half a dozen.
+    __hash__ = object.__hash__
 
-@dataclass(frozen=True, slots=True)
-class Owner:
+
+class Owner(NamedTuple):
     """Whose a lock is: the kernel's lock owner, on a node.  A lock owner of 0 is nobody's."""
 
     node: str
@@ -139,6 +141,9 @@ class LockTable:
         """
         others: list[Wait] = []
         lock = wait.lock
+        if not self:  # as nearly always
+            self.held = [lock]
+            return True, others
         if self.waits(lock.owner.node, wait.ticket):
             return False, others
         if self.drops_to_convert and any(held.owner == lock.owner and held.mode is not lock.mode for held in self.held):

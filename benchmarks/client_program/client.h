@@ -26,9 +26,10 @@ struct operation {
     void (*finish)(struct work *);
 };
 
-/* Both lists end with an operation without a name. */
+/* All lists end with an operation without a name. */
 extern const struct operation content_operations[];
 extern const struct operation name_operations[];
+extern const struct operation lock_operations[];
 
 enum { BUFFER_BYTES = 1 << 20 };
 

@@ -57,7 +57,7 @@ static double now(clockid_t clock)
 
 static const struct operation *find_operation(const char *name)
 {
-    const struct operation *lists[] = {content_operations, name_operations};
+    const struct operation *lists[] = {content_operations, name_operations, lock_operations};
 
     for (size_t list = 0; list < sizeof lists / sizeof *lists; list++)
         for (const struct operation *operation = lists[list]; operation->name; operation++)

@@ -165,10 +165,11 @@ class EtcdBackend:
         assert not stored.record, name
 
     async def wait_for_change(self, name: str, seen: Stored, seconds: float) -> None:
-        key = self._key("names", name)
-        if not seen.token:
-            seen = await self.read(name)
-        await self._watch({"key": encode(key)}, int(seen.token), seconds)
+        # From the latest revision on: etcd looks only ten times a second after watches that begin before it, and
+        # whatever anybody has written since the record was seen makes that one older than the latest.
+        latest = await self.read(name)
+        if latest.version == seen.version:
+            await self._watch({"key": encode(self._key("names", name))}, int(latest.token), seconds)
 
     async def _watch(self, what: dict[str, str], revision: int, seconds: float) -> None:
         """Until something happens to keys after a revision, or the time is over."""

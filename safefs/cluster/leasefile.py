@@ -42,7 +42,8 @@ CALL_SECONDS = 5.0  # a call of the backing filesystem that takes longer counts 
 MAX_THREADS = 16
 BURIED_SECONDS = 86400.0  # after that long nobody looks for an ended node any more
 LIST_ATTEMPTS = 5  # a listing can miss a file that is renamed meanwhile
-POLL_SECONDS = (0.002, 0.25)  # for changes of a record, at first and at most
+POLL_SECONDS = (0.002, 0.25)  # for changes of a record, at first and at most;
+POLL_SHARE = 0.01  # in between, this part of the time that they have been waited for: so much longer it takes at most
 NOTICE_SECONDS = (0.01, 0.5)  # for what others want, after something came and at most
 REFRESH_SECONDS = 0.5  # who waits makes a file in the directory so often, for clients that cache listings
 
@@ -318,6 +319,7 @@ class LeasefileBackend:
         self._files: Files | None = None
         self._count = 0
         self._wanted: list[str] = []
+        self._since: dict[str, tuple[int, float]] = {}  # versions that were waited for in vain, and since when
         self.node = ""
 
     def _open(self) -> Files:
@@ -396,15 +398,20 @@ class LeasefileBackend:
         return await self._call(self.files.swap, name, old, new)
 
     async def wait_for_change(self, name: str, seen: Stored, seconds: float) -> None:
-        pause, longest = POLL_SECONDS
+        shortest, longest = POLL_SECONDS
         looked = trio.current_time()
-        with trio.move_on_after(seconds):
+        version, since = self._since.pop(name, (0, 0.0))
+        if version != seen.version:
+            since = looked
+        with trio.move_on_after(seconds) as timeout:
             while (await self.read(name)).version == seen.version:
-                await trio.sleep(pause)
-                pause = min(1.5 * pause, longest)
+                waited = trio.current_time() - since
+                await trio.sleep(min(max(shortest, POLL_SHARE * waited), longest))
                 if trio.current_time() - looked > REFRESH_SECONDS:
                     await self._call(self.files.refresh, name)
                     looked = trio.current_time()
+        if timeout.cancelled_caught:
+            self._since[name] = seen.version, since
 
     async def all_names(self) -> list[str]:
         return await self._call(self.files.all_names)

@@ -69,7 +69,6 @@ class _Name:
     waits: dict[int, _Queued] = field(default_factory=dict)  # requests of ours in the queue on record, by ticket
     poke: trio.Event = field(default_factory=trio.Event)
     busy: bool = False
-    shared_until: float = float("-inf")  # (trio's clock) not to be taken before: others who wanted it come first
     used: float = 0.0
     idle: bool = False  # nobody has used it for long
 
@@ -247,14 +246,17 @@ class Names:
         self._settle_waits(name, record)
         if record.delegate:
             await self._ask(name, stored, record)
-        elif record.may_take(node) and not name.waits and trio.current_time() >= name.shared_until:
+        elif record.may_take(node) and not name.waits:
             await self._take(name, stored, record)
         else:
             await self._share(name, stored, record)
 
     async def _share(self, name: _Name, stored: Stored, record: NameRecord) -> None:
         """The locks of all are on record."""
-        if name.pending:
+        expected = set(record.wanted) - {self._backend.node}
+        if expected and (gone := await self._backend.gone(expected)):  # or the name would never be anybody's again
+            name.gone = gone
+        elif name.pending:
             await self._step(name, stored, record)
         elif record != stored.record:
             await self._swap(name, stored, record)
@@ -280,8 +282,6 @@ class Names:
         # because the lease of this node is over, which its own clock has told it before.
         if record.delegate != node or await self._swap(name, stored, record.given_back(node, locks)):
             name.waits = _queued(locks)
-            # They have to hear of it first, and this node would always be quicker.
-            name.shared_until = trio.current_time() + LOOK_SECONDS
             name.leaving, name.asked = None, False
 
     async def _take(self, name: _Name, stored: Stored, record: NameRecord) -> None:
@@ -308,7 +308,7 @@ class Names:
             if isinstance(pending.step, Acquire):
                 asked[pending.step.wait.ticket] = self._asks(pending, pending.step, locks)
             outcomes.append(carry_out(locks, pending.step)[0])
-        after = NameRecord(locks=locks)
+        after = record.stepped(self._backend.node, locks)
         if not await self._swap(name, stored, after):
             return
         del name.pending[: len(batch)]

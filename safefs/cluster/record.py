@@ -1,7 +1,7 @@
 """The shared record of one name's locks, and everything that a node may make of it.
 
 Decides; does no I/O.  A record is replaced as a whole, by compare-and-swap, so each of these functions is one step of
-the protocol, and `tests/unit/test_record.py` goes through all orders of such steps.
+the protocol, and `tests/model` goes through all orders of such steps.
 
 A record is in one of three states:
 
@@ -9,7 +9,8 @@ A record is in one of three states:
 - *delegated*: one node serves the name from its own memory, without a message for each lock.  What it holds is not on
   record.  Others put themselves into `wanted` and wait until it gives the name back.
 - *shared*: the locks of all nodes are on record, waiting requests too, and every lock or unlock of any node is a step
-  on it.  So whoever unlocks also decides who is next, and that one sees it.
+  on it.  So whoever unlocks also decides who is next, and that one sees it.  Nodes that wanted the name stay in
+  `wanted` until their first step.
 
 A node that is the only one on a shared record takes the name over again with its next step.
 """
@@ -88,11 +89,11 @@ class NameRecord:
     """What is on record of one name."""
 
     delegate: str = ""  # the node that serves the name; empty: `locks` are all there are
-    wanted: tuple[str, ...] = ()  # nodes that wait for it to be given back
+    wanted: tuple[str, ...] = ()  # nodes that wait for it to be given back, or have not come since it was
     locks: NameLocks = field(default_factory=NameLocks)
 
     def __bool__(self) -> bool:
-        return bool(self.delegate or self.locks)
+        return bool(self.delegate or self.wanted or self.locks)
 
     def nodes(self) -> set[str]:
         """All nodes that are named."""
@@ -115,9 +116,18 @@ class NameRecord:
         return replace(self, wanted=tuple(dict.fromkeys((*self.wanted, node))))
 
     def given_back(self, node: str, locks: NameLocks) -> NameRecord:
-        """The delegate puts on record what it has in memory."""
+        """The delegate puts on record what it has in memory.
+
+        Those who wanted the name stay named until they have come: the delegate, which may need the name again at once,
+        would take it back before they see that it is free.
+        """
         assert self.delegate == node
-        return NameRecord(locks=locks)
+        return NameRecord(wanted=self.wanted, locks=locks)
+
+    def stepped(self, node: str, locks: NameLocks) -> NameRecord:
+        """The node has worked on the locks on record."""
+        assert not self.delegate
+        return NameRecord(wanted=tuple(other for other in self.wanted if other != node), locks=locks)
 
     def without(self, gone: Iterable[str]) -> NameRecord:
         """Nodes have lost their leases, and with them all that they had."""
@@ -126,9 +136,8 @@ class NameRecord:
         for node in nodes:
             for table in locks.tables.values():
                 table.forget(node)
-        if self.delegate in nodes:
-            return NameRecord(locks=locks)  # whoever wanted the name looks again
-        return NameRecord(self.delegate, tuple(node for node in self.wanted if node not in nodes), locks)
+        delegate = "" if self.delegate in nodes else self.delegate
+        return NameRecord(delegate, tuple(node for node in self.wanted if node not in nodes), locks)
 
     def waits(self, node: str, kind: Kind, ticket: int) -> bool:
         """Whether a request is still in the queue."""

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import trio
 from click.testing import CliRunner
 from rich.console import Console
 
 from benchmarks import report, results
 from benchmarks.catalogue import SYSTEMS, select_systems
-from benchmarks.cli import main
+from benchmarks.cli import _record, main
 from benchmarks.client import Client, Job
+from benchmarks.contest import contend, judge
 from benchmarks.errors import BenchError, MeasureFailedError, SystemFailedError
-from benchmarks.measures import CROWDS, WALKS, Measure, all_measures, select_measures
+from benchmarks.locks import ETCD, LEASEFILE, MEMORY, SERVICES, lock_measures, swap_seconds
+from benchmarks.measures import CROWDS, LOCKS, WALKS, Measure, all_measures, select_measures
 from benchmarks.results import Crowd, Figure, Run, Sample, Spread, Walk
 from benchmarks.rounds import Fleet, Rounds, rotated
 from benchmarks.scale import FULL, QUICK, Scale
@@ -24,6 +29,8 @@ from benchmarks.session import Plan, carry_out
 from benchmarks.systems import Place, System
 from benchmarks.targets import TARGETS, ratio_text, verdicts
 from benchmarks.turns import Turn, Value
+from safefs.cluster.leasefile import LeasefileBackend
+from safefs.lease import Terms
 
 RATE = Figure("create", "Names", "creates files", "1/s")
 DURATION = Figure("load", "Programs", "loads a model", "s")
@@ -155,7 +162,7 @@ class TestSelection:
 
     def test_measures(self) -> None:
         measures = all_measures(FULL)
-        assert select_measures(measures, []) == (measures, {WALKS, CROWDS})
+        assert select_measures(measures, []) == (measures, {WALKS, CROWDS, LOCKS})
         chosen, series = select_measures(measures, ["publish*", "growth-f*"])
         assert [measure.name for measure in chosen] == ["publish", "publish/2", "publish/4", "publish/8"]
         assert series == {WALKS}
@@ -178,7 +185,7 @@ class TestSelection:
         assert rotated("", 1) == []
 
     def test_a_mistake_is_one_line(self) -> None:
-        done = CliRunner().invoke(main, ["--record", "--only", "create"])
+        done = CliRunner().invoke(main, ["--record", "--only", "create", "--only", LOCKS])
         assert done.exit_code == 1
         assert done.output.startswith("benchmarks: --record is for whole runs")
         assert done.output.count("\n") == 1
@@ -289,6 +296,80 @@ class TestInterruption:
         monkeypatch.setattr("benchmarks.cli._record", lambda _: pytest.fail("recorded"))
         done = CliRunner().invoke(main, ["--record", "--output", str(output)])
         assert (done.exit_code, results.load(output / "results.json").interrupted) == (130, True)
+
+
+def make_lock_run(handover: float, flock: float) -> Run:
+    """A round of locks: an empty round trip takes 10 µs, and a swap 1 ms."""
+    run = Run(quick=True, started="2026-02-02 00:00 UTC", machine={}, scale={"rounds": 1})
+    run.systems = {service.name: service.system.title for service in SERVICES}
+    run.figures = {measure.figure.name: measure.figure for measure in lock_measures(QUICK)}
+    for service in (MEMORY, LEASEFILE, ETCD):
+        run.samples += [Sample("empty", service, 0, 100_000.0, 0), Sample("flock", service, 0, flock, 0)]
+    for service in (LEASEFILE, ETCD):
+        run.samples += [Sample("swap", service, 0, 0.001, 0)]
+        run.samples += [Sample(name, service, 0, handover, 0) for name in ("handover", "handover-late")]
+    return run
+
+
+class TestLocks:
+    def test_names_are_unique(self) -> None:
+        names = [measure.figure.name for measure in lock_measures(FULL)]
+        assert len(set(names)) == len(names)
+        assert {"acquire", "acquire/2", "acquire/4", "acquire-nodes/2", "acquire-nodes/4"} <= set(names)
+
+    def test_rate_and_handover(self) -> None:
+        # Two processes by turns: each holds for a second, and gets the lock half a second after the other lets it go.
+        one = [(0.0, 0.0, 1.0), (1.0, 3.0, 4.0)]
+        two = [(0.5, 1.5, 2.5)]
+        contest = judge([one, two])
+        assert contest.rate() == 3 / 4
+        assert contest.handover_seconds() == 0.5
+
+    def test_who_had_not_asked_was_handed_nothing(self) -> None:
+        contest = judge([[(0.0, 0.0, 1.0)], [(2.0, 2.1, 3.0)]])
+        with pytest.raises(MeasureFailedError, match="not handed over"):
+            contest.handover_seconds()
+
+    def test_a_lock_that_excludes_nobody_has_no_figure(self) -> None:
+        with pytest.raises(MeasureFailedError, match="at the same time"):
+            judge([[(0.0, 0.0, 1.0)], [(0.0, 0.5, 1.5)]])
+
+    def test_processes_contend(self, tmp_path: Path) -> None:
+        contest = contend("flock", [str(tmp_path / "lock")] * 2, 0.2, 0.01)
+        assert {hold.process for hold in contest.holds} == {0, 1}
+
+    def test_control_processes_that_lock_different_files(self, tmp_path: Path) -> None:
+        with pytest.raises(MeasureFailedError, match="at the same time"):
+            contend("flock", [str(tmp_path / "one"), str(tmp_path / "two")], 0.2, 0.01)
+
+    def test_a_process_that_fails_says_why(self, tmp_path: Path) -> None:
+        with pytest.raises(MeasureFailedError, match="No such file or directory"):
+            contend("flock", [str(tmp_path / "nosuch" / "lock")], 0.1)
+
+    def test_a_swap_leaves_nothing(self, tmp_path: Path) -> None:
+        backend = LeasefileBackend(str(tmp_path), Terms(), {}, lambda _: False)
+        assert trio.run(swap_seconds, backend, 0.0) > 0
+        assert trio.run(backend.all_names) == []
+
+    @pytest.mark.parametrize(("handover", "flock", "met"), [(0.007, 90_000.0, True), (0.0071, 89_000.0, False)])
+    def test_targets(self, handover: float, flock: float, met: bool) -> None:
+        run = replace(make_run(), locks=make_lock_run(handover, flock))
+        assert [verdict.met for verdict in report.judged(run)] == [met] * 7
+
+    def test_they_are_recorded_beside_other_figures(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        before = make_run(("create", "native", [1.5]), ("create", "safefs", [1.0]))
+        before.save(tmp_path / "results.json")
+        document = tmp_path / "performance.md"
+        document.write_text(f"{report.BEGIN}\n{report.END}\n")
+        monkeypatch.setattr("benchmarks.cli.RECORD", tmp_path)
+        monkeypatch.setattr("benchmarks.cli.DOCUMENT", document)
+        # The pictures take packages that only the benchmarks have.
+        monkeypatch.setitem(sys.modules, "benchmarks.plots", SimpleNamespace(draw=lambda *_: []))
+        locks = make_lock_run(0.006, 95_000.0)
+        _record(replace(make_run(), locks=locks))
+        assert results.load(tmp_path / "results.json") == replace(before, locks=locks)
+        assert "safefs-leasefile: handover" in document.read_text()
+        assert "| create | 1.5/s | 0.67 |" in document.read_text()
 
 
 class TestClient:

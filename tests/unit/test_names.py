@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -231,6 +231,59 @@ def test_it_is_given_back_when_another_node_asks_and_locks_stay() -> None:
         assert await one.acquire("name", 1, Mode.SHARED)
         assert await two.acquire("name", 1, Mode.SHARED)
         assert not await two.acquire("name", 1, Mode.EXCLUSIVE, may_wait=False)
+
+    play(scenario, MemoryBackend)
+
+
+class Late(MemoryBackend):
+    """Sees what others have changed some time after it happened, as who polls does."""
+
+    async def wait_for_change(self, name: str, seen: Stored, seconds: float) -> None:
+        with trio.move_on_after(seconds):
+            await trio.sleep(0.25)
+            await super().wait_for_change(name, seen, seconds)
+
+
+def test_a_node_that_needs_a_name_all_the_time_leaves_it_to_others() -> None:
+    """It is between two holds when the name is free for others to take, and much quicker than they can see that."""
+
+    async def scenario(nodes: list[Node]) -> None:
+        busy, other, _ = nodes
+        holds = 0
+
+        async def use() -> None:
+            nonlocal holds
+            while True:
+                assert await busy.acquire("name", 1, Mode.EXCLUSIVE)
+                holds += 1
+                await trio.sleep(0.02)
+                await busy.release("name", 1)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(use)
+            await trio.sleep(1)
+            before = holds
+            with trio.fail_after(20):
+                assert await other.acquire("name", 1, Mode.EXCLUSIVE)
+            nursery.cancel_scope.cancel()
+        assert 0 < holds - before < 50
+
+    play(scenario, Late)
+
+
+def test_nodes_that_wanted_a_name_and_are_gone_do_not_keep_it_shared() -> None:
+    async def scenario(nodes: list[Node]) -> None:
+        node = nodes[0]
+        assert await node.acquire("name", 1, Mode.EXCLUSIVE)
+        cluster = node.backend._cluster
+        cluster.ended.add("gone")
+        cluster.records["name"] = replace(cluster.records["name"], record=NameRecord(wanted=("gone",)))
+        node.names.lose()
+        assert node.names.local("name") is None
+        assert await node.acquire("name", 2, Mode.EXCLUSIVE)
+        await node.release("name", 2)
+        assert await node.acquire("name", 2, Mode.EXCLUSIVE)
+        assert node.names.local("name") is not None
 
     play(scenario, MemoryBackend)
 
