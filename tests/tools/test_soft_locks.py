@@ -34,9 +34,7 @@ def nodes(make_mount: MountFactory) -> tuple[Mount, Mount]:
 
 @soft_locks
 @pytest.mark.parametrize("died", ["process", "node"])
-def test_a_killed_holders_file_is_removed(
-    tool: Tool, died: str, nodes: tuple[Mount, Mount], tmp_path: Path
-) -> None:
+def test_a_killed_holders_file_is_removed(tool: Tool, died: str, nodes: tuple[Mount, Mount], tmp_path: Path) -> None:
     """Of a process that a signal ended, and of one whose daemon was killed with it."""
     locking.prepare(tool, nodes[0].path, tmp_path / "hooks")
     file = nodes[1] / FILES[tool.name]
