@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -150,6 +151,7 @@ def main() -> int:
     options = parser.parse_args()
     in_place = options.in_place
     CACHE.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # leaves no mount behind
     good = True
     if options.only != "ltp":
         good &= compare("filelock", filelock_suite(options.filelock or filelock_source()), in_place=in_place)
