@@ -92,8 +92,8 @@ class LockTable:
     # ---------------------------------------------------------- questions
 
     def conflict(self, lock: Lock) -> Lock | None:
-        """What is held and in the way of `lock` (F_GETLK)."""
-        return next((held for held in self.held if held.conflicts(lock)), None)
+        """What is held and in the way of `lock` (F_GETLK): of several the first in the file, as the kernel answers."""
+        return min((held for held in self.held if held.conflicts(lock)), key=lambda held: held.first, default=None)
 
     def blockers(self, wait: Wait) -> Iterator[Lock]:
         """All that a waiting request waits for: locks, and requests that came before it."""

@@ -92,6 +92,7 @@ class Names:
         self._backend = backend
         self.resolve: Resolve = lambda _ticket, _held: False
         self._names: dict[str, _Name] = {}
+        self._looked: dict[str, float] = {}  # when it was asked last whether a node is still there
         self._nursery: trio.Nursery | None = None
 
     # ------------------------------------------------------------ requests
@@ -253,15 +254,23 @@ class Names:
 
     async def _share(self, name: _Name, stored: Stored, record: NameRecord) -> None:
         """The locks of all are on record."""
-        expected = set(record.wanted) - {self._backend.node}
-        if expected and (gone := await self._backend.gone(expected)):  # or the name would never be anybody's again
-            name.gone = gone
-        elif name.pending:
-            await self._step(name, stored, record)
+        if name.pending:
+            # Who only tries does not wait, and who tries again and again must get what a dead node held all the same.
+            name.gone = await self._gone(record)
+            if not name.gone:
+                await self._step(name, stored, record)
         elif record != stored.record:
             await self._swap(name, stored, record)
         elif name.waits:
             await self._await_change(name, stored)
+
+    async def _gone(self, record: NameRecord) -> set[str]:
+        """The other nodes on record that have lost their leases; each is looked at once in LOOK_SECONDS."""
+        now = trio.current_time()
+        self._looked = {node: at for node, at in self._looked.items() if now - at < LOOK_SECONDS}
+        due = record.nodes() - {self._backend.node} - self._looked.keys()
+        self._looked.update(dict.fromkeys(due, now))
+        return await self._backend.gone(due) if due else set()
 
     def _work_locally(self, name: _Name, locks: NameLocks) -> None:
         while name.pending:

@@ -13,6 +13,7 @@ import subprocess
 import threading
 import time
 import zlib
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from email.utils import formatdate
@@ -96,6 +97,7 @@ class RangeServer:
         self.files = dict(files or {})
         self.bytes_per_second: float | None = None
         self.requests: list[Request] = []
+        self._sent: Counter[str] = Counter()
         self._holds: list[Hold] = []
         self._cuts: list[Cut] = []
         self._lock = threading.Lock()
@@ -145,6 +147,16 @@ class RangeServer:
         matches = _matcher(match, method)
         with self._lock:
             return [request for request in self.requests if matches(request)]
+
+    def sent(self, path: str, size: int) -> None:
+        """Count bytes of content that went out."""
+        with self._lock:
+            self._sent[path] += size
+
+    def content_bytes(self, part: str = "") -> int:
+        """How many bytes of content were sent of what has `part` in its path, whoever asked for it."""
+        with self._lock:
+            return sum(size for path, size in self._sent.items() if part in path)
 
     def take_hold(self, request: Request) -> Hold | None:
         with self._lock:
@@ -279,6 +291,7 @@ class _Handler(BaseHTTPRequestHandler):
             if cut is not None:
                 stop = min(stop, cut.position)
             self.wfile.write(memoryview(body)[position:stop])
+            owner.sent(request.path, stop - position)
             owner.pause(stop - position)
             position = stop
 

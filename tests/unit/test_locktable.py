@@ -100,6 +100,15 @@ def compare(table: LockTable, stranger: int) -> None:
         assert (table.conflict(probe) is not None) == bool(found)
 
 
+def test_the_first_of_several_conflicts_is_named() -> None:
+    table = LockTable()
+    for first in (20, 5, 12):
+        assert table.request(Wait(first, Lock(A, EXCLUSIVE, first, first + 1)))[0]
+    found = table.conflict(Lock(B, SHARED))
+    assert found is not None
+    assert (found.first, found.last) == (5, 6)
+
+
 @settings(deadline=None, max_examples=200)
 @given(st.lists(st.tuples(st.integers(0, OWNERS - 1), st.sampled_from([*Mode, None])), max_size=20))
 def test_flock_is_the_kernels(file: Path, plan: list[tuple[int, Mode | None]]) -> None:

@@ -340,6 +340,22 @@ def test_what_a_lost_node_held_is_free(shared_before: bool) -> None:
     play(scenario, MemoryBackend)
 
 
+def test_who_only_tries_gets_what_a_lost_node_held() -> None:
+    """Tries are refused at once and leave nothing in the queue: they look all the same whether the holder is there."""
+
+    async def scenario(nodes: list[Node]) -> None:
+        assert await nodes[0].acquire("name", 1, Mode.EXCLUSIVE)
+        assert not await nodes[1].acquire("name", 1, Mode.EXCLUSIVE, may_wait=False)
+        await nodes[0].backend.leave()
+        for _ in range(100):
+            if await nodes[1].acquire("name", 1, Mode.EXCLUSIVE, may_wait=False):
+                return
+            await trio.sleep(0.1)
+        pytest.fail("never got it")
+
+    play(scenario, MemoryBackend)
+
+
 async def lost(*_: object) -> Stored | None:
     raise BackendError("no answer")
 
