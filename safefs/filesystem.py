@@ -457,10 +457,19 @@ class FileSystem:
     # ------------------------------------------------------------ drafts
 
     async def publish(
-        self, draft: Draft, *, target: Node | None = None, name: bytes | None = None, replace: bool = True
+        self,
+        draft: Draft,
+        *,
+        target: Node | None = None,
+        name: bytes | None = None,
+        replace: bool = True,
+        in_place: bool = False,
     ) -> None:
-        """Publish what an open draft has by now; whoever has it open can go on writing without changing that."""
-        keep_private = draft.unseen and draft.writers > 0
+        """Publish what an open draft has by now; whoever has it open can go on writing without changing that.
+
+        Not `in_place`: then it is the very inode that he has open.
+        """
+        keep_private = draft.unseen and draft.writers > 0 and not in_place
         await self.publisher.publish(draft, target=target, name=name, replace=replace, keep_private=keep_private)
 
     def list_draft(self, draft: Draft) -> None:

@@ -148,7 +148,11 @@ class Tree:
         return await self._make(directory_id, name, caller, backing.make_symlink, target)
 
     async def link(self, nodeid: int, directory_id: int, name: bytes, caller: Caller) -> Entry:
-        """link(2); of an open draft: publishes it, then links what was published."""
+        """link(2); of an open draft: publishes it, then links what was published.
+
+        A new name of class lock or shared shows the inode that is open, not a copy: such files are written in place, and
+        programs that make a lock by link(2) compare st_ino of the descriptor and of the name.
+        """
         fs = self.fs
         node, directory = fs.node(nodeid), fs.node(directory_id)
         self._require_free(directory, name)
@@ -161,10 +165,11 @@ class Tree:
 
     async def _link_draft(self, draft: Draft, directory_id: int, name: bytes, caller: Caller) -> Entry:
         fs = self.fs
+        in_place = fs.classify(fs.node(directory_id), name).name_class.in_place
         for _ in range(LINK_ATTEMPTS):
             if draft.pending:
                 await fs.wait_turn(caller)
-                await fs.publish(draft)
+                await fs.publish(draft, in_place=in_place)
             shown = fs.shown_fd(draft)
             fd = os.dup(shown)  # the next publish may close the other
             try:

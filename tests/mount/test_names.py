@@ -187,6 +187,25 @@ def test_writing_on_after_a_link_changes_neither_name(nodes: Nodes, writer: Acto
     assert_nothing_left(nodes)
 
 
+@pytest.mark.parametrize("final", ["x.lock", "x.db"])
+def test_a_link_to_a_name_that_is_written_in_place_is_the_inode_that_is_open(
+    nodes: Nodes, writer: Actor, final: str
+) -> None:
+    """As filelock's StrictSoftFileLock makes its lock, and asks whether it is its own."""
+    first, second = nodes
+    fd = writer.open(first / "temp", os.O_CREAT | os.O_EXCL | os.O_RDWR)
+    writer.write(fd, A)
+    writer("os.link(p, q)", p=str(first / "temp"), q=str(first / final))
+    own = writer("os.fstat(fd).st_ino, os.fstat(fd).st_nlink", fd=fd)
+    assert own == ((second / final).stat().st_ino, 2)
+    writer.closefd(fd)
+    for place in (first, second):
+        status = (place / final).stat()
+        assert (status.st_ino, status.st_nlink, content(place / final)) == (*own, A)
+    writer("os.unlink(p)", p=str(first / "temp"))
+    assert (first / final).stat().st_nlink == 1
+
+
 @both_temps
 def test_a_link_of_an_open_draft_lasts_beyond_its_close(nodes: Nodes, writer: Actor) -> None:
     """Where nothing was written after it, both names stay one file."""

@@ -40,6 +40,11 @@ def soft_file_lock(path: str) -> AbstractContextManager[Any]:
     return importlib.import_module("filelock").SoftFileLock(path, poll_interval=POLL_SECONDS)
 
 
+def strict_soft_file_lock(path: str) -> AbstractContextManager[Any]:
+    """Made by link(2) of a file that is still open; compares st_ino and st_nlink of both."""
+    return importlib.import_module("filelock").StrictSoftFileLock(path, poll_interval=POLL_SECONDS)
+
+
 def weak_file_lock(path: str) -> AbstractContextManager[Any]:
     return importlib.import_module("huggingface_hub.utils").WeakFileLock(path)
 
@@ -122,6 +127,7 @@ TOOLS = {
     "none": no_lock,
     "FileLock": file_lock,
     "SoftFileLock": soft_file_lock,
+    "StrictSoftFileLock": strict_soft_file_lock,
     "WeakFileLock": weak_file_lock,
     "FileBaton": file_baton,
     "flock": flock,

@@ -46,6 +46,8 @@ SOFT_LOCKS = {
     "FileBaton": Tool("FileBaton", "newest", "lock"),
     "git": Tool("git", "newest", "repository"),
 }
+# The same, made by link(2): not safefs, but filelock itself sees to those of the dead.
+STRICT = Tool("StrictSoftFileLock", "newest", "x.lock")
 # Its locks outlive whoever made them.
 LOCKFILE = Tool("lockfile", "newest", "mailbox")
 NO_LOCK = Tool("none", "newest", "x.lock")

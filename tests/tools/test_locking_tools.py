@@ -12,7 +12,18 @@ import pytest
 from tests.conftest import MountFactory
 from tests.support.mounting import Mount
 from tests.tools import locking
-from tests.tools.locking import KERNEL_LOCKS, LOCKFILE, NO_LOCK, SOFT_LOCKS, Tool, contend, got_it, holding, waiting
+from tests.tools.locking import (
+    KERNEL_LOCKS,
+    LOCKFILE,
+    NO_LOCK,
+    SOFT_LOCKS,
+    STRICT,
+    Tool,
+    contend,
+    got_it,
+    holding,
+    waiting,
+)
 
 LEASE_SECONDS = 3
 # Lease, the delay after it, and what a starting interpreter takes where many share the processor.
@@ -21,7 +32,7 @@ RECOVERY_SECONDS = LEASE_SECONDS + 3 + 20
 LONG_LEASE_SECONDS = 600
 PROCESSES = 4
 
-EVERY_LOCK = {**KERNEL_LOCKS, **SOFT_LOCKS, "lockfile-create": LOCKFILE}
+EVERY_LOCK = {**KERNEL_LOCKS, **SOFT_LOCKS, "StrictSoftFileLock": STRICT, "lockfile-create": LOCKFILE}
 # What starts programs in each turn takes fewer turns.
 TURNS = {"flock": 40, "lockfile": 20, "git": 12}
 
