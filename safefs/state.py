@@ -57,6 +57,14 @@ def _flock(kind: int, start: int) -> bytes:
     return struct.pack("hhqqi", kind, os.SEEK_SET, start, 1, 0)
 
 
+def _namespace(kind: str) -> int:
+    """The number of this process's namespace of a kind; 0 where the kernel has none (time: before 5.6)."""
+    try:
+        return os.stat(f"/proc/self/ns/{kind}").st_ino
+    except OSError:
+        return 0
+
+
 def host_identity() -> dict[str, Any]:
     """What tells this daemon from others: the boot it lives in, its pid namespace, its process."""
     return {
@@ -64,7 +72,8 @@ def host_identity() -> dict[str, Any]:
         "host": socket.gethostname(),
         "machine": _read_first_line("/etc/machine-id"),
         "boot": _read_first_line("/proc/sys/kernel/random/boot_id"),
-        "pid_namespace": os.stat("/proc/self/ns/pid").st_ino,
+        "pid_namespace": _namespace("pid"),
+        "time_namespace": _namespace("time"),  # start times are told in it
         "pid": os.getpid(),
         "start": start_time(os.getpid()),
     }
@@ -78,7 +87,7 @@ def known_dead(identity: Mapping[str, Any]) -> bool | None:
     if identity.get("boot") != me["boot"]:
         # Without a machine-id two hosts of one name would look like one that has booted again.
         return True if me["machine"] else None
-    if identity.get("pid_namespace") != me["pid_namespace"]:
+    if any(identity.get(namespace) != me[namespace] for namespace in ("pid_namespace", "time_namespace")):
         return None
     return bool(start_time(identity["pid"]) != identity["start"])
 
