@@ -150,8 +150,8 @@ class Tree:
     async def link(self, nodeid: int, directory_id: int, name: bytes, caller: Caller) -> Entry:
         """link(2); of an open draft: publishes it, then links what was published.
 
-        A new name of class lock or shared shows the inode that is open, not a copy: such files are written in place, and
-        programs that make a lock by link(2) compare st_ino of the descriptor and of the name.
+        A new name of class lock or shared shows the inode that is open, not a copy: such files are written in place,
+        and programs that make a lock by link(2) compare st_ino of the descriptor and of the name.
         """
         fs = self.fs
         node, directory = fs.node(nodeid), fs.node(directory_id)

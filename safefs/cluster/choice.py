@@ -6,10 +6,9 @@ import errno
 import os
 import ssl
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safefs.cluster.backend import HasDied, LockBackend, ProcessIdentity
-from safefs.cluster.etcd import EtcdBackend
-from safefs.cluster.etcd_client import Access, Endpoint
 from safefs.cluster.leasefile import LeasefileBackend
 from safefs.cluster.ofd import NativeBackend
 from safefs.config import ETCD_SCHEME, Settings
@@ -17,6 +16,9 @@ from safefs.errors import SafefsError
 from safefs.family import mounted_at
 from safefs.lease import Terms
 from safefs.verdict import Client
+
+if TYPE_CHECKING:
+    from safefs.cluster.etcd_client import Access
 
 
 def lock_backend(
@@ -31,6 +33,8 @@ def lock_backend(
     if settings.locks == "memory" or settings.read_only:
         return None
     if settings.locks.startswith(ETCD_SCHEME):
+        from safefs.cluster.etcd import EtcdBackend
+
         prefix = settings.etcd_prefix or f"/safefs/{cluster}"
         return EtcdBackend(etcd_access(settings), prefix, terms, identity, has_died)
     if settings.locks == "native":
@@ -41,6 +45,8 @@ def lock_backend(
 
 def etcd_access(settings: Settings) -> Access:
     """How the settings say that etcd is reached.  SafefsError where a file that they name cannot be used."""
+    from safefs.cluster.etcd_client import Access, Endpoint
+
     scheme = "https://" if settings.etcd_ca or settings.etcd_cert else "http://"
     texts = settings.locks.removeprefix(ETCD_SCHEME).split(",")
     try:
