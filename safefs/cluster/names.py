@@ -385,14 +385,20 @@ class Names:
 
     async def _await_change(self, name: _Name, stored: Stored) -> None:
         """Until the record changes, there is something else to do, or it is time to look at the other nodes."""
+        failures: list[BackendError] = []
         async with trio.open_nursery() as nursery:
 
             async def until(wait: Callable[[], object]) -> None:
-                await wait()  # type: ignore[misc]
+                try:
+                    await wait()  # type: ignore[misc]
+                except BackendError as error:  # a nursery would make a group of it
+                    failures.append(error)
                 nursery.cancel_scope.cancel()
 
             nursery.start_soon(until, name.poke.wait)
             nursery.start_soon(until, lambda: self._backend.wait_for_change(name.key, stored, LOOK_SECONDS))
+        if failures:
+            raise failures[0]
         name.stored = await self._backend.read(name.key)
         if name.stored == stored:
             name.gone = await self._backend.gone(stored.record.nodes() - {self._backend.node})

@@ -16,10 +16,9 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.conftest import Cluster
-from tests.cluster.hosts import Node
 from tests.mount.actors import Actor
 from tests.mount.test_locks import BLOCK, BLOCKED, RELEASE, TRY, opened
-from tests.support.mounting import status, wait_until
+from tests.support.mounting import Mount, status, wait_until
 
 HOLDS = int(os.environ.get("SAFEFS_CLUSTER_HOLDS", "150"))  # by each kind of lock
 PARTIES = 6
@@ -57,7 +56,7 @@ kinds = pytest.mark.parametrize("kind", list(TRY))
 HOLDS_TIMEOUT = 2 * int(START_SECONDS + HOLDS * HOLD_SECONDS)
 
 
-def overlaps(nodes: list[Node], parties: Make, kind: str, place: Path, holds: int, *, together: bool = True) -> int:
+def overlaps(nodes: list[Mount], parties: Make, kind: str, place: Path, holds: int, *, together: bool = True) -> int:
     """How often two of the processes on these mounts were inside at the same time; `together`: all wait first."""
     processes, first = [parties() for _ in range(PARTIES)], parties()
     opened(first, nodes[0] / "x.lock")
@@ -77,9 +76,7 @@ def overlaps(nodes: list[Node], parties: Make, kind: str, place: Path, holds: in
             number=number,
         )
     if together:
-        assert wait_until(
-            lambda: sum(status(node.mount)["locks"]["waiting"] for node in nodes) == PARTIES, START_SECONDS
-        )
+        assert wait_until(lambda: sum(status(node)["locks"]["waiting"] for node in nodes) == PARTIES, START_SECONDS)
         first(RELEASE[kind])
     return sum(process.result(START_SECONDS + holds * HOLD_SECONDS) for process in processes)
 
@@ -96,7 +93,8 @@ def shares(order: bytes) -> list[float]:
 def test_no_two_are_inside_and_everybody_gets_in(
     cluster: Cluster, parties: Make, kind: str, count: int, tmp_path: Path
 ) -> None:
-    assert overlaps(cluster.make(count, lease=CALM_LEASE), parties, kind, tmp_path, HOLDS) == 0
+    nodes = cluster.make(count, lease=CALM_LEASE)
+    assert overlaps([node.mount for node in nodes], parties, kind, tmp_path, HOLDS) == 0
     order = (tmp_path / "order").read_bytes()
     assert len(order) == HOLDS // PARTIES * PARTIES
     assert min(shares(order)) > FAIR_SHARE
@@ -104,7 +102,8 @@ def test_no_two_are_inside_and_everybody_gets_in(
 
 @kinds
 def test_control_mounts_that_share_nothing_overlap(unshared: Cluster, parties: Make, kind: str, tmp_path: Path) -> None:
-    assert overlaps(unshared.make(3), parties, kind, tmp_path, 1200, together=False) > 0
+    nodes = [node.mount for node in unshared.make(3)]
+    assert overlaps(nodes, parties, kind, tmp_path, 1200, together=False) > 0
 
 
 @kinds

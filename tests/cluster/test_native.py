@@ -21,8 +21,10 @@ import pytest
 
 from safefs.cluster.ofd import is_locked
 from safefs.family import mounted_at
+from safefs.lease import DELAY_SECONDS
 from safefs.verdict import FILE, STATE_NAME, Client, Verdict, write
-from tests.cluster.test_exclusion import LEASE_SECONDS, RECOVERY_SECONDS, kinds, overlaps, parties
+from tests.cluster.conftest import LEASE_SECONDS
+from tests.cluster.test_exclusion import kinds, overlaps
 from tests.conftest import MountFactory
 from tests.mount.actors import Actor
 from tests.mount.test_locks import BLOCK, BLOCKED, TRY, opened
@@ -32,9 +34,8 @@ SECONDS = 30
 PROBE_SECONDS = 120
 NATIVE = ("-o", f"locks=native,lease_seconds={LEASE_SECONDS:g}")
 FORWARDING = ("--multithreaded", "--enable-lock-forwarding")
-HOLDS = 600
-
-__all__ = ["parties"]
+RECOVERY_SECONDS = LEASE_SECONDS + DELAY_SECONDS + 2.0
+HOLDS = 150
 
 
 def held(nodes: Path) -> int:
@@ -178,7 +179,9 @@ def test_no_two_are_inside(
     said = status(mounts[0])["locks"]
     assert "OFD locks exclude" in said["because"] and "it is not known whom" in said["backing"]
     for kind in TRY:
-        assert overlaps(mounts, parties, kind, tmp_path / f"marker.{kind}", HOLDS) == 0
+        place = tmp_path / kind
+        place.mkdir()
+        assert overlaps(mounts, parties, kind, place, HOLDS) == 0
     for mount in mounts:
         mount.stop()
 
@@ -200,7 +203,7 @@ def test_control_two_who_share_nothing_overlap(
     places: Places, make_mount: MountFactory, parties: Callable[[], Actor], kind: str, tmp_path: Path
 ) -> None:
     mounts = [make_mount("-o", "locks=memory", backing=view) for view in places(FORWARDING, FORWARDING)]
-    assert overlaps(mounts, parties, kind, tmp_path / "marker", HOLDS) > 0
+    assert overlaps(mounts, parties, kind, tmp_path, 8 * HOLDS, together=False) > 0
     for mount in mounts:
         mount.stop()
 

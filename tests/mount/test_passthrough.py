@@ -151,8 +151,8 @@ def test_nothing_is_copied_before_the_first_write(mount: Mount, writer: Actor) -
 
 
 def test_shared_files_are_one_to_two_mounts(make_mount: MountFactory, writer: Actor, stranger: Actor) -> None:
-    """Class shared passes through as well: mappings on two mounts of one host are the same pages."""
-    first, second = make_mount("-o", "passthrough=on"), make_mount("-o", "passthrough=on")
+    """Class shared passes through as well, where no locks can be lost: mappings on two mounts are the same pages."""
+    first, second = (make_mount("-o", "passthrough=on,locks=memory") for _ in range(2))
     (first / "data.db").write_bytes(bytes(4096))
     code = "m = mmap.mmap(os.open(p, os.O_RDWR), 4096)"
     writer(code, p=str(first / "data.db"))

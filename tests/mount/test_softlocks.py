@@ -104,9 +104,11 @@ def test_a_child_that_is_killed_takes_nothing_of_its_parent(mount: Mount, creato
 def test_a_zombie_is_gone_as_well(mount: Mount) -> None:
     """Nobody waits for the creator: how it ended is seen all the same."""
     path = mount / "x.lock"
-    script = f"import os, sys, time; os.close(os.open(sys.argv[1], {EXCLUSIVE})); os.kill(os.getpid(), 9)"
-    with subprocess.Popen([sys.executable, "-c", script, path]) as process:
+    script = f"import os, sys; os.close(os.open(sys.argv[1], {EXCLUSIVE})); sys.stdin.read(); os.kill(os.getpid(), 9)"
+    with subprocess.Popen([sys.executable, "-c", script, path], stdin=subprocess.PIPE) as process:
+        assert process.stdin is not None
         assert wait_until(path.exists, SECONDS)
+        process.stdin.close()
         assert goes(path)
         assert process.wait(SECONDS) == -signal.SIGKILL
 

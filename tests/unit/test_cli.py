@@ -349,7 +349,7 @@ class TestRules:
         config.write_text(text)
         answer = json.loads(run("rules", "a/x.bin", "--config", config, "--json").output)
         found = {"class": "shared", "glob": "a/*.bin", "source": f"{config}:1", "reason": "why not"}
-        assert answer == {**found, "verify": "storage", "content": "zip", "retain": "default"}
+        assert answer == {**found, "verify": "storage", "content": "zip", "retain": "default", "stale": "signalled"}
         shown = run("rules", "a/x.bin", "--config", config).output
         assert "; when it is published: verify storage, content zip" in shown
 
