@@ -46,6 +46,10 @@ class Faulty(MemoryBackend):
         await self._may_fail()
         return stored
 
+    async def wait_for_change(self, name: str, seen: Stored, seconds: float) -> None:
+        await self._may_fail()
+        await super().wait_for_change(name, seen, seconds)
+
     async def notify(self, node: str, name: str) -> None:
         if self._chance.random() > self._share:  # notices are lost without a word
             await super().notify(node, name)
