@@ -20,7 +20,7 @@ from safefs.locktable import Kind, Lock, Mode, NameLocks, Owner, Wait
 log = logging.getLogger(__name__)
 
 # How often who waits looks whether the nodes that he waits for are still there, and whether a change was missed.
-LOOK_SECONDS = 1.0
+LOOK_SECONDS = 0.5
 RETRY_SECONDS = (0.05, 1.0)  # after a failure of the backend, at first and at most
 SURVEY_SECONDS = 3.0  # for one name
 IDLE_SECONDS = 60.0  # a name that nobody has used for so long is given back without being asked for
