@@ -17,7 +17,7 @@ from tests.mount.actors import Actor, actor
 from tests.support.mounting import Mount
 from tests.underlay.test_bad_underlay import underlay
 
-TURNS = 20
+TURNS = 40
 SECONDS = 200.0
 # Whoever is refused (ESTALE, or EBUSY) tries again, as a program would that checks what close(2) says.
 ADD = r"""
