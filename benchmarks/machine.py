@@ -49,17 +49,9 @@ def describe(work: Path, systems: Iterable[System]) -> dict[str, str]:
         **dict(line.split(" ", 1) for line in versions().splitlines()),
         "commit": _output("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--tags"),
         "python": platform.python_version(),
-        **{package: _package_version(package) for package in PACKAGES},
+        **{package: metadata.version(package) for package in PACKAGES},
     }
     return {**facts, **{system.name: system.version_text() for system in systems if system.version}}
-
-
-def _package_version(package: str) -> str:
-    """The version of a Python package; not every measure needs every one of them."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _field(path: str, name: str) -> str:

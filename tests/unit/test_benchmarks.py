@@ -263,10 +263,11 @@ class TestInterruption:
     """Hours of measuring are not lost."""
 
     @pytest.fixture(autouse=True)
-    def without_fixtures(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """What is measured here needs none, and making them takes packages that only the benchmarks have."""
+    def without_packages(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What is measured here needs no fixtures, and making them takes packages that only the benchmarks have."""
         monkeypatch.setattr("benchmarks.fixtures.lay_out", lambda *_: None)
         monkeypatch.setattr("benchmarks.fixtures.make_package", lambda _: None)
+        monkeypatch.setattr("benchmarks.machine.PACKAGES", ("trio",))
 
     def run(self, tmp_path: Path) -> Run:
         calls = iter(range(10))
