@@ -287,6 +287,42 @@ def test_what_a_lost_node_held_is_free(shared_before: bool) -> None:
     play(scenario, MemoryBackend)
 
 
+def test_a_name_that_a_swap_took_too_late_is_given_back() -> None:
+    """The node has given the swap up, and does not know that it has the name; it lives, so nobody takes it from it."""
+
+    async def scenario(nodes: list[Node]) -> None:
+        one, two, _ = nodes
+        one.backend._cluster.records["name"] = Stored(one.backend._cluster.new_version(), NameRecord(delegate="node0"))
+        assert await two.acquire("name", 1, Mode.EXCLUSIVE)
+
+    play(scenario, MemoryBackend)
+
+
+def test_two_nodes_that_take_a_name_from_each_other_use_it() -> None:
+    """Whoever is asked for a name that it has taken, and not used yet, uses it before it gives it back."""
+
+    async def scenario(nodes: list[Node]) -> None:
+        one = nodes[0]
+        taken = 0
+        swap = one.backend.swap
+
+        async def taken_and_wanted(name: str, old: Stored, new: NameRecord) -> Stored | None:
+            nonlocal taken
+            stored = await swap(name, old, new)
+            if stored is not None and new == NameRecord("node0"):
+                taken += 1
+                assert taken == 1, "it was given back unused, and is taken again"
+                await swap(name, stored, new.want("node1"))
+                raise BackendError("the answer is lost")
+            return stored
+
+        one.backend.swap = taken_and_wanted  # type: ignore[method-assign]
+        assert await one.acquire("name", 1, Mode.EXCLUSIVE)
+        assert taken == 1
+
+    play(scenario, MemoryBackend)
+
+
 async def lost(*_: object) -> Stored | None:
     raise BackendError("no answer")
 
