@@ -126,8 +126,8 @@ class Names:
     def submit(self, key: str, step: Step) -> trio.Event:
         """Queue a step; those of one name are carried out in their order.  The event is set once it is on record.
 
-        Between a lost lease and the next one there is nothing to unlock, and who waits will ask again under the new name
-        of this node: what was asked under the old one would never be its own.
+        Between a lost lease and the next one there is nothing to unlock, and who waits will ask again under the node's
+        new name: what was asked under the old one would never be its own.
         """
         pending = Pending(step)
         if not self._has_lease_to_serve():
@@ -240,11 +240,7 @@ class Names:
             return
         if name.mine is not None:
             name.leaving, name.mine = name.mine, None
-        elif name.leaving is None and name.asked:
-            name.stored, name.asked = None, False  # by somebody who has read that this node has the name
-        stored = name.stored or await self._backend.read(name.key)
-        self._require_current(name)
-        name.stored = stored
+        stored = await self._look(name)
         if name.leaving is not None:
             await self._give_back(name, stored, name.leaving)
             return
@@ -268,6 +264,15 @@ class Names:
             await self._take(name, stored, record)
         else:
             await self._share(name, stored, record)
+
+    async def _look(self, name: _Name) -> Stored:
+        """The record, read again where what is known of it may not be the latest."""
+        if name.asked and name.leaving is None:
+            name.stored, name.asked = None, False  # somebody has read that this node has the name
+        stored = name.stored or await self._backend.read(name.key)
+        self._require_current(name)
+        name.stored = stored
+        return stored
 
     async def _share(self, name: _Name, stored: Stored, record: NameRecord) -> None:
         """The locks of all are on record."""
