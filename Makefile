@@ -25,11 +25,11 @@ test-modes:
 	@SAFEFS_TEST_OPTIONS=hot=off $(PYTEST) -q
 	@SAFEFS_TEST_OPTIONS=passthrough=off,hot=off $(PYTEST) -q
 
-# What is tried at random, a thousand times, and the locks of several nodes, ten thousand times and under many faults:
-# two hours.
+# What is tried at random, a thousand times; what is searched through, further; and the locks of several nodes, ten
+# thousand times and under many faults: three hours.
 test-nightly:
 	@scripts/setup test
-	@SAFEFS_MODEL_EXAMPLES=1000 $(PYTEST) -q tests/model
+	@SAFEFS_SEARCH=deep SAFEFS_MODEL_EXAMPLES=1000 $(PYTEST) -q tests/model
 	@SAFEFS_CLUSTER_HOLDS=3400 SAFEFS_CLUSTER_ROUNDS=10 .venv/bin/python -m pytest -q tests/cluster
 
 check:

@@ -22,7 +22,7 @@ import trio
 import xxhash
 
 from safefs.cluster.record import Acquire, Break, GiveUp, LetPass, Release, Step, carry_out
-from safefs.locktable import OFFSET_MAX, Kind, Lock, Mode, NameLocks, Owner, Wait
+from safefs.locktable import OFFSET_MAX, Kind, Lock, LockTable, Mode, NameLocks, Owner, Wait
 from safefs.model import Identity
 
 NAME_SECONDS = 30.0  # for the daemon's own locks of names
@@ -104,6 +104,10 @@ class Waiting:
     settled: trio.Event = field(default_factory=trio.Event)
     held: bool = False  # once settled: its lock is held, or it was refused
 
+    @property
+    def use(self) -> Use:
+        return self.key, self.kind, self.wait.lock.owner
+
 
 class Locks:
     """The lock requests of one node."""
@@ -113,6 +117,8 @@ class Locks:
         self._waiting: dict[int, Waiting] = {}  # by ticket
         self._by_handle: defaultdict[int, set[Use]] = defaultdict(set)
         self._last_handle: dict[Use, int] = {}  # through which an owner asked last
+        # What owners of this node have been told that they hold, whether or not the backend can be asked about it.
+        self._held: dict[Use, LockTable] = {}
         self._recorded: Counter[Owner] = Counter()  # on how many names an owner has record locks
         self._last_ticket = self._last_claim = 0
 
@@ -126,10 +132,10 @@ class Locks:
 
     def is_stale(self, handle: int) -> bool:
         """Whether what was locked through a file handle may be another node's, before `lose` has been called."""
-        return not self.lease_holds() and bool(self._by_handle.get(handle, set()) - self._waits())
+        return not self.lease_holds() and self._holds(handle)
 
-    def _waits(self) -> set[Use]:
-        return {(waiting.key, waiting.kind, waiting.wait.lock.owner) for waiting in self._waiting.values()}
+    def _holds(self, handle: int) -> bool:
+        return any(use in self._held for use in self._by_handle.get(handle, ()))
 
     # ---------------------------------------------------------- questions
 
@@ -269,6 +275,8 @@ class Locks:
                 raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
         if handle is not None:
             self._remember(handle, (key, kind, lock.owner))
+            if waiting is None:
+                self._hold((key, kind, lock.owner), Wait(self._last_ticket, lock))
         return None if waiting is None or waiting.held else waiting
 
     def _ask(self, key: str, kind: Kind, lock: Lock, handle: int | None, *, may_wait: bool) -> Waiting:
@@ -291,10 +299,17 @@ class Locks:
 
     def release(self, key: str, kind: Kind, owner: Owner, first: int = 0, last: int = OFFSET_MAX) -> trio.Event | None:
         """Unlock a range of an owner's; None if that is done, else what to wait for."""
+        use = key, kind, owner
+        held = self._held.get(use)
+        if held is not None:
+            held.release(owner, first, last)
+            if not held:
+                del self._held[use]
         return self._do(key, Release(kind, owner, first, last))
 
     def let_pass(self, waiting: Waiting) -> None:
         """A request may pass those that came before it, in case they wait for it in a way that is not seen here."""
+        waiting.wait = replace(waiting.wait, passes=True)
         self._do(waiting.key, LetPass(waiting.kind, waiting.wait))
 
     def give_up(self, waiting: Waiting) -> None:
@@ -325,6 +340,9 @@ class Locks:
             self._recorded[use[2]] += 1
         self._last_handle[use] = handle
 
+    def _hold(self, use: Use, wait: Wait) -> None:
+        self._held.setdefault(use, LockTable()).request(wait)
+
     def _forget(self, use: Use) -> bool:
         if self._last_handle.pop(use, None) is None:
             return False
@@ -341,12 +359,14 @@ class Locks:
             return False
         waiting.held = held
         waiting.settled.set()
+        if held and waiting.handle is not None:
+            self._hold(waiting.use, waiting.wait)
         return True
 
     def lose(self) -> set[int]:
-        """All locks are lost; returns the file handles that something was locked through.  Requests go on waiting."""
-        waits = self._waits()
-        fenced = {handle for handle, used in self._by_handle.items() if used - waits}
+        """All locks are lost; returns the file handles that something is locked through.  Requests go on waiting."""
+        fenced = {handle for handle in self._by_handle if self._holds(handle)}
+        self._held.clear()
         self._by_handle.clear()
         self._last_handle.clear()
         self._recorded.clear()
@@ -356,9 +376,9 @@ class Locks:
         """This node has another name: what waited under the old one waits under the new."""
         for waiting in self._waiting.values():
             lock = replace(waiting.wait.lock, owner=Owner(self.node, waiting.wait.lock.owner.number))
-            waiting.wait = Wait(waiting.wait.ticket, lock)
+            waiting.wait = replace(waiting.wait, lock=lock)
             if waiting.handle is not None:
-                self._remember(waiting.handle, (waiting.key, waiting.kind, lock.owner))
+                self._remember(waiting.handle, waiting.use)
             self._names.submit(waiting.key, Acquire(waiting.kind, waiting.wait, waiting.may_wait))
 
     def _do(self, key: str, step: Step) -> trio.Event | None:

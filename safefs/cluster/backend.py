@@ -8,7 +8,8 @@ Guaranteed by every backend (`tests/conformance` asks each of them):
 - Notices can get lost, and changes can be reported that are none: who waits looks again now and then.
 
 Every call is bounded in time and raises `BackendError` where the backend cannot be reached, or does not answer.  The
-outcome of a swap that raises is not known; its caller reads again.
+outcome of a swap that raises is not known; its caller reads again.  So does one whose swap has failed: a client of the
+backing filesystem repeats what it got no answer to, and then this can be said of a swap that was carried out.
 """
 
 from __future__ import annotations

@@ -15,8 +15,9 @@ A node that was alive all the same, because its renewals were hidden by somebody
 that was seen, and nothing happens to it.  A node whose process is known to have died, which those on its host can see,
 is ended at once.
 
-A name's directory goes when nobody needs it: once its state is renamed to `gone`, which nothing follows, it is emptied
-and removed, by whoever comes across it.  The first state of a name comes with its directory, by one rename of both.
+A name's directory goes when nobody needs it: once its state is renamed to `gone~ID`, which nothing follows, it is
+emptied and removed, by whoever comes across it.  The first state of a name comes with its directory, by one rename of
+both.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ REFRESH_SECONDS = 0.5  # who waits makes a file in the directory so often, for c
 
 STATE = re.compile(r"(\d+)~([0-9a-f]+|none)")
 NONE = "none"  # the id of an empty record
-GONE = "gone"  # the state after which there is none
+GONE = "gone"  # the state after which there is none: gone~ID, so that nobody takes it for that of a later directory
 ENDED = "ended"
 
 T = TypeVar("T")
@@ -156,8 +157,7 @@ class Files:
                 raise
             if self._state(name) == (stored.version, stored.token):
                 return stored  # ours: the answer was lost, and the client has repeated the rename
-            if os.path.exists(f"{home}/{GONE}"):
-                self._clear(home)
+            self._bury(home)
             return None
         return stored
 
@@ -165,8 +165,8 @@ class Files:
         """Remove what an empty record has left; nothing happens where it is not empty any more."""
         home = self._path("names", directory_of(name))
         with suppress(FileNotFoundError), self._deciding(directory_of(name)):
-            os.rename(f"{home}/{stored.version}~{NONE}", f"{home}/{GONE}")
-            self._clear(home)
+            os.rename(f"{home}/{stored.version}~{NONE}", f"{home}/{GONE}~{secrets.token_hex(8)}")
+            self._bury(home)
 
     def _write(self, directory: str, name: str, stored: Stored) -> None:
         if stored.token == NONE:
@@ -188,13 +188,26 @@ class Files:
         with suppress(OSError):
             os.unlink(path)
 
-    def _clear(self, directory: str) -> None:
-        """Empty and remove a directory that nobody uses; should it be another one by now, that stays."""
+    def _bury(self, home: str) -> None:
+        """Empty and remove a name's directory if it is over.
+
+        Another may do the same, and a third make a new one in its place, at any moment.  So only such entries are
+        removed as were listed together with the state that it is over: no other directory has entries of these names.
+        """
         with suppress(OSError):
-            for entry in sorted(os.listdir(directory), key=lambda entry: entry == GONE):
-                if not STATE.fullmatch(entry):
-                    self._remove(f"{directory}/{entry}")
-            os.rmdir(directory)
+            entries = os.listdir(home)
+            if any(entry.startswith(GONE) for entry in entries):
+                self._empty(home, [entry for entry in entries if not STATE.fullmatch(entry)])
+
+    def _clear(self, directory: str) -> None:
+        """Empty and remove a directory that nobody else uses."""
+        with suppress(OSError):
+            self._empty(directory, os.listdir(directory))
+
+    def _empty(self, directory: str, entries: list[str]) -> None:
+        for entry in sorted(entries, key=lambda entry: entry.startswith(GONE)):
+            self._remove(f"{directory}/{entry}")
+        os.rmdir(directory)
 
     # --------------------------------------------------------------- leases
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import trio
 
-from safefs.cluster.backend import BackendError, LockBackend, Stored
+from safefs.cluster.backend import BackendError, LeaseLostError, LockBackend, Stored
 from safefs.cluster.record import Acquire, GiveUp, LetPass, NameRecord, Release, Step, carry_out
 from safefs.lease import boottime
 from safefs.locktable import Kind, Lock, Mode, NameLocks, Owner, Wait
@@ -63,7 +63,7 @@ class _Name:
     taking: NameLocks | None = None  # what they will be once a record that delegates the name to this node is there
     leaving: NameLocks | None = None  # what is to be on record once the name is shared
     stored: Stored | None = None  # as last read or written; None: has to be read
-    asked: bool = False  # somebody else wants the name
+    asked: bool = False  # somebody else wants the name of this node
     gone: set[str] = field(default_factory=set)  # nodes that have lost their leases
     pending: list[Pending] = field(default_factory=list)
     waits: dict[int, _Queued] = field(default_factory=dict)  # requests of ours in the queue on record, by ticket
@@ -82,7 +82,7 @@ class _Name:
             return self.asked or bool(self.pending)
         if self.idle and self.stored is not None:
             return True
-        return self.leaving is not None or bool(self.pending or self.waits)
+        return self.asked or self.leaving is not None or bool(self.pending or self.waits)
 
 
 class Names:
@@ -93,6 +93,7 @@ class Names:
         self.resolve: Resolve = lambda _ticket, _held: False
         self._names: dict[str, _Name] = {}
         self._looked: dict[str, float] = {}  # when it was asked last whether a node is still there
+        self._lost_as = ""  # the last name under which this node has lost its lease
         self._nursery: trio.Nursery | None = None
 
     # ------------------------------------------------------------ requests
@@ -112,6 +113,10 @@ class Names:
     def lease_holds(self) -> bool:
         return boottime() < self._backend.lease_ends()
 
+    def _has_lease_to_serve(self) -> bool:
+        """False between a lost lease and the next one."""
+        return self._backend.node != self._lost_as
+
     def known(self, key: str) -> NameLocks:
         """What is known of the locks of a name, perhaps not the latest."""
         name = self._names.get(key)
@@ -120,10 +125,17 @@ class Names:
         return name.mine or name.leaving or (name.stored.record.locks.copy() if name.stored else NameLocks())
 
     def submit(self, key: str, step: Step) -> trio.Event:
-        """Queue a step; those of one name are carried out in their order.  The event is set once it is on record."""
+        """Queue a step; those of one name are carried out in their order.  The event is set once it is on record.
+
+        Between a lost lease and the next one there is nothing to unlock, and who waits will ask again under the node's
+        new name: what was asked under the old one would never be its own.
+        """
+        pending = Pending(step)
+        if not self._has_lease_to_serve():
+            pending.done.set()
+            return pending.done
         name = self._names.setdefault(key, _Name(key))
         name.used, name.idle = boottime(), False
-        pending = Pending(step)
         name.pending.append(pending)
         self._wake(name)
         return pending.done
@@ -152,6 +164,7 @@ class Names:
     def lose(self) -> None:
         """The lease is over: nothing of what this node held, or waited for, counts any more."""
         names, self._names = self._names, {}
+        self._lost_as = self._backend.node
         for name in names.values():
             name.lost = True
             name.poke.set()
@@ -173,12 +186,14 @@ class Names:
         """Names that others want are given back."""
         while True:
             try:
-                name = self._names.get(await self._backend.next_notice())
+                key = await self._backend.next_notice()
             except BackendError as error:
                 log.warning("the lock backend: %s", error)
                 await trio.sleep(RETRY_SECONDS[1])
                 continue
-            if name is not None:
+            if self._has_lease_to_serve():
+                # Also one that this node does not know of: a swap may have been carried out long after it was given up.
+                name = self._names.setdefault(key, _Name(key, used=boottime()))
                 name.asked = True
                 self._wake(name)
 
@@ -206,6 +221,8 @@ class Names:
                 try:
                     await self._advance(name)
                     seconds = RETRY_SECONDS[0]
+                except LeaseLostError:
+                    break
                 except BackendError as error:
                     log.warning("the lock backend: %s", error)
                     name.stored = None
@@ -222,12 +239,13 @@ class Names:
 
     async def _advance(self, name: _Name) -> None:
         """One step of the protocol."""
-        if name.mine is not None and not name.asked:
+        if name.mine is not None and (name.pending or not name.asked):
+            # First what this node took the name for: else two could take it from each other for ever, and use it never.
             self._work_locally(name, name.mine)
             return
         if name.mine is not None:
             name.leaving, name.mine = name.mine, None
-        stored = name.stored = name.stored or await self._read(name)
+        stored = await self._look(name)
         if name.leaving is not None:
             await self._give_back(name, stored, name.leaving)
             return
@@ -244,13 +262,23 @@ class Names:
         name.taking = None
         if name.gone:
             record, name.gone = record.without(name.gone), set()
-        self._settle_waits(name, record)
+        else:
+            self._settle_waits(name, record)
         if record.delegate:
             await self._ask(name, stored, record)
         elif record.may_take(node) and not name.waits:
             await self._take(name, stored, record)
         else:
             await self._share(name, stored, record)
+
+    async def _look(self, name: _Name) -> Stored:
+        """The record, read again where what is known of it may not be the latest."""
+        if name.asked and name.leaving is None:
+            name.stored, name.asked = None, False  # somebody has read that this node has the name
+        stored = name.stored or await self._backend.read(name.key)
+        self._require_lease(name)
+        name.stored = stored
+        return stored
 
     async def _share(self, name: _Name, stored: Stored, record: NameRecord) -> None:
         """The locks of all are on record."""
@@ -366,11 +394,6 @@ class Names:
                 del name.waits[ticket]
                 self._granted(name, ticket, asked)
 
-    async def _read(self, name: _Name) -> Stored:
-        stored = await self._backend.read(name.key)
-        self._require_lease(name)  # what it says may be about a node that this one is not any more
-        return stored
-
     async def _swap(self, name: _Name, stored: Stored, new: NameRecord) -> bool:
         self._require_lease(name)
         name.stored = None  # what becomes of it is not known until the answer is there
@@ -379,12 +402,20 @@ class Names:
         return name.stored is not None
 
     def _require_lease(self, name: _Name) -> None:
-        """Nothing is done for a name that was lost, though this node may have another lease by now."""
-        if name.lost or not self.lease_holds():
+        """No answer is acted on that comes after the lease: it may be about a name that this node has not any more."""
+        if name.lost:
+            raise LeaseLostError("the lease was lost meanwhile")
+        if not self.lease_holds():
             raise BackendError("the lease of this node is over")
 
     async def _await_change(self, name: _Name, stored: Stored) -> None:
         """Until the record changes, there is something else to do, or it is time to look at the other nodes."""
+        await self._pause(name, stored)
+        name.stored = await self._backend.read(name.key)
+        if name.stored == stored:
+            name.gone = await self._backend.gone(stored.record.nodes() - {self._backend.node})
+
+    async def _pause(self, name: _Name, stored: Stored) -> None:
         failures: list[BackendError] = []
         async with trio.open_nursery() as nursery:
 
@@ -399,6 +430,3 @@ class Names:
             nursery.start_soon(until, lambda: self._backend.wait_for_change(name.key, stored, LOOK_SECONDS))
         if failures:
             raise failures[0]
-        name.stored = await self._backend.read(name.key)
-        if name.stored == stored:
-            name.gone = await self._backend.gone(stored.record.nodes() - {self._backend.node})

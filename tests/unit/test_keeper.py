@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
@@ -13,6 +14,7 @@ from safefs.cluster.backend import BackendError, LeaseLostError, Stored
 from safefs.cluster.keeper import Keeper
 from safefs.cluster.memory import MemoryBackend, MemoryCluster
 from safefs.cluster.names import Names
+from safefs.cluster.record import NameRecord
 from safefs.lease import OwnLease, Sightings, Terms, boottime
 from safefs.locks import Alone, Locks, Waiting
 from safefs.locktable import Kind, Lock, Mode, Owner
@@ -86,6 +88,36 @@ def test_what_was_held_is_fenced_and_who_waits_goes_on() -> None:
         assert waiting.held
 
     play(scenario, MemoryBackend)
+
+
+@pytest.mark.parametrize("reached", [True, False])
+def test_who_waits_for_one_range_and_holds_another_is_fenced(reached: bool) -> None:
+    """Also where the answer to its request was not there yet."""
+
+    async def scenario(cluster: MemoryCluster, one: Node, two: Node) -> None:
+        async def take(node: Node, handle: int, first: int, last: int) -> Waiting | None:
+            lock = Lock(Owner(node.locks.node, handle), Mode.EXCLUSIVE, first, last)
+            waiting = node.locks.acquire("name", Kind.RECORD, lock, handle, may_wait=True)
+            await trio.sleep(1)
+            return waiting
+
+        assert isinstance(one.backend, Unsteady)
+        await take(two, 1, 0, 9)
+        await take(one, 2, 10, 19)
+        await take(one, 3, 30, 39)
+        one.locks.release("name", Kind.RECORD, Owner("one", 3))
+        await trio.sleep(10)
+        one.backend.lost = not reached
+        for handle in (2, 3, 4):
+            waiting = await take(one, handle, 0, 9)
+            assert waiting is not None and not waiting.settled.is_set()
+        one.backend.lost = True
+        cluster.ended.add("one")
+        await trio.sleep(20)
+        assert one.fenced == [{2}]
+
+    Unsteady.lost = False
+    play(scenario, Unsteady)
 
 
 def test_unlocking_after_the_loss_unlocks_nobody_elses() -> None:
@@ -209,6 +241,69 @@ def test_a_backend_that_comes_back(seconds: int) -> None:
         assert await one.acquire(2, "another")
 
     play(scenario, Unsteady)
+
+
+def test_what_is_asked_without_a_lease_is_asked_under_the_next_one() -> None:
+    """It is the new name of the node that has the lock, so nobody takes it for one of a lost lease."""
+
+    async def scenario(cluster: MemoryCluster, one: Node, two: Node) -> None:
+        assert isinstance(one.backend, Unsteady)
+        one.backend.lost = True
+        cluster.ended.add("one")
+        await trio.sleep(20)
+        assert one.fenced
+        waiting = one.ask(1)
+        assert waiting is not None
+        one.backend.lost = False
+        await waiting.settled.wait()
+        assert waiting.held
+        other = two.ask(2)
+        assert other is not None
+        await trio.sleep(20)
+        assert not other.settled.is_set()
+        one.locks.released(1)
+        await other.settled.wait()
+
+    Unsteady.lost = False
+    play(scenario, Unsteady)
+
+
+class Slow(MemoryBackend):
+    """The answers to swaps that put a lock of this node on record are under way for long."""
+
+    def __init__(self, cluster: MemoryCluster, node: str) -> None:
+        super().__init__(cluster, node)
+        self.answers: defaultdict[str, trio.Event] = defaultdict(trio.Event)
+
+    async def swap(self, name: str, old: Stored, new: NameRecord) -> Stored | None:
+        node = self.node
+        stored = await super().swap(name, old, new)
+        if node.startswith("one") and node in new.locks.nodes():
+            await self.answers[node].wait()
+        return stored
+
+
+def test_an_answer_that_comes_under_the_next_lease_grants_nothing() -> None:
+    async def scenario(cluster: MemoryCluster, one: Node, two: Node) -> None:
+        assert isinstance(one.backend, Slow)
+        before = two.locks.acquire("name", Kind.FLOCK, Lock(Owner("two", 2), Mode.SHARED), 2, may_wait=True)
+        assert before is not None
+        await before.settled.wait()
+        waiting = one.locks.acquire("name", Kind.FLOCK, Lock(Owner("one", 1), Mode.SHARED), 1, may_wait=True)
+        assert waiting is not None
+        await trio.sleep(10)
+        assert {*one.backend.answers} == {"one"}
+        cluster.ended.add("one")
+        await trio.sleep(20)
+        assert {*one.backend.answers} == {"one", "one'"}
+        one.backend.answers["one"].set()
+        await trio.sleep(20)
+        assert not waiting.settled.is_set()
+        one.backend.answers["one'"].set()
+        await waiting.settled.wait()
+        assert waiting.held
+
+    play(scenario, Slow)
 
 
 def test_a_node_that_ends_leaves() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -278,11 +278,9 @@ def test_a_node_that_needs_a_name_all_the_time_leaves_it_to_others() -> None:
 def test_nodes_that_wanted_a_name_and_are_gone_do_not_keep_it_shared() -> None:
     async def scenario(nodes: list[Node]) -> None:
         node = nodes[0]
-        assert await node.acquire("name", 1, Mode.EXCLUSIVE)
         cluster = node.backend._cluster
         cluster.ended.add("gone")
-        cluster.records["name"] = replace(cluster.records["name"], record=NameRecord(wanted=("gone",)))
-        node.names.lose()
+        cluster.records["name"] = Stored(cluster.new_version(), NameRecord(wanted=("gone",)))
         assert node.names.local("name") is None
         assert await node.acquire("name", 2, Mode.EXCLUSIVE)
         await node.release("name", 2)
@@ -356,6 +354,42 @@ def test_who_only_tries_gets_what_a_lost_node_held() -> None:
                 return
             await trio.sleep(0.1)
         pytest.fail("never got it")
+
+    play(scenario, MemoryBackend)
+
+
+def test_a_name_that_a_swap_took_too_late_is_given_back() -> None:
+    """The node has given the swap up, and does not know that it has the name; it lives, so nobody takes it from it."""
+
+    async def scenario(nodes: list[Node]) -> None:
+        one, two, _ = nodes
+        one.backend._cluster.records["name"] = Stored(one.backend._cluster.new_version(), NameRecord(delegate="node0"))
+        assert await two.acquire("name", 1, Mode.EXCLUSIVE)
+
+    play(scenario, MemoryBackend)
+
+
+def test_two_nodes_that_take_a_name_from_each_other_use_it() -> None:
+    """Whoever is asked for a name that it has taken, and not used yet, uses it before it gives it back."""
+
+    async def scenario(nodes: list[Node]) -> None:
+        one = nodes[0]
+        taken = 0
+        swap = one.backend.swap
+
+        async def taken_and_wanted(name: str, old: Stored, new: NameRecord) -> Stored | None:
+            nonlocal taken
+            stored = await swap(name, old, new)
+            if stored is not None and new == NameRecord("node0"):
+                taken += 1
+                assert taken == 1, "it was given back unused, and is taken again"
+                await swap(name, stored, new.want("node1"))
+                raise BackendError("the answer is lost")
+            return stored
+
+        one.backend.swap = taken_and_wanted  # type: ignore[method-assign]
+        assert await one.acquire("name", 1, Mode.EXCLUSIVE)
+        assert taken == 1
 
     play(scenario, MemoryBackend)
 

@@ -1,0 +1,293 @@
+"""Nodes that share one name, for a search: what each of them does is done by the code of the daemon itself.
+
+A node here is safefs.cluster.names.Names and safefs.locks.Locks, put together as in safefs.daemon, without an event
+loop: every call to the backend stops its coroutine, until the search says what the answer is.  What a node does next
+follows from what came to it before, so it is a table: its state (safefs' own objects, as a value) and what comes in
+give the next state.  The table is filled on demand, by running the code; all else is looking up.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import types
+from collections.abc import Callable, Coroutine, Generator, Hashable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+from unittest import mock
+
+import trio
+
+from safefs.cluster import names as module
+from safefs.cluster.backend import BackendError, ProcessIdentity, Stored
+from safefs.cluster.names import Names
+from safefs.cluster.record import NameRecord
+from safefs.locks import Locks, Waiting
+from safefs.locktable import Kind, Lock, Mode, Owner
+from tests.model.freeze import freeze
+
+KEY = "name"
+INFINITE = float("inf")
+
+Call = tuple[Any, ...]  # what it is, and its arguments
+Input = tuple[Any, ...]  # what comes to a node
+Version = tuple[int, str]  # of the record, with the record as JSON; 0 when there is none
+NO_RECORD = json.dumps(NameRecord().to_json())
+
+
+@types.coroutine
+def ask(*call: Any) -> Generator[Call, Any, Any]:
+    """Stop until the search has an answer; it may be an exception."""
+    answer = yield call
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
+
+
+def stored_of(version: Version) -> Stored:
+    number, text = version
+    return Stored(number, NameRecord.from_json(json.loads(text)))
+
+
+class Backend:
+    """The node's side of the records (backend.LockBackend): asks the search."""
+
+    def __init__(self, node: str) -> None:
+        self.node = node
+        self.lapsed = False
+
+    async def join(self) -> None:
+        raise AssertionError("the search joins")
+
+    renew = leave = join
+
+    async def read(self, name: str) -> Stored:
+        return stored_of(await ask("read"))
+
+    async def swap(self, name: str, old: Stored, new: NameRecord) -> Stored | None:
+        version = await ask("swap", old.version, json.dumps(new.to_json()))
+        return None if version is None else stored_of(version)
+
+    async def discard(self, name: str, stored: Stored) -> None:
+        assert not stored.record
+
+    async def wait_for_change(self, name: str, seen: Stored, seconds: float) -> None:
+        raise AssertionError("the search decides when a pause is over")
+
+    async def notify(self, node: str, name: str) -> None:
+        await ask("notify", node)
+
+    async def next_notice(self) -> str:
+        await ask("notice")
+        return KEY
+
+    async def gone(self, nodes: Iterable[str]) -> set[str]:
+        return set(await ask("gone", frozenset(nodes)))
+
+    async def all_names(self) -> list[str]:
+        return [KEY]
+
+    async def process_of(self, node: str) -> ProcessIdentity:
+        return {}
+
+    def lease_ends(self) -> float:
+        return -INFINITE if self.lapsed else INFINITE
+
+
+class SearchedNames(Names):
+    """As daemons run it; only that a pause lasts as long as the search wants."""
+
+    async def _pause(self, name: module._Name, stored: Stored) -> None:
+        await ask("pause", stored.version)
+
+
+async def no_sleep(_seconds: float) -> None:
+    """After a failure; what comes next stops at the backend anyhow."""
+
+
+class Tasks:
+    """Runs coroutines as far as they go without an answer; stands in for a nursery."""
+
+    def __init__(self) -> None:
+        self._fresh: list[Coroutine[Call, Any, None]] = []
+        self.waiting: dict[int, tuple[Coroutine[Call, Any, None], Call]] = {}
+
+    def start_soon(self, function: Callable[..., Coroutine[Call, Any, None]], *arguments: Any) -> None:
+        self._fresh.append(function(*arguments))
+
+    def answer(self, number: int, answer: object) -> None:
+        self._go(self.waiting.pop(number)[0], number, answer)
+
+    def settle(self) -> None:
+        while self._fresh:
+            number = next(number for number in range(100) if number not in self.waiting)
+            self._go(self._fresh.pop(0), number, None)
+
+    def _go(self, coroutine: Coroutine[Call, Any, None], number: int, answer: object) -> None:
+        with suppress(StopIteration):
+            self.waiting[number] = coroutine, coroutine.send(answer)
+
+    def close(self) -> None:
+        for coroutine, _ in self.waiting.values():
+            coroutine.close()
+
+
+@dataclass
+class Client:
+    """A process that wants the lock: it asks, and unlocks what it got; `G` waits, and may give up."""
+
+    mode: Mode
+    may_wait: bool = True
+    may_give_up: bool = False
+    phase: str = "idle"  # asking, holding, and in the end done, refused, gave-up or fenced
+    waiting: Waiting | None = None
+
+
+CLIENTS = {
+    "X": Client(Mode.EXCLUSIVE),
+    "S": Client(Mode.SHARED),
+    "T": Client(Mode.EXCLUSIVE, may_wait=False),
+    "G": Client(Mode.EXCLUSIVE, may_give_up=True),
+}
+
+
+class Node:
+    """One node, live: what the table is filled with."""
+
+    def __init__(self, name: str, clients: str, names: type[SearchedNames]) -> None:
+        self.backend = Backend(name)
+        self.names = names(self.backend)
+        self.locks = Locks(self.names)
+        self.names.resolve = self.locks.resolve
+        self.clients = [replace(CLIENTS[each]) for each in clients]
+        self.joined = True
+        self.tasks = Tasks()
+        self.names._nursery = self.tasks  # type: ignore[assignment]
+        self.tasks.start_soon(self.names._heed)
+        self.tasks.settle()
+
+    def take(self, what: str, *arguments: Any) -> None:
+        """What comes to the node."""
+        getattr(self, f"_{what}")(*arguments)
+        self.tasks.settle()
+        for client in self.clients:
+            if client.phase == "asking" and client.waiting is not None and client.waiting.settled.is_set():
+                client.phase = "holding" if client.waiting.held else "refused"
+                client.waiting = None
+
+    def _asks(self, number: int) -> None:
+        client = self.clients[number]
+        lock = Lock(Owner(self.locks.node, number + 1), client.mode)
+        client.phase = "asking"
+        try:
+            client.waiting = self.locks.acquire(KEY, Kind.FLOCK, lock, number + 1, may_wait=client.may_wait)
+        except BlockingIOError:
+            client.phase = "refused"
+        else:
+            if client.waiting is None:
+                client.phase = "holding"
+
+    def _unlocks(self, number: int) -> None:
+        self.locks.released(number + 1)
+        self.clients[number].phase = "done"
+
+    def _gives_up(self, number: int) -> None:
+        client = self.clients[number]
+        assert client.waiting is not None
+        client.phase = "gave-up"
+        self.locks.give_up(client.waiting)
+        self.locks.released(number + 1)
+        client.waiting = None
+
+    def _answer(self, number: int, answer: object) -> None:
+        self.tasks.answer(number, answer)
+
+    def _error(self, number: int) -> None:
+        self.tasks.answer(number, BackendError("no answer"))
+
+    def _lapses(self) -> None:
+        """The lease is over by the node's own clock, whatever the node does now."""
+        self.backend.lapsed = True
+
+    def _loses(self) -> None:
+        """The keeper has noticed (safefs.daemon, `_on_lost`)."""
+        self.joined = False
+        self.names.lose()
+        fenced = self.locks.lose()
+        for number, client in enumerate(self.clients):
+            if client.phase == "holding":
+                assert number + 1 in fenced, "a lock is lost, and its holder is not told"
+                client.phase = "fenced"
+
+    def _joins(self) -> None:
+        """The keeper has a new lease (`_on_joined`)."""
+        self.backend.node += "'"
+        self.backend.lapsed, self.joined = False, True
+        self.locks.ask_again()
+
+
+class View(NamedTuple):
+    """What the search sees of a node."""
+
+    name: str
+    lapsed: bool
+    joined: bool
+    phases: tuple[str, ...]
+    calls: tuple[tuple[int, Call], ...]
+    poked: bool  # something has come that a pause ends with
+
+
+@contextmanager
+def without_an_event_loop() -> Iterator[None]:
+    """Within it the code can run that a table is filled with."""
+    with mock.patch.object(trio, "sleep", no_sleep), mock.patch.object(module, "boottime", return_value=0.0):
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
+
+
+class Table:
+    """What a node does: its states are numbers, 0 is the first."""
+
+    def __init__(self, name: str, clients: str, names: type[SearchedNames] = SearchedNames) -> None:
+        self._make = lambda: Node(name, clients, names)
+        self.views: list[View] = []
+        self._histories: list[tuple[int, Input] | None] = []
+        self._numbers: dict[Hashable, int] = {}
+        self._next: dict[tuple[int, Input], int] = {}
+        self._add(self._make(), None)
+
+    def after(self, number: int, *given: Any) -> int:
+        """The state that follows."""
+        known = self._next.get((number, given))
+        if known is None:
+            node = self._again(number)
+            node.take(*given)
+            known = self._next[number, given] = self._add(node, (number, given))
+        return known
+
+    def _again(self, number: int) -> Node:
+        """A node in a state that has been found before."""
+        came = []
+        at = number
+        while (step := self._histories[at]) is not None:
+            at, given = step
+            came.append(given)
+        node = self._make()
+        for given in reversed(came):
+            node.take(*given)
+        return node
+
+    def _add(self, node: Node, came: tuple[int, Input] | None) -> int:
+        number = self._numbers.setdefault(freeze(node), len(self.views))
+        if number == len(self.views):
+            calls = tuple(sorted((at, call) for at, (_, call) in node.tasks.waiting.items()))
+            phases = tuple(client.phase for client in node.clients)
+            poked = any(name.poke.is_set() for name in node.names._names.values())
+            self.views.append(View(node.backend.node, node.backend.lapsed, node.joined, phases, calls, poked))
+            self._histories.append(came)
+        node.tasks.close()
+        return number
