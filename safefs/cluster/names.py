@@ -202,10 +202,14 @@ class Names:
         while True:
             await trio.sleep(IDLE_SECONDS / 4)
             for name in list(self._names.values()):
-                if boottime() - name.used > IDLE_SECONDS and not name.mine and not name.busy:
-                    name.idle = True
-                    name.asked = name.mine is not None
-                    self._wake(name)
+                if boottime() - name.used > IDLE_SECONDS:
+                    self._put_away(name)
+
+    def _put_away(self, name: _Name) -> None:
+        if not name.mine and not name.busy:
+            name.idle = True
+            name.asked = name.mine is not None
+            self._wake(name)
 
     def _wake(self, name: _Name) -> None:
         name.poke.set()

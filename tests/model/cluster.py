@@ -5,7 +5,8 @@ node is gone no sooner than its own clock has told it that its lease is over (fo
 Within that, everything may come at any time and in any order: calls, their answers, notices, what clients do.  A node
 that is frozen is one to which nothing comes while its lease ends; it may go on at any moment after that.
 
-Free, as often as it likes: a notice gets lost, comes late or twice; a pause ends early.  Out of the budget of faults:
+Free, as often as it likes: a notice gets lost, comes late or twice; a pause ends early; a name is put away.
+Out of the budget of faults:
 
 - a call fails, and was not carried out, or was, or will be: a swap can arrive long after its node has stopped waiting
 - a swap that was carried out is said to have failed
@@ -54,6 +55,7 @@ class Faults:
     deaths: bool = True
     stale: bool = False
     idle_looks: bool = False  # pauses end early
+    tidies: bool = False  # nodes put away what they have not used for long; it can be long at any moment
     prompt: frozenset[int] = frozenset()  # nodes whose answers arrive at once: fewer states, and fewer orders
 
 
@@ -152,6 +154,8 @@ class Cluster:
             yield f"{view.name} notices that its lease is over", self._node(state, at, "loses"), False
         elif not view.joined:
             yield f"{view.name} joins under a new name", self._node(state, at, "joins"), False
+        if self._faults.tidies:
+            yield f"{view.name} tidies up", self._node(state, at, "tidies_up"), False
         if may_fail and self._faults.deaths:
             yield f"{view.name} dies", self._die(one_less, at, view), True
 
@@ -249,8 +253,8 @@ def check_record(record: NameRecord) -> str:
         return "a record is another one when it is read again"
     if record.delegate and record.locks:
         return "a name is delegated, and has locks on record"
-    if record.wanted and not record.delegate:
-        return "a name is wanted from nobody"
+    if record.delegate in record.wanted:
+        return "a name is wanted by the node that has it"
     return next(filter(None, map(_check_table, record.locks.tables.values())), "")
 
 

@@ -96,10 +96,14 @@ class Backend:
 
 
 class SearchedNames(Names):
-    """As daemons run it; only that a pause lasts as long as the search wants."""
+    """As daemons run it; only that a pause lasts as long as the search wants, and that it looks as often as it may."""
 
     async def _pause(self, name: module._Name, stored: Stored) -> None:
         await ask("pause", stored.version)
+
+    async def _gone(self, record: NameRecord) -> set[str]:
+        others = record.nodes() - {self.node}
+        return await self._backend.gone(others) if others else set()
 
 
 async def no_sleep(_seconds: float) -> None:
@@ -205,6 +209,11 @@ class Node:
 
     def _error(self, number: int) -> None:
         self.tasks.answer(number, BackendError("no answer"))
+
+    def _tidies_up(self) -> None:
+        """Nobody has used the name for long (`Names._tidy`)."""
+        for name in list(self.names._names.values()):
+            self.names._put_away(name)
 
     def _lapses(self) -> None:
         """The lease is over by the node's own clock, whatever the node does now."""
