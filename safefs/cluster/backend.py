@@ -75,7 +75,7 @@ class LockBackend(Protocol):
         """Tell another node that somebody wants a name that is delegated to it."""
 
     async def next_notice(self) -> str:
-        """The next name of ours that somebody wants."""
+        """The next name of ours that somebody wants; waiting for it goes on when this node joins anew."""
 
     async def gone(self, nodes: Iterable[str]) -> set[str]:
         """Those of the nodes that have lost their leases."""

@@ -39,6 +39,7 @@ class EtcdBackend:
         self._has_died = has_died
         self._lease = OwnLease(terms)
         self._lease_id = ""
+        self._listening = trio.CancelScope()  # the watch for notices
         self._missing: dict[str, float] = {}  # nodes without a key, and since when this node knows it
         self.node = ""
 
@@ -56,6 +57,7 @@ class EtcdBackend:
         await self._put(self._key("nodes", node), value, granted["ID"])
         self.node, self._lease_id = node, str(granted["ID"])
         self._lease.renew(sent)
+        self._listening.cancel()  # for notices to the name that this node had before
 
     async def renew(self) -> None:
         """Renew the lease; LeaseLostError when it is over."""
@@ -188,8 +190,8 @@ class EtcdBackend:
             await self._put(self._key("wanted", node, name), b"", self._lease_id)
 
     async def next_notice(self) -> str:
-        prefix = self._key("wanted", self.node, "")
         while True:
+            prefix = self._key("wanted", self.node, "")
             answer = await self._client.call(
                 "/v3/kv/range",
                 {"key": encode(prefix), "range_end": encode(prefix_end(prefix)), "limit": "1"},
@@ -199,7 +201,9 @@ class EtcdBackend:
                 await self._client.call("/v3/kv/deleterange", {"key": entry["key"]})
                 return decode(entry["key"])[len(prefix) :].decode("utf-8", "surrogateescape")
             where = {"key": encode(prefix), "range_end": encode(prefix_end(prefix))}
-            await self._watch(where, int(answer["header"]["revision"]), NOTICE_SECONDS)
+            with self._listening:
+                await self._watch(where, int(answer["header"]["revision"]), NOTICE_SECONDS)
+            self._listening = trio.CancelScope()
 
     # ---------------------------------------------------------------- keys
 

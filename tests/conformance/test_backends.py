@@ -239,6 +239,24 @@ def test_notices(cluster: Cluster) -> None:
     play(cluster, scenario)
 
 
+def test_notices_to_a_node_that_has_joined_anew(cluster: Cluster) -> None:
+    """Also when it has waited for one since before."""
+
+    async def scenario(one: LockBackend, two: LockBackend) -> None:
+        async def rejoin_and_notify() -> None:
+            await trio.sleep(0.5)
+            await one.leave()
+            await one.join()
+            await two.notify(one.node, "name")
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(rejoin_and_notify)
+            with trio.fail_after(SECONDS):
+                assert await one.next_notice() == "name"
+
+    play(cluster, scenario)
+
+
 def test_every_node_has_a_name_of_its_own(cluster: Cluster) -> None:
     async def scenario(*nodes: LockBackend) -> None:
         assert len({node.node for node in nodes}) == 5
