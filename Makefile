@@ -30,7 +30,7 @@ test-modes:
 test-nightly:
 	@scripts/setup test
 	@SAFEFS_SEARCH=deep SAFEFS_MODEL_EXAMPLES=1000 $(PYTEST) -q tests/model
-	@SAFEFS_CLUSTER_HOLDS=3400 SAFEFS_CLUSTER_ROUNDS=10 .venv/bin/python -m pytest -q tests/cluster
+	@SAFEFS_CLUSTER=whole SAFEFS_CLUSTER_HOLDS=3400 SAFEFS_CLUSTER_ROUNDS=10 .venv/bin/python -m pytest -q tests/cluster
 
 check:
 	@scripts/setup build

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from safefs.lease import DELAY_SECONDS
-from tests.cluster.conftest import LEASE_SECONDS, Cluster, etcd_of
+from tests.cluster.conftest import LEASE_SECONDS, WHOLE, Cluster, etcd_of
 from tests.cluster.hosts import LOST, Node
 from tests.mount.actors import Actor
 from tests.mount.test_locks import BLOCK, TRY, opened, process_state
@@ -91,7 +91,7 @@ def waiter(process: Actor, path: Path, kind: str) -> None:
     assert process_state(process.pid) == "S"
 
 
-@pytest.mark.parametrize("kind", ["flock", "fcntl"])
+@pytest.mark.parametrize("kind", ["flock", "fcntl"] if WHOLE else ["flock"])
 def test_an_outage(outage: Outage, parties: Make, kind: str) -> None:
     """Who waits goes on waiting, can be interrupted and killed, and has the lock when everything is back; who holds a
     lock is fenced before another can have it."""
@@ -123,7 +123,7 @@ def test_an_outage(outage: Outage, parties: Make, kind: str) -> None:
     interrupted.result(SECONDS)
 
 
-@pytest.mark.parametrize("kind", ["flock", "fcntl"])
+@pytest.mark.parametrize("kind", ["flock", "fcntl"] if WHOLE else ["flock"])
 def test_an_outage_that_is_shorter_than_the_lease(outage: Outage, parties: Make, kind: str) -> None:
     """Nobody notices but who asks for something: and he can be killed at once, too."""
     holder, killed, patient = (parties() for _ in range(3))

@@ -45,9 +45,9 @@ BRIEF = [
     (["X", "X"], DEATHS),
     (["X", "X"], STALE),
     (["X", "X"], CALLS),
-    (["X", "X"], PROMPT_LEASES),
 ]
 DEEP = [
+    (["X", "X"], PROMPT_LEASES),
     (["XX", "X"], Faults()),
     (["XS", "S"], Faults()),
     (["X", "X"], LEASES),
