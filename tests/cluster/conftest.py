@@ -20,6 +20,7 @@ from tests.mount.test_locks import CODE
 from tests.support.etcd import Etcd, etcd
 
 LEASE_SECONDS = 3.0
+CALM_LEASE = 30.0  # nothing is to happen to it, on a busy machine neither
 BACKENDS = {"leasefile": 0, "etcd": 1, "etcd3": 3}  # with so many members of etcd
 WHOLE = os.environ.get("SAFEFS_CLUSTER") == "whole"
 

@@ -104,8 +104,8 @@ class Count:
 
     def stop(self) -> None:
         self._stop.touch()
-        for counter in self.counters:
-            counter.process.result(SECONDS)
+        while self.counters:
+            self.counters.pop().process.result(SECONDS)
 
     def noted(self) -> list[int]:
         """All numbers that somebody wrote."""

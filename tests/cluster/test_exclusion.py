@@ -15,14 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.conftest import Cluster
+from tests.cluster.conftest import CALM_LEASE, Cluster
 from tests.mount.actors import Actor
 from tests.mount.test_locks import BLOCK, BLOCKED, RELEASE, TRY, opened
 from tests.support.mounting import Mount, status, wait_until
 
 HOLDS = int(os.environ.get("SAFEFS_CLUSTER_HOLDS", "150"))  # by each kind of lock
 PARTIES = 6
-CALM_LEASE = 30.0  # nothing is to happen to it, on a busy machine neither
 FAIR_SHARE = 0.2  # of an equal share: what each gets at least while all want the lock
 START_SECONDS, HOLD_SECONDS = 60.0, 0.25  # many times what it takes on a busy machine
 
@@ -109,7 +108,7 @@ def test_control_mounts_that_share_nothing_overlap(unshared: Cluster, parties: M
 @kinds
 def test_a_lock_of_another_node(cluster: Cluster, parties: Make, kind: str) -> None:
     """Refused, waited for, and handed over when its holder is killed."""
-    nodes = cluster.make(2)
+    nodes = cluster.make(2, lease=CALM_LEASE)
     one, two = parties(), parties()
     opened(one, nodes[0] / "data")
     opened(two, nodes[1] / "data")
@@ -122,7 +121,7 @@ def test_a_lock_of_another_node(cluster: Cluster, parties: Make, kind: str) -> N
 
 
 def test_a_waiter_on_another_node_can_be_interrupted(cluster: Cluster, parties: Make) -> None:
-    nodes = cluster.make(2)
+    nodes = cluster.make(2, lease=CALM_LEASE)
     one, two = parties(), parties()
     opened(one, nodes[0] / "data")
     opened(two, nodes[1] / "data")
@@ -140,7 +139,7 @@ def test_a_waiter_on_another_node_can_be_interrupted(cluster: Cluster, parties: 
 
 def test_exclusive_creation(cluster: Cluster, parties: Make) -> None:
     """Of many that make one name with O_EXCL on several nodes, one does; also while nobody sees the file yet."""
-    nodes = cluster.make(3)
+    nodes = cluster.make(3, lease=CALM_LEASE)
     processes = [parties() for _ in range(6)]
     for turn in range(30):
         for number, process in enumerate(processes):

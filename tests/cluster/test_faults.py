@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from safefs.lease import DELAY_SECONDS
-from tests.cluster.conftest import LEASE_SECONDS, Cluster
+from tests.cluster.conftest import CALM_LEASE, LEASE_SECONDS, Cluster
 from tests.cluster.counting import Count
 from tests.cluster.hosts import Node
 from tests.mount.actors import Actor
@@ -69,7 +69,7 @@ def test_control_without_shared_locks_numbers_are_written_twice(
 
 
 def test_a_killed_holder(cluster: Cluster, count: Count) -> None:
-    nodes = cluster.make(2)
+    nodes = cluster.make(2, lease=CALM_LEASE)
     three_kinds(count, nodes)
     for _ in range(5 * ROUNDS):
         victim = random.choice(count.counters)
@@ -144,6 +144,34 @@ def test_a_node_that_is_cut_off(cluster: Cluster, count: Count) -> None:
         finally:
             victim.host.reconnect()
         assert count.goes_on(nodes, RECOVERY_SECONDS)
+
+
+def test_a_clock_that_is_stepped(cluster: Cluster, count: Count, tmp_path: Path) -> None:
+    """The time of day of one node jumps by hours and days, in both directions: nobody loses a lease over it."""
+    clock = tmp_path / "clock"
+    clock.write_text("+0")
+    stepped = cluster.node(cluster.host(), lease=CALM_LEASE, environment=with_clock(clock))
+    nodes = [stepped, *cluster.make(1, lease=CALM_LEASE)]
+    three_kinds(count, nodes)
+    for step in ROUNDS * ["-1h", "+1h", "-10d", "+10d"]:
+        clock.write_text(step)
+        assert count.goes_on(nodes, RECOVERY_SECONDS)
+    count.stop()
+    stepped.stop()  # would say if it had lost its lease
+    last = stepped.mount.log_text().splitlines()[-1]
+    assert time.strptime(last[:10], "%Y-%m-%d") > time.localtime(time.time() + 9 * 24 * 3600), "it was not stepped"
+
+
+def with_clock(path: Path) -> dict[str, str]:
+    """For a process that takes the time of day from a file ("+1h"), by Debian's libfaketime; no other clock."""
+    (library,) = Path("/usr/lib").glob("*/faketime/libfaketime.so.1")
+    return {
+        "LD_PRELOAD": str(library),
+        "FAKETIME_TIMESTAMP_FILE": str(path),
+        "FAKETIME_NO_CACHE": "1",
+        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+        "NO_FAKE_STAT": "1",
+    }
 
 
 # What holders and waiters see.
