@@ -59,6 +59,8 @@ class Closing:
             await self._flush_pending(handle, draft, tid)
         if draft.state is DraftState.QUARANTINED and draft.error:
             raise failure(draft.error)
+        if self.fs.is_fenced(handle):  # also where it is not known yet whether this was the last close
+            raise failure(errno.EIO)
 
     async def _flush_pending(self, handle: Handle, draft: Draft, tid: int) -> None:
         fs = self.fs

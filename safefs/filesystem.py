@@ -117,7 +117,7 @@ class FileSystem:
         self.forget_attributes: Callable[[int], None] | None = None  # those of the kernel, once there is a mount
         publisher.on_publish = self._note_publish
         publisher.policy_of = self.policy
-        publisher.lease_holds = locks.lease_holds
+        publisher.lease = locks.lease
         status = os.stat(store.root_fd)
         self.root = self.nodes.create(backing.identity_of(status), status.st_mode, shown=True)
         self.root.lookups = self.root.pins = 1

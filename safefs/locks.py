@@ -130,6 +130,10 @@ class Locks:
         """Whether what was locked is still this node's: to be asked right before anything is done under a lock."""
         return self._names.lease_holds()
 
+    def lease(self) -> str:
+        """Under which lease anything may be done now; empty: there is none."""
+        return self.node if self.lease_holds() else ""
+
     def is_stale(self, handle: int) -> bool:
         """Whether what was locked through a file handle may be another node's, before `lose` has been called."""
         return not self.lease_holds() and self._holds(handle)

@@ -110,7 +110,7 @@ class Publisher:
         self.counts: Counter[str] = Counter()
         self.on_publish: Callable[[Node, Identity | None], None] | None = None
         self.policy_of: Callable[[Node, bytes], Policy] = lambda _directory, _name: Policy()
-        self.lease_holds: Callable[[], bool] = lambda: True
+        self.lease: Callable[[], str] = lambda: "for ever"
         self.lock_name: Callable[[Identity, bytes], AbstractAsyncContextManager[bool]] | None = None
 
     async def publish(
@@ -137,12 +137,13 @@ class Publisher:
                 return
             if draft.error:
                 await self._refuse(draft, PublishRefusedError("a write to it failed", draft.error))
+            lease = self.lease()
             async with self.holding(target, name) as alone:
                 draft.move(DraftEvent.SEAL)
                 try:
                     if not alone and draft.base is not None and not draft.fresh:
                         raise OSError(errno.EBUSY, "its name is in use on another node, or the lock backend is away")
-                    placed = await self._carry_out(draft, target, name, replace, keep_private)
+                    placed = await self._carry_out(draft, target, name, lease, replace, keep_private)
                 except PublishRefusedError as error:
                     await self._refuse(draft, error)
                 except OSError as error:
@@ -153,11 +154,13 @@ class Publisher:
             if self.on_publish is not None:
                 self.on_publish(target, replaced)
 
-    async def _carry_out(self, draft: Draft, target: Node, name: bytes, replace: bool, keep_private: bool) -> Placed:
+    async def _carry_out(
+        self, draft: Draft, target: Node, name: bytes, lease: str, replace: bool, keep_private: bool
+    ) -> Placed:
         copy = keep_private or draft.unlinkable
         inode = await self._copy(draft) if copy else PrivateInode(draft.fd, draft.temp_name)
         demands = self._demands(target, name, None if copy else draft.written)
-        order = self._order(draft, inode, target, name, demands, may_replace=replace)
+        order = self._order(draft, inode, target, name, demands, lease, may_replace=replace)
         if inode.temp_name is None:
             await self.note_directory(target)
         try:
@@ -229,6 +232,7 @@ class Publisher:
         target: Node,
         name: bytes,
         demands: Demands,
+        lease: str,
         *,
         may_replace: bool = True,
     ) -> Order:
@@ -245,13 +249,14 @@ class Publisher:
             keeper=self.keeper_of(target, name),
             sync_target=self._sync_of(target),
             demands=demands,
-            require_lease=partial(self._require_lease, draft),
+            require_lease=partial(self._require_lease, draft, lease),
             check_space=partial(store.check_space, home.fd, draft.caller, store.hidden_name(b"s")),
         )
 
-    def _require_lease(self, draft: Draft) -> None:
+    def _require_lease(self, draft: Draft, lease: str) -> None:
+        """That under which the publish began, not one that this node has got since then."""
         compares = self.lock_name is not None and draft.base is not None and not draft.fresh
-        if (draft.locked or draft.claim or compares) and not self.lease_holds():
+        if (draft.locked or draft.claim or compares) and (not lease or self.lease() != lease):
             reason = "the lease of this node is over, and what it had locked may be another's"
             raise PublishRefusedError(reason, errno.EIO)
 
@@ -383,7 +388,7 @@ class Publisher:
             home = draft.directory
             # The name has shown these bytes already: that they do not suit it would be no news.
             demands = dataclasses.replace(self._demands(home, draft.name, None), policy=Policy())
-            order = self._order(draft, inode, home, draft.name, demands)
+            order = self._order(draft, inode, home, draft.name, demands, self.lease())
             try:
                 placed = await self._backing.run_or_daemon(draft.caller, take_place, order)
             except BaseException:

@@ -191,6 +191,7 @@ class EtcdBackend:
 
     async def next_notice(self) -> str:
         while True:
+            self._listening = trio.CancelScope()
             prefix = self._key("wanted", self.node, "")
             answer = await self._client.call(
                 "/v3/kv/range",
@@ -203,7 +204,6 @@ class EtcdBackend:
             where = {"key": encode(prefix), "range_end": encode(prefix_end(prefix))}
             with self._listening:
                 await self._watch(where, int(answer["header"]["revision"]), NOTICE_SECONDS)
-            self._listening = trio.CancelScope()
 
     # ---------------------------------------------------------------- keys
 

@@ -67,7 +67,7 @@ class Mount:
         return [
             line
             for line in self.log_text().splitlines()
-            if (" ERROR " in line or " CRITICAL " in line or line.startswith("Traceback"))
+            if (" ERROR " in line or " CRITICAL " in line or "Traceback (most recent call last)" in line)
             and not any(fragment in line for fragment in self.expected_log)
         ]
 
