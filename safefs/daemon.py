@@ -307,6 +307,7 @@ class Daemon:
                 raise SafefsError(f"{settings.mountpoint} was unmounted while it was being mounted")
             self.fs.forget_attributes = mount.forget_attributes
             self.fs.device = f"{os.major(mounted.device)}:{os.minor(mounted.device)}"
+            mount.widen_readahead(self.fs.device)
         except BaseException:
             mount.umount(settings.mountpoint, settings.privileged, MNT_DETACH)
             raise
