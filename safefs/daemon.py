@@ -445,7 +445,7 @@ class Daemon:
                 "waiting": waiting,
             },
             "hot": hot,
-            "busy_threads": self.backing.limiter.borrowed_tokens,
+            "busy_threads": self.backing.workers.busy,
             "counters": dict(self.publisher.counts),
             "quarantine": await self.backing.run(backing.DAEMON, self.state.count),
         }

@@ -33,11 +33,13 @@ from safefs.placing import write_gathered
 from safefs.publisher import Publisher
 from safefs.rules import Match, NameClass, Policy
 from safefs.softlocks import SoftLocks
+from safefs.workers import Workers
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+LOOKS = 64  # threads that look at /proc
 PROCESS_LOOK_SECONDS = 20.0  # how long a look at /proc may take; what is unknown after that is not published
 TICKET_SWEEP_SECONDS = 1.0
 GATHERED_SECONDS = 1.0  # between looks for small writes that the backing has not got yet
@@ -112,7 +114,7 @@ class FileSystem:
         self.soft_locks = soft_locks
         self.can_lose_locks = False  # they are shared with other nodes
         self.accepting = True  # False while the daemon drains: no new writers
-        self.looks = trio.CapacityLimiter(64)  # threads that look at /proc
+        self.looks = Workers(LOOKS)
         self._last_handle = 0
         self.forget_attributes: Callable[[int], None] | None = None  # those of the kernel, once there is a mount
         publisher.on_publish = self._note_publish
@@ -345,7 +347,7 @@ class FileSystem:
     async def look(self, function: Callable[..., T], *arguments: object) -> T | None:
         """Look at a process in a thread; None when that takes too long."""
         with trio.move_on_after(PROCESS_LOOK_SECONDS):
-            return await trio.to_thread.run_sync(function, *arguments, abandon_on_cancel=True, limiter=self.looks)
+            return await self.looks.run(function, *arguments)
         return None
 
     async def identify(self, tid: int) -> Process | None:
