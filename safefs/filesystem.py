@@ -296,10 +296,10 @@ class FileSystem:
             and self.classify(parent, node.name).name_class is NameClass.PRIVATE
         )
 
-    def draft_entry(self, draft: Draft, status: os.stat_result) -> Entry:
-        """A draft: never cached, always the same st_ino, and a link count as if it had its name."""
+    def draft_entry(self, draft: Draft, status: os.stat_result, attr_seconds: float = 0.0) -> Entry:
+        """A draft: its name is never kept, always the same st_ino, and a link count as if it had its name."""
         nlink = 0 if draft.discarded else max(1, status.st_nlink if draft.state is DraftState.PUBLISHED else 1)
-        return Entry(draft.node.nodeid, status, draft.shown_ino, nlink, 0.0, 0.0)
+        return Entry(draft.node.nodeid, status, draft.shown_ino, nlink, 0.0, attr_seconds)
 
     def _note_publish(self, directory: Node, replaced: Identity | None) -> None:
         """A publish changed a directory's times and took a link from the version before: behind the kernel's back."""
@@ -445,6 +445,12 @@ class FileSystem:
         return self.passthrough.active and native.opens_agreed(node.nodeid) is None
 
     @staticmethod
+    def note_capability(draft: Draft) -> None:
+        """The draft may have security.capability from now on."""
+        draft.may_have_capability = True
+        native.opens_set_bare(draft.node.nodeid, False)
+
+    @staticmethod
     def passes_through(node: Node) -> bool:
         return bool(native.opens_agreed(node.nodeid))
 
@@ -568,6 +574,7 @@ class FileSystem:
         node = draft.node
         self.unlist_draft(draft)
         node.draft = None
+        native.opens_set_bare(node.nodeid, False)
         close_all(self.nodes.attach(node, fd))
         if draft.state is DraftState.PUBLISHED:
             node.file_handle = self._file_handle(fd)

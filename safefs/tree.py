@@ -428,7 +428,7 @@ class Tree:
         self._require_writable_attribute(name)
         draft = self.fs.node(nodeid).draft
         if draft is not None and name == CAPABILITY:
-            draft.may_have_capability = True
+            self.fs.note_capability(draft)
         await self._on_inodes(nodeid, caller, os.setxattr, name, value, flags)
 
     async def getxattr(self, nodeid: int, name: bytes, caller: Caller) -> bytes:

@@ -148,6 +148,10 @@ int32_t opens_agreed(uint64_t nodeid);
 /* One more handle, which brings an id or 0; closed and replaced by what the others agree on.  False without memory. */
 bool opens_join(uint64_t nodeid, int32_t *backing_id);
 void opens_leave(uint64_t nodeid);
+/* Whether an open node is a draft without security.capability, which the kernel asks every file for before its first
+ * write.  Nothing happens when it has no handle. */
+void opens_set_bare(uint64_t nodeid, bool bare);
+bool opens_are_bare(uint64_t nodeid);
 
 /* ---------------------------------------------------------------- answers */
 

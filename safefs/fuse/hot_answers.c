@@ -224,6 +224,8 @@ static bool answer_readlink(struct reader *reader, const struct fuse_in_header *
 static bool answer_getxattr(struct reader *reader, const struct fuse_in_header *in, const char *body)
 {
 	const struct fuse_getxattr_in *arguments = (const void *)body;
+	if (!strcmp(body + sizeof *arguments, "security.capability") && opens_are_bare(in->nodeid))
+		return reply_error(in, ENODATA);
 	struct node *node = table_use(in->nodeid);
 	if (!node)
 		return false;

@@ -352,6 +352,17 @@ static PyObject *module_opens_leave(PyObject *module, PyObject *arg)
 	Py_RETURN_NONE;
 }
 
+static PyObject *module_opens_set_bare(PyObject *module, PyObject *args)
+{
+	(void)module;
+	unsigned long long nodeid;
+	int bare;
+	if (!PyArg_ParseTuple(args, "Kp", &nodeid, &bare))
+		return NULL;
+	opens_set_bare(nodeid, bare);
+	Py_RETURN_NONE;
+}
+
 static PyObject *module_requests_wait(PyObject *module, PyObject *arg)
 {
 	(void)module;
@@ -379,6 +390,7 @@ static PyMethodDef hot_methods[] = {
 	{"opens_agreed", module_opens_agreed, METH_O, "The backing id of a node's open handles; None: it has none."},
 	{"opens_join", module_opens_join, METH_VARARGS, "One more handle, with a backing id or 0; what all agree on."},
 	{"opens_leave", module_opens_leave, METH_O, "One handle less."},
+	{"opens_set_bare", module_opens_set_bare, METH_VARARGS, "Whether an open draft is known to have no capability."},
 	{"hot_configure", hot_configure, METH_VARARGS, "Set what answers depend on, before anything else."},
 	{"hot_prepare", module_prepare, METH_NOARGS, "Have pyfuse3 wait for the queue, before pyfuse3.init."},
 	{"hot_start", module_start, METH_O, "Read requests from the kernel's descriptor, after INIT."},

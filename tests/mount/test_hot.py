@@ -338,6 +338,40 @@ def test_forgetting_under_load(hot_mount: Callable[..., Mount], backing: Path) -
     assert wait_until(lambda: status(mount)["inodes"] <= 2, 10)
 
 
+def test_a_new_file_costs_the_interpreter_three_requests(hot_mount: Callable[..., Mount]) -> None:
+    """CREATE, FLUSH and RELEASE: of the other two that the kernel would send it asks for no attributes before the file
+    is open, and the extension knows that a new file has no capability."""
+    mount, getattr_, getxattr = hot_mount(), "3", "22"
+    for number in range(20):
+        fd = os.open(mount / f"new{number}", os.O_CREAT | os.O_WRONLY)
+        os.write(fd, b"x")
+        os.close(fd)
+    passed = status(mount)["hot"]["passed"]
+    assert passed.get(getattr_, 0) < 15 and passed.get(getxattr, 0) == 0, passed
+    assert passed["35"] == 20  # CREATE
+
+
+@pytest.mark.parametrize("removed", [False, True], ids=["set", "removed"])
+def test_a_capability_of_an_open_file_is_not_passed_over(hot_mount: Callable[..., Mount], removed: bool) -> None:
+    """One that is set while the file is being written, or on its version while its writer still has it open."""
+    mount = hot_mount()
+    value = bytes.fromhex("0100000200040000000000000000000000000000")  # cap_net_bind_service+ep
+    with open(mount / "tool", "wb") as file:
+        file.write(b"x")
+        file.flush()
+        os.setxattr(mount / "tool", "security.capability", value)
+        assert os.getxattr(mount / "tool", "security.capability") == value
+        if removed:
+            os.removexattr(mount / "tool", "security.capability")
+    if removed:
+        with pytest.raises(OSError, match="No data"):
+            os.getxattr(mount / "tool", "security.capability")
+    else:
+        assert os.getxattr(mount / "tool", "security.capability") == value
+    os.setxattr(mount / "tool", "security.capability", value)
+    assert os.getxattr(mount.backing / "tool", "security.capability") == value
+
+
 # A backing that hangs.
 
 
@@ -359,3 +393,5 @@ def test_more_hanging_readers_than_threads(hot_mount: Callable[..., Mount], back
         assert time.monotonic() - begin < 10
         underlay.send_signal(signal.SIGCONT)
         assert [process.wait(30) for process in hanging] == [0] * 100
+        # The threads that answered them end, all but the two that wait for the next request.
+        assert wait_until(lambda: status(mount)["hot"]["threads"] == 2, 10)
