@@ -385,7 +385,7 @@ class Files:
                 return 0  # the name is gone, or not for this user any more: what was opened stays
             assert draft.base is not None
             if base.identity == draft.base.identity:
-                os.close(base.fd)
+                native.close_later(base.fd)
                 return 0
             draft.spare_fds.append(draft.base.fd)
             draft.base, draft.size = base, size

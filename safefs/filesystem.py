@@ -53,9 +53,9 @@ def failure(number: int) -> OSError:
 
 
 def close_all(descriptors: Iterable[int]) -> None:
+    """Close descriptors of inodes: the last one of a large file that was removed takes long."""
     for fd in descriptors:
-        with suppress(OSError):
-            os.close(fd)
+        native.close_later(fd)
 
 
 @dataclass(slots=True)
@@ -163,7 +163,7 @@ class FileSystem:
             async with self.pinned(parent):
                 fd = await self.backing.run(DAEMON, self._open_by_name, parent.fd, node.name, node.identity)
         if node.fd >= 0:
-            os.close(fd)  # another request was quicker
+            native.close_later(fd)  # another request was quicker
         else:
             close_all(self.nodes.attach(node, fd))
             if node.doubtful_until <= time.monotonic():
@@ -203,7 +203,7 @@ class FileSystem:
         if node.fd < 0:
             close_all(self.nodes.attach(node, fd))
         else:
-            os.close(fd)
+            native.close_later(fd)
             self.nodes.touch(node)
         node.mode = status.st_mode
         if node.nodeid != ROOT_NODEID:
@@ -557,7 +557,7 @@ class FileSystem:
             if self._is_done(draft):
                 self._become_version(draft, fd)
             else:
-                os.close(fd)
+                native.close_later(fd)
         if draft.node.draft is not draft and not draft.handles:
             await self._close_draft(draft)
         close_all(self.nodes.drop_if_idle(draft.node))
@@ -585,7 +585,7 @@ class FileSystem:
         if draft.fd < 0:
             return
         base = [draft.base.fd] if draft.base else []
-        descriptors = {draft.fd, draft.pidfd, draft.version_fd, *draft.spare_fds, *base}
+        descriptors, pidfd = {draft.fd, draft.version_fd, *draft.spare_fds, *base}, draft.pidfd
         draft.fd = draft.pidfd = draft.version_fd = -1
         try:
             if draft.temp_name is not None:  # an empty hidden temp: nothing was ever written to it
@@ -593,6 +593,8 @@ class FileSystem:
                     await self.backing.run(DAEMON, backing.unlink, draft.directory.fd, draft.temp_name)
         finally:
             close_all(fd for fd in descriptors if fd >= 0)
+            if pidfd >= 0:
+                os.close(pidfd)
             self.unpin(draft.directory)
 
     # ----------------------------------------------------------- tickets

@@ -336,16 +336,15 @@ static bool answer_read(struct reader *reader, const struct fuse_in_header *in, 
 void hot_release(uint64_t nodeid, uint64_t fh)
 {
 	opens_leave(nodeid);
-	close(FD(fh));
+	close_later(FD(fh));
 }
 
 static bool answer_release(const struct fuse_in_header *in, uint64_t fh)
 {
 	reply_error(in, 0);
 	if (in->opcode == FUSE_RELEASE)
-		hot_release(in->nodeid, fh);
-	else
-		close(FD(fh));
+		opens_leave(in->nodeid);
+	close(FD(fh)); /* this thread may block */
 	return true;
 }
 

@@ -177,14 +177,8 @@ static struct reader *new_reader(void)
 	return NULL;
 }
 
-static void *run_reader(void *argument);
-
-/* One more thread; called with `reading` held. */
-static bool start_reader(void)
+bool start_thread(void *(*run)(void *), void *argument)
 {
-	struct reader *reader = thread_count < MAX_THREADS ? new_reader() : NULL;
-	if (!reader)
-		return false;
 	pthread_attr_t attributes;
 	pthread_t thread;
 	sigset_t all, before;
@@ -193,10 +187,21 @@ static bool start_reader(void)
 	pthread_attr_init(&attributes);
 	pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
 	pthread_attr_setstacksize(&attributes, 256 << 10);
-	int error = pthread_create(&thread, &attributes, run_reader, reader);
+	int error = pthread_create(&thread, &attributes, run, argument);
 	pthread_attr_destroy(&attributes);
 	pthread_sigmask(SIG_SETMASK, &before, NULL);
-	if (error) {
+	return !error;
+}
+
+static void *run_reader(void *argument);
+
+/* One more thread; called with `reading` held. */
+static bool start_reader(void)
+{
+	struct reader *reader = thread_count < MAX_THREADS ? new_reader() : NULL;
+	if (!reader)
+		return false;
+	if (!start_thread(run_reader, reader)) {
 		free_reader(reader);
 		return false;
 	}
