@@ -9,9 +9,9 @@ demo:
 	@scripts/setup build
 	@.venv/bin/python -m tests.tools.demo
 
-# Where neither the kernel carries data nor C answers: the tests of what both have to leave as it is.
-PLAIN = tests/mount/test_close.py tests/mount/test_drafts.py tests/mount/test_metadata.py tests/mount/test_names.py
-PYTEST = .venv/bin/python -m pytest -n 3 --dist worksteal
+# Where neither the kernel carries data nor C answers: what both have to leave as it is (all else in test-modes).
+PLAIN = tests/mount/test_drafts.py
+PYTEST = .venv/bin/python -m pytest -n 4 --dist worksteal
 
 test:
 	@scripts/setup test

@@ -20,7 +20,7 @@ from tests.mount.actors import Actor
 from tests.mount.test_locks import BLOCK, BLOCKED, RELEASE, TRY, opened
 from tests.support.mounting import Mount, status, wait_until
 
-HOLDS = int(os.environ.get("SAFEFS_CLUSTER_HOLDS", "150"))  # by each kind of lock
+HOLDS = int(os.environ.get("SAFEFS_CLUSTER_HOLDS", "90"))  # by each kind of lock
 PARTIES = 6
 FAIR_SHARE = 0.2  # of an equal share: what each gets at least while all want the lock
 START_SECONDS, HOLD_SECONDS = 60.0, 0.25  # many times what it takes on a busy machine
