@@ -20,12 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-import trio
-
 from safefs import processes
 from safefs.digest import PROVENANCE
 from safefs.model import Caller, Identity
 from safefs.native import native
+from safefs.workers import Workers
 
 T = TypeVar("T")
 
@@ -62,7 +61,7 @@ class Backing:
         self.root_path = os.fsencode(root)
         self.root_fd = os.open(root, os.O_PATH | os.O_DIRECTORY)
         self.impersonate = impersonate
-        self.limiter = trio.CapacityLimiter(max_threads)
+        self.workers = Workers(max_threads)
         self.node_id = secrets.token_hex(4)
         self._groups = tuple(os.getgroups())
         self._tmpfile = temp != "hidden"
@@ -73,9 +72,7 @@ class Backing:
 
     async def run(self, caller: Caller, function: Callable[..., T], *args: object) -> T:
         """Call `function(*args)` in a thread, as the caller."""
-        return await trio.to_thread.run_sync(
-            self._as_caller, caller, function, args, abandon_on_cancel=True, limiter=self.limiter
-        )
+        return await self.workers.run(self._as_caller, caller, function, args)
 
     async def run_or_daemon(self, caller: Caller, function: Callable[..., T], *args: object) -> T:
         """As the caller, and where the backing refuses him as the daemon itself.

@@ -235,7 +235,7 @@ class Closing:
             draft.fd = await fs.backing.run(DAEMON, backing.reopen, writable, os.O_RDONLY)
             if draft.base is not None and draft.base.fd == writable:
                 draft.base = Base(draft.fd, draft.base.identity)
-            os.close(writable)
+            await fs.backing.run(DAEMON, os.close, writable)
             for seconds in FPUT_SECONDS:
                 if not await fs.backing.run(DAEMON, backing.is_mapped, draft.fd):
                     return False

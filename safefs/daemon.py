@@ -60,6 +60,9 @@ CAP_SYS_RESOURCE = 24
 MNT_DETACH = 2
 MIN_TASKS = 32
 MAX_TASKS = 100_000
+CLOSING_DESCRIPTORS = 16  # of this many parts of the limit one can wait to be closed
+MOST_CLOSING = 65_536
+CLOSING_SECONDS = 1.0  # for those that wait at the end; the process closes what is left
 DESCRIPTORS_FOR_HANDLES = 2  # of this many parts of the limit one goes to nodes, the rest to open files
 SMALLEST_NODE_CACHE = 32
 LARGEST_NODE_CACHE = 262_144
@@ -216,6 +219,8 @@ class Daemon:
 
     async def run(self, ready: Callable[[], None]) -> None:
         """Mount, serve, and return once the mount is gone and everything is settled."""
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        native.closer_start(max(1, min(MOST_CLOSING, limit // CLOSING_DESCRIPTORS)))
         recovery = Recovery(self.backing, self.state, self.record, self.events)
         async with trio.open_nursery() as helpers:
             if self.names is not None and self.keeper is not None:
@@ -307,6 +312,7 @@ class Daemon:
                 raise SafefsError(f"{settings.mountpoint} was unmounted while it was being mounted")
             self.fs.forget_attributes = mount.forget_attributes
             self.fs.device = f"{os.major(mounted.device)}:{os.minor(mounted.device)}"
+            mount.widen_readahead(self.fs.device)
         except BaseException:
             mount.umount(settings.mountpoint, settings.privileged, MNT_DETACH)
             raise
@@ -364,6 +370,7 @@ class Daemon:
             )
         if self.settings.hot:
             await trio.to_thread.run_sync(native.hot_stop)
+        await trio.to_thread.run_sync(native.closer_wait, CLOSING_SECONDS)
         pyfuse3.close(unmount=False)
         await self.backing.run(backing.DAEMON, self.events.write)
         with suppress(OSError):
@@ -431,6 +438,7 @@ class Daemon:
             "data_path": "kernel passthrough" if fs.passthrough.active else f"daemon: {fs.passthrough.reason}",
             "inodes": len(fs.nodes) + (hot["born"] if hot else 0),
             "descriptors": fs.nodes.open_descriptors,
+            "closing": native.closer_waiting(),
             "descriptor_limit": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
             "open_files": len(fs.handles),
             "drafts": len(fs.drafts),
@@ -444,7 +452,7 @@ class Daemon:
                 "waiting": waiting,
             },
             "hot": hot,
-            "busy_threads": self.backing.limiter.borrowed_tokens,
+            "busy_threads": self.backing.workers.busy,
             "counters": dict(self.publisher.counts),
             "quarantine": await self.backing.run(backing.DAEMON, self.state.count),
         }

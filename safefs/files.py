@@ -19,12 +19,15 @@ from safefs.filesystem import Entry, FileSystem, Handle, failure
 from safefs.gate import Gate
 from safefs.model import Caller, Process
 from safefs.namespace import Node, Ticket
+from safefs.native import native
 from safefs.placing import PrivateInode, write_draft, write_gathered
 from safefs.rules import NameClass
 from safefs.softlocks import Maker, introduce_maker
 
 SMALL_BYTES, GATHERED_BYTES = 1 << 16, 1 << 18  # of writes that are gathered, and of what is gathered
 MAX_GATHERING = 256  # drafts; with more their writes go through
+# Right after CREATE the kernel checks permissions, and asks for the attributes again if it may not keep them till then.
+OPENING_SECONDS = 0.01
 FMODE_EXEC = 0x20  # include/linux/fs.h: the open is for execve
 
 
@@ -167,6 +170,8 @@ class Files:
         handle = fs.add_handle(draft.node, -1, caller, writable=writable, backing_id=candidate)
         handle.draft = draft
         handle.opener_tgid = process.tgid if process else 0
+        if draft.prepared and not draft.may_have_capability:
+            native.opens_set_bare(draft.node.nodeid, True)
         if handle.backing_id and writable:  # from now on the daemon sees nothing of what is written
             draft.unseen = draft.modified = True
             draft.mappable = draft.mappable or flags & os.O_ACCMODE == os.O_RDWR
@@ -266,7 +271,8 @@ class Files:
                 claim()
                 raise
         draft.node.lookups += 1
-        return opened, fs.draft_entry(draft, os.fstat(fs.content_fd(draft)))
+        seconds = min(OPENING_SECONDS, fs.settings.attr_timeout_seconds)
+        return opened, fs.draft_entry(draft, os.fstat(fs.content_fd(draft)), seconds)
 
     async def _create_or_open(
         self, directory: Node, name: bytes, mode: int, flags: int, caller: Caller
@@ -379,7 +385,7 @@ class Files:
                 return 0  # the name is gone, or not for this user any more: what was opened stays
             assert draft.base is not None
             if base.identity == draft.base.identity:
-                os.close(base.fd)
+                native.close_later(base.fd)
                 return 0
             draft.spare_fds.append(draft.base.fd)
             draft.base, draft.size = base, size
@@ -496,7 +502,7 @@ class Files:
         if old_temp is not None:
             await fs.backing.run(DAEMON, backing.unlink, draft.directory.fd, old_temp)
         draft.fd, draft.base, draft.fresh = fd, None, True
-        draft.may_have_capability = True
+        fs.note_capability(draft)
         return True
 
     def _take_over_file(self, draft: Draft, base: Base, hidden: bytes) -> int | None:

@@ -33,11 +33,13 @@ from safefs.placing import write_gathered
 from safefs.publisher import Publisher
 from safefs.rules import Match, NameClass, Policy
 from safefs.softlocks import SoftLocks
+from safefs.workers import Workers
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+LOOKS = 64  # threads that look at /proc
 PROCESS_LOOK_SECONDS = 20.0  # how long a look at /proc may take; what is unknown after that is not published
 TICKET_SWEEP_SECONDS = 1.0
 GATHERED_SECONDS = 1.0  # between looks for small writes that the backing has not got yet
@@ -51,9 +53,9 @@ def failure(number: int) -> OSError:
 
 
 def close_all(descriptors: Iterable[int]) -> None:
+    """Close descriptors of inodes: the last one of a large file that was removed takes long."""
     for fd in descriptors:
-        with suppress(OSError):
-            os.close(fd)
+        native.close_later(fd)
 
 
 @dataclass(slots=True)
@@ -112,7 +114,7 @@ class FileSystem:
         self.soft_locks = soft_locks
         self.can_lose_locks = False  # they are shared with other nodes
         self.accepting = True  # False while the daemon drains: no new writers
-        self.looks = trio.CapacityLimiter(64)  # threads that look at /proc
+        self.looks = Workers(LOOKS)
         self._last_handle = 0
         self.forget_attributes: Callable[[int], None] | None = None  # those of the kernel, once there is a mount
         publisher.on_publish = self._note_publish
@@ -161,7 +163,7 @@ class FileSystem:
             async with self.pinned(parent):
                 fd = await self.backing.run(DAEMON, self._open_by_name, parent.fd, node.name, node.identity)
         if node.fd >= 0:
-            os.close(fd)  # another request was quicker
+            native.close_later(fd)  # another request was quicker
         else:
             close_all(self.nodes.attach(node, fd))
             if node.doubtful_until <= time.monotonic():
@@ -201,7 +203,7 @@ class FileSystem:
         if node.fd < 0:
             close_all(self.nodes.attach(node, fd))
         else:
-            os.close(fd)
+            native.close_later(fd)
             self.nodes.touch(node)
         node.mode = status.st_mode
         if node.nodeid != ROOT_NODEID:
@@ -294,10 +296,10 @@ class FileSystem:
             and self.classify(parent, node.name).name_class is NameClass.PRIVATE
         )
 
-    def draft_entry(self, draft: Draft, status: os.stat_result) -> Entry:
-        """A draft: never cached, always the same st_ino, and a link count as if it had its name."""
+    def draft_entry(self, draft: Draft, status: os.stat_result, attr_seconds: float = 0.0) -> Entry:
+        """A draft: its name is never kept, always the same st_ino, and a link count as if it had its name."""
         nlink = 0 if draft.discarded else max(1, status.st_nlink if draft.state is DraftState.PUBLISHED else 1)
-        return Entry(draft.node.nodeid, status, draft.shown_ino, nlink, 0.0, 0.0)
+        return Entry(draft.node.nodeid, status, draft.shown_ino, nlink, 0.0, attr_seconds)
 
     def _note_publish(self, directory: Node, replaced: Identity | None) -> None:
         """A publish changed a directory's times and took a link from the version before: behind the kernel's back."""
@@ -345,7 +347,7 @@ class FileSystem:
     async def look(self, function: Callable[..., T], *arguments: object) -> T | None:
         """Look at a process in a thread; None when that takes too long."""
         with trio.move_on_after(PROCESS_LOOK_SECONDS):
-            return await trio.to_thread.run_sync(function, *arguments, abandon_on_cancel=True, limiter=self.looks)
+            return await self.looks.run(function, *arguments)
         return None
 
     async def identify(self, tid: int) -> Process | None:
@@ -441,6 +443,12 @@ class FileSystem:
     def wants_backing_id(self, node: Node) -> bool:
         """Whether a further handle would be the first, so that it decides for all."""
         return self.passthrough.active and native.opens_agreed(node.nodeid) is None
+
+    @staticmethod
+    def note_capability(draft: Draft) -> None:
+        """The draft may have security.capability from now on."""
+        draft.may_have_capability = True
+        native.opens_set_bare(draft.node.nodeid, False)
 
     @staticmethod
     def passes_through(node: Node) -> bool:
@@ -549,7 +557,7 @@ class FileSystem:
             if self._is_done(draft):
                 self._become_version(draft, fd)
             else:
-                os.close(fd)
+                native.close_later(fd)
         if draft.node.draft is not draft and not draft.handles:
             await self._close_draft(draft)
         close_all(self.nodes.drop_if_idle(draft.node))
@@ -566,6 +574,7 @@ class FileSystem:
         node = draft.node
         self.unlist_draft(draft)
         node.draft = None
+        native.opens_set_bare(node.nodeid, False)
         close_all(self.nodes.attach(node, fd))
         if draft.state is DraftState.PUBLISHED:
             node.file_handle = self._file_handle(fd)
@@ -576,7 +585,7 @@ class FileSystem:
         if draft.fd < 0:
             return
         base = [draft.base.fd] if draft.base else []
-        descriptors = {draft.fd, draft.pidfd, draft.version_fd, *draft.spare_fds, *base}
+        descriptors, pidfd = {draft.fd, draft.version_fd, *draft.spare_fds, *base}, draft.pidfd
         draft.fd = draft.pidfd = draft.version_fd = -1
         try:
             if draft.temp_name is not None:  # an empty hidden temp: nothing was ever written to it
@@ -584,6 +593,8 @@ class FileSystem:
                     await self.backing.run(DAEMON, backing.unlink, draft.directory.fd, draft.temp_name)
         finally:
             close_all(fd for fd in descriptors if fd >= 0)
+            if pidfd >= 0:
+                os.close(pidfd)
             self.unpin(draft.directory)
 
     # ----------------------------------------------------------- tickets

@@ -11,67 +11,63 @@ import trio
 
 
 class Gate:
-    """Many pass at once; one can close it, waits until all are through, and then is alone."""
+    """Many pass at once; one can close it, waits until all are through, and then is alone.
 
-    __slots__ = ("_alone", "_condition", "_inside", "preparing", "writing")
+    Who need not wait does not give up his turn on the event loop either: that would cost more than what is done inside.
+    """
+
+    __slots__ = ("_alone", "_inside", "_waiting", "preparing", "writing")
 
     def __init__(self) -> None:
         self.preparing = trio.Lock()  # for what the first of those that pass does for all
         self.writing = trio.Lock()  # for what those that pass do one after the other
-        self._condition = trio.Condition()
+        self._waiting = trio.lowlevel.ParkingLot()
         self._inside = 0
         self._alone = False
 
     @asynccontextmanager
     async def passing(self) -> AsyncIterator[None]:
-        async with self._condition:
-            while self._alone:
-                await self._condition.wait()
-            self._inside += 1
+        while self._alone:
+            await self._waiting.park()
+        self._inside += 1
         try:
             yield
         finally:
-            with trio.CancelScope(shield=True):
-                async with self._condition:
-                    self._inside -= 1
-                    self._condition.notify_all()
+            self._inside -= 1
+            self._waiting.unpark_all()
 
     @asynccontextmanager
     async def closed(self) -> AsyncIterator[None]:
-        async with self._condition:
-            while self._alone or self._inside:
-                await self._condition.wait()
-            self._alone = True
+        while self._alone or self._inside:
+            await self._waiting.park()
+        self._alone = True
         try:
             yield
         finally:
-            with trio.CancelScope(shield=True):
-                async with self._condition:
-                    self._alone = False
-                    self._condition.notify_all()
+            self._alone = False
+            self._waiting.unpark_all()
 
 
 class KeyedLocks:
-    """A lock per key, kept only while somebody holds or awaits it."""
+    """A lock per key, kept only while somebody holds or awaits it; given on in the order in which it was asked for."""
 
     def __init__(self) -> None:
-        self._locks: dict[Hashable, tuple[trio.Lock, int]] = {}
+        self._held: dict[Hashable, trio.lowlevel.ParkingLot] = {}  # who waits for it
 
     @asynccontextmanager
     async def holding(self, key: Hashable) -> AsyncIterator[None]:
-        lock, users = self._locks.get(key, (None, 0))
-        if lock is None:
-            lock = trio.Lock()
-        self._locks[key] = (lock, users + 1)
+        waiting = self._held.get(key)
+        if waiting is None:
+            waiting = self._held[key] = trio.lowlevel.ParkingLot()
+        else:
+            await waiting.park()  # whoever holds it gives it on
         try:
-            async with lock:
-                yield
+            yield
         finally:
-            lock, users = self._locks[key]
-            if users == 1:
-                del self._locks[key]
+            if waiting:
+                waiting.unpark()
             else:
-                self._locks[key] = (lock, users - 1)
+                del self._held[key]
 
 
 @dataclass(slots=True)

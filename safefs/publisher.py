@@ -29,6 +29,7 @@ from safefs.events import EventKind, EventLog
 from safefs.gate import GroupSync, KeyedLocks
 from safefs.model import Caller, Closer, Identity
 from safefs.namespace import Node
+from safefs.native import native
 from safefs.placing import Order, Placed, PrivateInode, Verdict, carry_out, drop_inode, take_place, write_gathered
 from safefs.retained import NO_LINKS, slot_of
 from safefs.rules import NameClass, Policy, Verify
@@ -194,7 +195,7 @@ class Publisher:
         status = os.fstat(fd)  # of an inode that this daemon has just written: answered from memory
         # Whoever uses a descriptor of the draft passes its gate, which is closed now.
         for old in {*draft.spare_fds, *([draft.base.fd] if draft.base else [])} - {draft.fd, fd}:
-            os.close(old)
+            native.close_later(old)
         draft.spare_fds.clear()
         draft.base = Base(fd, backing.identity_of(status))
         return status.st_size

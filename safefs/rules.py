@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 from safefs.errors import ConfigError
 
 CACHED_NAMES = 16384
+CACHED_POLICIES = 256  # one publish asks several times
 GIVEN = ("class", "verify", "content", "retain", "stale")
 _DURATION = re.compile(r"(\d{1,9})([smhd])")
 _RULE_HEADING = re.compile(r"^[ \t]*\[\[\s*rule\s*\]\]", re.MULTILINE)
@@ -149,6 +150,7 @@ class RuleSet:
         self._policies = tuple(matcher for matcher in matchers if matcher.gives_policy)
         self.uses_paths = any("/" in glob for matcher in self._classes for glob in matcher.rule.globs)
         self._cached = lru_cache(maxsize=CACHED_NAMES)(self._find)
+        self._cached_policy = lru_cache(maxsize=CACHED_POLICIES)(self._find_policy)
 
     def classify(self, name: bytes, directory: bytes = b"") -> Match:
         """The class of `name` in `directory`, which is relative to the mount's root and has no slash at its ends."""
@@ -156,6 +158,9 @@ class RuleSet:
 
     def policy(self, name: bytes, directory: bytes) -> Policy:
         """How a file of this name in this directory is published."""
+        return self._cached_policy(name, directory)
+
+    def _find_policy(self, name: bytes, directory: bytes) -> Policy:
         found = [matcher.rule for matcher in self._policies if matcher.matches(name, directory)]
         content = (kind for rule in found for kind in rule.content or ())
         checks = dict.fromkeys(takewhile(lambda kind: kind is not Content.OFF, content))

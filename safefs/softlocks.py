@@ -121,8 +121,9 @@ class Maker:
     fd: int  # O_PATH; keeps the inode's number from being used again, as far as this node can
 
     def close(self) -> None:
-        for fd in (self.pidfd, self.directory_fd, self.fd):
-            os.close(fd)
+        os.close(self.pidfd)
+        native.close_later(self.directory_fd)
+        native.close_later(self.fd)
 
 
 def introduce_maker(directory: int, fd: int, tid: int) -> Maker | None:
@@ -150,8 +151,8 @@ class SoftLock:
     end: End | None = None  # of its creator, which the file has outlived
 
     def close(self) -> None:
-        os.close(self.directory_fd)
-        os.close(self.fd)
+        native.close_later(self.directory_fd)
+        native.close_later(self.fd)
 
 
 @dataclass(eq=False)

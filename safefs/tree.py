@@ -80,7 +80,7 @@ class Tree:
             if ticket is not None and ticket.write and stat.S_ISREG(status.st_mode):
                 name_class = fs.classify(directory, name).name_class
                 if not name_class.in_place:
-                    os.close(fd)
+                    native.close_later(fd)
                     draft = await self.files.draft_for_ticket(directory, name, caller, ticket)
                     return await self._show_draft(draft, ticket)
             node = fs.intern(fd, status, directory, name)
@@ -179,7 +179,7 @@ class Tree:
                     if fs.shown_fd(draft) == shown:
                         raise
             finally:
-                os.close(fd)
+                native.close_later(fd)
         raise failure(errno.ENOENT)
 
     async def _make_link(self, fd: int, directory_id: int, name: bytes, caller: Caller) -> Entry:
@@ -248,7 +248,7 @@ class Tree:
                     await self._require_no_own_drafts(node, caller)
                 await fs.backing.run(caller, self._remove_directory, directory.fd, name, fd, node)
             finally:
-                os.close(fd)
+                native.close_later(fd)
 
     async def _require_no_own_drafts(self, directory: Node, caller: Caller) -> None:
         for draft in self.fs.drafts.below(directory):
@@ -403,9 +403,9 @@ class Tree:
     async def releasedir(self, number: int) -> None:
         opened = self._directories.pop(number, None)
         if number & native.FH_HOT:
-            os.close(number & native.FH_HOT - 1)
+            native.close_later(number & native.FH_HOT - 1)
         if opened is not None:
-            os.close(opened.fd)
+            native.close_later(opened.fd)
             opened.node.opens -= 1
             close_all(self.fs.nodes.drop_if_idle(opened.node))
 
@@ -428,7 +428,7 @@ class Tree:
         self._require_writable_attribute(name)
         draft = self.fs.node(nodeid).draft
         if draft is not None and name == CAPABILITY:
-            draft.may_have_capability = True
+            self.fs.note_capability(draft)
         await self._on_inodes(nodeid, caller, os.setxattr, name, value, flags)
 
     async def getxattr(self, nodeid: int, name: bytes, caller: Caller) -> bytes:

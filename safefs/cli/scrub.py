@@ -15,10 +15,9 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from safefs.backing import STATE_NAME, is_hidden
 from safefs.cli.places import Place, find_place
@@ -30,6 +29,9 @@ from safefs.events import EventKind, append_events, event_of
 from safefs.rules import Policy
 from safefs.scrub import Finding, Verdict, scrub, walk
 from safefs.scrub import Path as Components
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 CHECKPOINT_SECONDS = 5.0
 DAMAGED_CODE, FAILED_CODE = 1, 2
@@ -113,6 +115,9 @@ def _tree(path: Path, *, repair: bool) -> _Tree:
 
 
 def _progress() -> Progress:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
     console = Console(stderr=True)
     columns = (BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)

@@ -3,6 +3,7 @@
  *   hot_table.c    what C may answer for: grants of nodes, marks, lookup counts (docs/decisions/0002-hot-requests.md)
  *   hot_answers.c  the answers
  *   opens.c        which open handles the kernel passes through
+ *   closer.c       the thread that closes descriptors of inodes
  *   hot_readers.c  the threads, the queue of what is left to Python, and the symbols of libfuse3 that hide both
  *   hot_module.c   what Python calls
  */
@@ -15,6 +16,7 @@
 #include <stdint.h>
 #include <sys/stat.h>
 #include <sys/types.h>
+#include <time.h>
 
 /* A file handle number with this bit is a descriptor that C has opened: handle and descriptor are the same number. */
 #define FH_HOT (1ULL << 39)
@@ -76,8 +78,7 @@ struct node {
 	char *name;
 };
 
-/* Every function of the table takes its lock for a moment and does no I/O under it, but for close(2) of O_PATH
- * descriptors, which waits for nothing. */
+/* Every function of the table takes its lock for a moment and does no I/O under it: descriptors go to the closer. */
 uint64_t table_new_number(void);
 uint64_t table_register(uint64_t nodeid, struct identity identity);
 bool table_offer(uint64_t nodeid, mode_t mode, int fd, uint64_t parent, const char *name, struct stamp stamp);
@@ -148,6 +149,22 @@ int32_t opens_agreed(uint64_t nodeid);
 /* One more handle, which brings an id or 0; closed and replaced by what the others agree on.  False without memory. */
 bool opens_join(uint64_t nodeid, int32_t *backing_id);
 void opens_leave(uint64_t nodeid);
+/* Whether an open node is a draft without security.capability, which the kernel asks every file for before its first
+ * write.  Nothing happens when it has no handle. */
+void opens_set_bare(uint64_t nodeid, bool bare);
+bool opens_are_bare(uint64_t nodeid);
+
+/* ----------------------------------------------------------------- closer */
+
+/* Start the thread, for at most so many descriptors at a time; false where it does not start. */
+bool closer_start(size_t most);
+/* Have a descriptor closed by the thread.  False when it has too many already: they would be missing for open files. */
+bool closer_takes(int fd);
+/* The same; what it does not take, also before it was started, is closed here and now. */
+void close_later(int fd);
+size_t closer_waiting(void);
+/* Wait until every descriptor is closed; false when it takes longer. */
+bool closer_wait(struct timespec longest);
 
 /* ---------------------------------------------------------------- answers */
 
@@ -165,7 +182,7 @@ struct reader {
 bool hot_candidate(const char *request, size_t size);
 /* False when the request is Python's after all. */
 bool hot_answer(struct reader *reader, char *request, size_t size);
-/* The end of a file handle that C has made. */
+/* The end of a file handle that C has made, for who cannot wait for it. */
 void hot_release(uint64_t nodeid, uint64_t fh);
 /* Take from a FORGET what is C's; returns how long the rest is that Python must see, 0 for nothing. */
 size_t hot_forget(char *request, size_t size);
@@ -175,6 +192,8 @@ void hot_reset_identity(struct reader *reader);
 /* ---------------------------------------------------------------- readers */
 
 extern atomic_ulong hot_answered[OPCODES], hot_passed[OPCODES];
+/* A thread that gets no signals and ends with the process. */
+bool start_thread(void *(*run)(void *), void *argument);
 /* Send a reply; false when the kernel does not want it any more. */
 bool hot_reply(uint64_t unique, int error, const void *head, size_t head_size, const void *data, size_t data_size);
 int hot_prepare(void);

@@ -224,6 +224,8 @@ static bool answer_readlink(struct reader *reader, const struct fuse_in_header *
 static bool answer_getxattr(struct reader *reader, const struct fuse_in_header *in, const char *body)
 {
 	const struct fuse_getxattr_in *arguments = (const void *)body;
+	if (!strcmp(body + sizeof *arguments, "security.capability") && opens_are_bare(in->nodeid))
+		return reply_error(in, ENODATA);
 	struct node *node = table_use(in->nodeid);
 	if (!node)
 		return false;
@@ -334,16 +336,15 @@ static bool answer_read(struct reader *reader, const struct fuse_in_header *in, 
 void hot_release(uint64_t nodeid, uint64_t fh)
 {
 	opens_leave(nodeid);
-	close(FD(fh));
+	close_later(FD(fh));
 }
 
 static bool answer_release(const struct fuse_in_header *in, uint64_t fh)
 {
 	reply_error(in, 0);
 	if (in->opcode == FUSE_RELEASE)
-		hot_release(in->nodeid, fh);
-	else
-		close(FD(fh));
+		opens_leave(in->nodeid);
+	close(FD(fh)); /* this thread may block */
 	return true;
 }
 

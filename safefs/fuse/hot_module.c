@@ -352,6 +352,17 @@ static PyObject *module_opens_leave(PyObject *module, PyObject *arg)
 	Py_RETURN_NONE;
 }
 
+static PyObject *module_opens_set_bare(PyObject *module, PyObject *args)
+{
+	(void)module;
+	unsigned long long nodeid;
+	int bare;
+	if (!PyArg_ParseTuple(args, "Kp", &nodeid, &bare))
+		return NULL;
+	opens_set_bare(nodeid, bare);
+	Py_RETURN_NONE;
+}
+
 static PyObject *module_requests_wait(PyObject *module, PyObject *arg)
 {
 	(void)module;
@@ -372,13 +383,60 @@ static PyObject *module_release(PyObject *module, PyObject *args)
 	Py_RETURN_NONE;
 }
 
+/* ------------------------------------------------------------------ closer */
+
+static PyObject *module_closer_start(PyObject *module, PyObject *arg)
+{
+	(void)module;
+	int most;
+	if (!int_of(arg, &most))
+		return NULL;
+	errno = EAGAIN;
+	return none_or_errno(closer_start((size_t)most) ? 0 : -1);
+}
+
+static PyObject *module_close_later(PyObject *module, PyObject *arg)
+{
+	(void)module;
+	int fd;
+	if (!int_of(arg, &fd))
+		return NULL;
+	if (!closer_takes(fd)) {
+		Py_BEGIN_ALLOW_THREADS close(fd);
+		Py_END_ALLOW_THREADS
+	}
+	Py_RETURN_NONE;
+}
+
+static PyObject *module_closer_waiting(PyObject *module, PyObject *ignored)
+{
+	(void)module, (void)ignored;
+	return PyLong_FromSize_t(closer_waiting());
+}
+
+static PyObject *module_closer_wait(PyObject *module, PyObject *arg)
+{
+	(void)module;
+	double seconds = PyFloat_AsDouble(arg);
+	if (seconds == -1.0 && PyErr_Occurred())
+		return NULL;
+	bool done;
+	Py_BEGIN_ALLOW_THREADS done = closer_wait(timespec_of(seconds));
+	Py_END_ALLOW_THREADS return PyBool_FromLong(done);
+}
+
 static PyMethodDef hot_methods[] = {
+	{"closer_start", module_closer_start, METH_O, "Start the thread that closes, for so many descriptors at a time."},
+	{"close_later", module_close_later, METH_O, "Have a descriptor closed without waiting for it."},
+	{"closer_waiting", module_closer_waiting, METH_NOARGS, "How many descriptors are still to be closed."},
+	{"closer_wait", module_closer_wait, METH_O, "Wait so many seconds until none is; whether none is."},
 	{"backing_enable", module_backing_enable, METH_O, "Take backing ids from this /dev/fuse descriptor; -1: none."},
 	{"backing_register", module_backing_register, METH_O, "A backing id for the file of a descriptor."},
 	{"backing_close", module_backing_close, METH_O, "Give a backing id back."},
 	{"opens_agreed", module_opens_agreed, METH_O, "The backing id of a node's open handles; None: it has none."},
 	{"opens_join", module_opens_join, METH_VARARGS, "One more handle, with a backing id or 0; what all agree on."},
 	{"opens_leave", module_opens_leave, METH_O, "One handle less."},
+	{"opens_set_bare", module_opens_set_bare, METH_VARARGS, "Whether an open draft is known to have no capability."},
 	{"hot_configure", hot_configure, METH_VARARGS, "Set what answers depend on, before anything else."},
 	{"hot_prepare", module_prepare, METH_NOARGS, "Have pyfuse3 wait for the queue, before pyfuse3.init."},
 	{"hot_start", module_start, METH_O, "Read requests from the kernel's descriptor, after INIT."},

@@ -16,6 +16,7 @@
 #include <fcntl.h>
 #include <fuse_lowlevel.h>
 #include <linux/fuse.h>
+#include <malloc.h>
 #include <poll.h>
 #include <pthread.h>
 #include <signal.h>
@@ -30,7 +31,7 @@
 
 #define MAX_THREADS 64
 #define IDLE_THREADS 2 /* that stay */
-#define IDLE_MS 5000
+#define IDLE_MS 500 /* of the others, until they end */
 #define REQUEST_BYTES ((1u << 20) + 4096) /* what libfuse reads at once */
 #define QUEUE_BYTES (64u << 20)
 #define HANDED_OVER_BYTES (64u << 10) /* a longer request goes to Python in the buffer that it was read into */
@@ -176,14 +177,8 @@ static struct reader *new_reader(void)
 	return NULL;
 }
 
-static void *run_reader(void *argument);
-
-/* One more thread; called with `reading` held. */
-static bool start_reader(void)
+bool start_thread(void *(*run)(void *), void *argument)
 {
-	struct reader *reader = thread_count < MAX_THREADS ? new_reader() : NULL;
-	if (!reader)
-		return false;
 	pthread_attr_t attributes;
 	pthread_t thread;
 	sigset_t all, before;
@@ -192,10 +187,21 @@ static bool start_reader(void)
 	pthread_attr_init(&attributes);
 	pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
 	pthread_attr_setstacksize(&attributes, 256 << 10);
-	int error = pthread_create(&thread, &attributes, run_reader, reader);
+	int error = pthread_create(&thread, &attributes, run, argument);
 	pthread_attr_destroy(&attributes);
 	pthread_sigmask(SIG_SETMASK, &before, NULL);
-	if (error) {
+	return !error;
+}
+
+static void *run_reader(void *argument);
+
+/* One more thread; called with `reading` held. */
+static bool start_reader(void)
+{
+	struct reader *reader = thread_count < MAX_THREADS ? new_reader() : NULL;
+	if (!reader)
+		return false;
+	if (!start_thread(run_reader, reader)) {
 		free_reader(reader);
 		return false;
 	}
@@ -260,6 +266,15 @@ static bool receive(struct reader *reader)
 	return true;
 }
 
+/* How long an idle thread waits: those that stay wake up for requests alone. */
+static int patience(void)
+{
+	pthread_mutex_lock(&reading);
+	bool stays = idle_count <= IDLE_THREADS;
+	pthread_mutex_unlock(&reading);
+	return stays ? -1 : IDLE_MS;
+}
+
 /* Whether there are enough idle threads without this one, which then counts no more. */
 static bool is_spare(void)
 {
@@ -273,6 +288,14 @@ static bool is_spare(void)
 	return spare;
 }
 
+size_t hot_threads(void)
+{
+	pthread_mutex_lock(&reading);
+	size_t count = thread_count;
+	pthread_mutex_unlock(&reading);
+	return count;
+}
+
 static void *run_reader(void *argument)
 {
 	struct reader *reader = argument;
@@ -280,7 +303,7 @@ static void *run_reader(void *argument)
 	hot_reset_identity(reader);
 	while (!spare && connected && !stopped) {
 		struct epoll_event event;
-		int count = epoll_wait(reader->epoll_fd, &event, 1, IDLE_MS);
+		int count = epoll_wait(reader->epoll_fd, &event, 1, patience());
 		if (count == 0)
 			spare = is_spare();
 		else if (count > 0 && event.data.fd == stop_fd)
@@ -291,6 +314,8 @@ static void *run_reader(void *argument)
 	if (!connected)
 		end_queue();
 	free_reader(reader);
+	if (spare && hot_threads() <= IDLE_THREADS)
+		malloc_trim(0); /* the last of many: what they used goes back to the system */
 	if (!spare) {
 		pthread_mutex_lock(&reading);
 		thread_count--;
@@ -299,14 +324,6 @@ static void *run_reader(void *argument)
 		pthread_mutex_unlock(&reading);
 	}
 	return NULL;
-}
-
-size_t hot_threads(void)
-{
-	pthread_mutex_lock(&reading);
-	size_t count = thread_count;
-	pthread_mutex_unlock(&reading);
-	return count;
 }
 
 bool hot_requests_wait(int kernel_fd)
@@ -329,6 +346,9 @@ bool hot_requests_wait(int kernel_fd)
 /* Before pyfuse3.init, which asks for the descriptor to wait for. */
 int hot_prepare(void)
 {
+	/* What threads allocate is passed on to others or kept in tables under a lock.  Heaps of their own (mallopt(3))
+	 * would each keep pages for the few nodes that outlive a walk. */
+	mallopt(M_ARENA_MAX, 1);
 	queue.event_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
 	stop_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
 	return queue.event_fd < 0 || stop_fd < 0 ? -1 : 0;

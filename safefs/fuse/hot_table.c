@@ -105,7 +105,7 @@ static struct node *insert(uint64_t nodeid, struct identity identity, enum owner
 static void destroy(struct node *node)
 {
 	if (node->close_fd)
-		close(node->fd);
+		close_later(node->fd);
 	free(node->handle);
 	free(node->name);
 	free(node);
@@ -148,7 +148,7 @@ static bool make_room(void)
 	if (!node || node->uses)
 		return false;
 	unqueue_descriptor(node);
-	close(node->fd);
+	close_later(node->fd);
 	node->fd = -1;
 	return true;
 }

@@ -25,6 +25,7 @@ from safefs.native import native
 
 FUSERMOUNT_SECONDS = 20.0
 MAX_READ_BYTES = 1 << 20
+READAHEAD = "/sys/class/bdi/{}/read_ahead_kb"  # of a filesystem, by its device number
 
 # Of include/uapi/linux/fuse.h.
 FUSE_INIT = 26
@@ -149,6 +150,16 @@ def mount_as_user(settings: Settings) -> int:
             raise SafefsError("fusermount3 passed no descriptor", errno.EIO)
         os.set_inheritable(descriptors[0], False)
         return descriptors[0]
+
+
+def widen_readahead(device: str) -> None:
+    """Have the kernel read ahead as much as one READ carries, for files that it does not pass through.
+
+    FUSE starts with 128 KiB, and INIT can only make that less (fs/fuse/inode.c, process_init_reply): a mapping that is
+    read for the first time would wait for a request every 32 pages.  Only root may ask for more.
+    """
+    with suppress(OSError):
+        Path(READAHEAD.format(device)).write_text(f"{MAX_READ_BYTES >> 10}\n", encoding="ascii")
 
 
 def umount(mountpoint: Path, privileged: bool, flags: int) -> None:

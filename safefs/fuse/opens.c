@@ -25,6 +25,7 @@ struct agreement {
 	uint64_t nodeid;
 	uint32_t handles;
 	int32_t backing_id; /* 0: none of them passes through */
+	bool bare; /* the inode is a draft's that has no capability */
 };
 
 #define SLOTS 4096u /* open files, not known ones: chains stay short */
@@ -78,13 +79,31 @@ int32_t opens_agreed(uint64_t nodeid)
 	return backing_id;
 }
 
+void opens_set_bare(uint64_t nodeid, bool bare)
+{
+	pthread_mutex_lock(&lock);
+	struct agreement *found = *slot_of(nodeid);
+	if (found)
+		found->bare = bare;
+	pthread_mutex_unlock(&lock);
+}
+
+bool opens_are_bare(uint64_t nodeid)
+{
+	pthread_mutex_lock(&lock);
+	struct agreement *found = *slot_of(nodeid);
+	bool bare = found && found->bare;
+	pthread_mutex_unlock(&lock);
+	return bare;
+}
+
 bool opens_join(uint64_t nodeid, int32_t *backing_id)
 {
 	int32_t own = *backing_id;
 	pthread_mutex_lock(&lock);
 	struct agreement **slot = slot_of(nodeid), *found = *slot;
 	if (!found && (found = malloc(sizeof *found))) {
-		*found = (struct agreement){NULL, nodeid, 0, own};
+		*found = (struct agreement){NULL, nodeid, 0, own, false};
 		*slot = found;
 	}
 	if (found) {

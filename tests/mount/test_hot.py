@@ -10,8 +10,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ import pytest
 from tests.conftest import MountFactory
 from tests.mount.actors import actor
 from tests.mount.test_daemon import hanging_underlay, resources
+from tests.support.clients import client_program
 from tests.support.mounting import Mount, status, wait_until
 
 LOOKUP, FORGET, GETATTR, OPEN, READ, RELEASE = 1, 2, 3, 14, 15, 18
@@ -338,6 +341,40 @@ def test_forgetting_under_load(hot_mount: Callable[..., Mount], backing: Path) -
     assert wait_until(lambda: status(mount)["inodes"] <= 2, 10)
 
 
+def test_a_new_file_costs_the_interpreter_three_requests(hot_mount: Callable[..., Mount]) -> None:
+    """CREATE, FLUSH and RELEASE: of the other two that the kernel would send it asks for no attributes before the file
+    is open, and the extension knows that a new file has no capability."""
+    mount, getattr_, getxattr = hot_mount(), "3", "22"
+    for number in range(20):
+        fd = os.open(mount / f"new{number}", os.O_CREAT | os.O_WRONLY)
+        os.write(fd, b"x")
+        os.close(fd)
+    passed = status(mount)["hot"]["passed"]
+    assert passed.get(getattr_, 0) < 15 and passed.get(getxattr, 0) == 0, passed
+    assert passed["35"] == 20  # CREATE
+
+
+@pytest.mark.parametrize("removed", [False, True], ids=["set", "removed"])
+def test_a_capability_of_an_open_file_is_not_passed_over(hot_mount: Callable[..., Mount], removed: bool) -> None:
+    """One that is set while the file is being written, or on its version while its writer still has it open."""
+    mount = hot_mount()
+    value = bytes.fromhex("0100000200040000000000000000000000000000")  # cap_net_bind_service+ep
+    with open(mount / "tool", "wb") as file:
+        file.write(b"x")
+        file.flush()
+        os.setxattr(mount / "tool", "security.capability", value)
+        assert os.getxattr(mount / "tool", "security.capability") == value
+        if removed:
+            os.removexattr(mount / "tool", "security.capability")
+    if removed:
+        with pytest.raises(OSError, match="No data"):
+            os.getxattr(mount / "tool", "security.capability")
+    else:
+        assert os.getxattr(mount / "tool", "security.capability") == value
+    os.setxattr(mount / "tool", "security.capability", value)
+    assert os.getxattr(mount.backing / "tool", "security.capability") == value
+
+
 # A backing that hangs.
 
 
@@ -359,3 +396,69 @@ def test_more_hanging_readers_than_threads(hot_mount: Callable[..., Mount], back
         assert time.monotonic() - begin < 10
         underlay.send_signal(signal.SIGCONT)
         assert [process.wait(30) for process in hanging] == [0] * 100
+        # The threads that answered them end, all but the two that wait for the next request.
+        assert wait_until(lambda: status(mount)["hot"]["threads"] == 2, 10)
+
+
+def remove_while_known(large: Path) -> None:
+    """The kernel forgets the inode with this close."""
+    fd = os.open(large, os.O_PATH)
+    large.unlink()
+    os.close(fd)
+
+
+def remove_while_read(large: Path) -> None:
+    with open(large, "rb") as file:
+        file.read(1)
+        large.unlink()
+
+
+def rewrite(large: Path) -> None:
+    large.write_text("new")
+    assert large.read_text() == "new"
+
+
+@contextmanager
+def ending_the_hang(hanging: Path) -> Iterator[None]:
+    """At the end of the block; earlier when that does not come, so that a mount that stands still goes on."""
+    timer = threading.Timer(15, hanging.unlink, kwargs={"missing_ok": True})
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        hanging.unlink(missing_ok=True)
+
+
+def make_and_remove(mount: Mount, count: int) -> None:
+    for number in range(count):
+        path = mount / f"f{number}"
+        path.write_text("x")
+        assert path.read_text() == "x"
+        path.unlink()
+        assert os.statvfs(mount.path).f_bsize
+
+
+@pytest.mark.parametrize("hot", ["on", "off"])
+@pytest.mark.parametrize("end", [remove_while_known, remove_while_read, rewrite])
+def test_the_last_close_of_an_inode_stalls_nobody(
+    hot: str, end: Callable[[Path], None], make_mount: MountFactory, backing: Path, tmp_path: Path
+) -> None:
+    """While the close(2) that frees a file waits for the backing, the mount goes on; then nothing is left open."""
+    hanging = tmp_path / "hanging"
+    library = client_program("hanging_close", "-shared", "-fPIC")
+    preload = {"LD_PRELOAD": str(library), "HANGING_CLOSE": str(hanging)}
+    (backing / "large").write_text("old")
+    mount = make_mount("-o", f"hot={hot}", environment=preload)
+    make_and_remove(mount, 1)
+    before = resources(mount)[0]
+    assert (mount / "large").stat().st_size == 3
+    hanging.touch()
+    with ending_the_hang(hanging):
+        end(mount / "large")
+        assert wait_until(lambda: status(mount)["closing"])
+        make_and_remove(mount, 20)
+        assert status(mount)["closing"] >= 20, "what comes after it is closed after it"
+        assert hanging.exists(), "the mount stood still"
+    assert wait_until(lambda: status(mount)["closing"] == 0)
+    assert wait_until(lambda: resources(mount)[0] <= before + 3), (before, resources(mount))

@@ -28,11 +28,12 @@ def _build_directory() -> tempfile.TemporaryDirectory[str]:
 
 
 @functools.cache
-def client_program(name: str) -> Path:
-    """The path of the compiled program; readable and executable by every user."""
+def client_program(name: str, *flags: str) -> Path:
+    """The path of the compiled program, or library; readable and executable by every user."""
     target = Path(_build_directory().name) / name
     subprocess.run(
-        ["gcc", "-O1", "-Wall", "-Wextra", "-Werror", "-pthread", "-o", target, SOURCES / f"{name}.c"], check=True
+        ["gcc", "-O1", "-Wall", "-Wextra", "-Werror", "-pthread", *flags, "-o", target, SOURCES / f"{name}.c"],
+        check=True,
     )
     return target
 

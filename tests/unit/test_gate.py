@@ -185,9 +185,9 @@ def test_keys_are_freed_with_their_last_user() -> None:
             second = Visitor(nursery, locks.holding("key"))
             await wait_all_tasks_blocked()
             await first.leave()
-            assert len(locks._locks) == 1
+            assert len(locks._held) == 1
             await second.leave()
-            assert not locks._locks
+            assert not locks._held
 
     run(main)
 
@@ -208,7 +208,7 @@ def test_a_user_that_gives_up_waiting_frees_nothing_of_the_holders() -> None:
             await holder.leave()
             assert late.inside
             await late.leave()
-            assert not locks._locks
+            assert not locks._held
 
     run(main)
 
@@ -219,7 +219,7 @@ def test_an_exception_inside_frees_the_key() -> None:
         with pytest.raises(ValueError, match="inside"):
             async with locks.holding("key"):
                 raise ValueError("inside")
-        assert not locks._locks
+        assert not locks._held
 
     run(main)
 

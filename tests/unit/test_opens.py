@@ -48,3 +48,8 @@ def test_without_a_connection_nothing_is_registered() -> None:
     with open(os.devnull, "rb") as file, pytest.raises(OSError) as caught:
         native.backing_register(file.fileno())
     assert caught.value.errno == errno.EOPNOTSUPP
+
+
+def test_what_is_known_of_a_draft_goes_with_its_last_handle() -> None:
+    native.opens_set_bare(NODE, True)  # nobody has it open: nothing happens
+    assert native.opens_agreed(NODE) is None

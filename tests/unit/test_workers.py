@@ -1,0 +1,123 @@
+"""The threads beside the event loop."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Awaitable, Callable
+
+import pytest
+import trio
+from trio.testing import wait_all_tasks_blocked
+
+from safefs import workers
+from safefs.workers import Workers
+
+
+def run(main: Callable[[], Awaitable[None]]) -> None:
+    async def bounded() -> None:
+        with trio.fail_after(10):
+            await main()
+
+    trio.run(bounded)
+
+
+class Held:
+    """A call that ends when it is told to, and remembers in which order calls began."""
+
+    def __init__(self) -> None:
+        self.began: list[int] = []
+        self.end = threading.Event()
+
+    def __call__(self, number: int) -> int:
+        self.began.append(number)
+        self.end.wait(10)
+        return number
+
+
+def test_a_call_gives_its_result_or_its_error() -> None:
+    async def main() -> None:
+        threads = Workers(1)
+        assert await threads.run(divmod, 7, 2) == (3, 1)
+        with pytest.raises(ZeroDivisionError):
+            await threads.run(divmod, 7, 0)
+        assert await threads.run(threading.get_ident) != threading.get_ident()
+
+    run(main)
+
+
+def test_one_thread_serves_calls_that_follow_each_other() -> None:
+    async def main() -> None:
+        threads = Workers(8)
+        assert len({await threads.run(threading.get_ident) for _ in range(20)}) == 1
+
+    run(main)
+
+
+def test_no_more_at_once_than_allowed_and_the_rest_in_order() -> None:
+    async def main() -> None:
+        threads, held = Workers(2), Held()
+        async with trio.open_nursery() as nursery:
+            for number in range(6):
+                nursery.start_soon(threads.run, held, number)
+                await wait_all_tasks_blocked()
+            assert threads.busy == 2
+            held.end.set()
+        assert sorted(held.began[:2]) == [0, 1] and sorted(held.began) == list(range(6))
+        assert threads.busy == 0
+
+    run(main)
+
+
+def test_a_call_that_is_abandoned_keeps_its_place_until_it_ends() -> None:
+    async def main() -> None:
+        threads, held = Workers(1), Held()
+        with trio.move_on_after(0.05) as scope:
+            await threads.run(held, 1)
+        assert scope.cancelled_caught and threads.busy == 1
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(threads.run, held, 2)
+            await wait_all_tasks_blocked()
+            assert held.began == [1]
+            held.end.set()
+        assert held.began == [1, 2] and threads.busy == 0
+
+    run(main)
+
+
+def test_who_gives_up_waiting_takes_nobodys_place() -> None:
+    async def main() -> None:
+        threads, held = Workers(1), Held()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(threads.run, held, 1)
+            await wait_all_tasks_blocked()
+            with trio.move_on_after(0.05):
+                await threads.run(held, 2)
+            held.end.set()
+        assert await threads.run(held, 3) == 3
+        assert held.began == [1, 3]
+
+    run(main)
+
+
+def test_nothing_begins_for_who_is_cancelled() -> None:
+    async def main() -> None:
+        threads, held = Workers(1), Held()
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await threads.run(held, 1)
+        assert scope.cancelled_caught and held.began == [] and threads.busy == 0
+
+    run(main)
+
+
+def test_idle_threads_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "IDLE_SECONDS", 0.01)
+
+    async def main() -> None:
+        threads = Workers(1)
+        thread = await threads.run(threading.current_thread)
+        await trio.to_thread.run_sync(thread.join, 10)
+        assert not thread.is_alive() and threads.idle == []
+        assert await threads.run(int) == 0
+
+    run(main)
