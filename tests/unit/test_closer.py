@@ -65,7 +65,8 @@ for fd in waiting:
     native.close_later(fd)
 more = os.dup(0)
 native.close_later(more)
-assert not is_open(more) and all(map(is_open, waiting)) and native.closer_waiting() == 3
+# The kernel takes a number away before it closes what is behind it: of the first one nothing can be said.
+assert not is_open(more) and all(map(is_open, waiting[1:])) and native.closer_waiting() == 3
 assert native.closer_wait(30) and not any(map(is_open, waiting))
 """)
 

@@ -26,10 +26,12 @@ class Held:
 
     def __init__(self) -> None:
         self.began: list[int] = []
+        self.has_begun = threading.Semaphore(0)
         self.end = threading.Event()
 
     def __call__(self, number: int) -> int:
         self.began.append(number)
+        self.has_begun.release()
         self.end.wait(10)
         return number
 
@@ -61,6 +63,8 @@ def test_no_more_at_once_than_allowed_and_the_rest_in_order() -> None:
                 nursery.start_soon(threads.run, held, number)
                 await wait_all_tasks_blocked()
             assert threads.busy == 2
+            for _ in range(2):
+                await trio.to_thread.run_sync(held.has_begun.acquire)
             held.end.set()
         assert sorted(held.began[:2]) == [0, 1] and sorted(held.began) == list(range(6))
         assert threads.busy == 0
