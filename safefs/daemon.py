@@ -134,7 +134,7 @@ class Daemon:
         hot = self._configure_hot(cache_size) if settings.hot else Cold()
         self.locks_because = self._why_locks()
         self.names, self.keeper = self._lock_backend()
-        self.locks = Locks(self.names or Alone(self.backing.node_id))
+        self.locks = Locks(self.names or Alone(self.backing.node_id), hot)
         self.soft_locks = SoftLocks(self.backing, self.record, self.events)
         self.fs = FileSystem(settings, self.backing, self.publisher, self.locks, self.soft_locks, cache_size, hot)
         self.locking = Locking(self.fs)

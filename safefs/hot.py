@@ -6,13 +6,18 @@ the same for a mount without it.  Both give out the nodeids, because the extensi
 
 from __future__ import annotations
 
+import fcntl
 from typing import NamedTuple
 
+from safefs.locktable import Held, Mode
 from safefs.model import Identity
 from safefs.native import native
 from safefs.rules import NameClass, RuleSet
 
 Stamp = tuple[int, int]  # size and mtime_ns
+
+TYPE_MODES = {fcntl.F_RDLCK: Mode.SHARED, fcntl.F_WRLCK: Mode.EXCLUSIVE}
+MODE_TYPES = {mode: number for number, mode in TYPE_MODES.items()}
 
 
 class Settled(NamedTuple):
@@ -88,6 +93,14 @@ class Cold:
     def mark_handle(self, number: int, change: int) -> None:
         """There is one file handle more or less of the extension's through which something is locked."""
 
+    def lend_lock(self, number: int, owner: int, held: Held, until: float) -> bool:
+        """Answer flock(2) on an open file that nobody else is in the way of, until a moment of CLOCK_BOOTTIME."""
+        return False
+
+    def take_lock_back(self, number: int) -> Held:
+        """What an open file holds that was lent."""
+        raise AssertionError(f"nothing was lent to {number}")
+
 
 class Hot(Cold):
     """The extension answers what it can."""
@@ -136,6 +149,16 @@ class Hot(Cold):
 
     def mark_handle(self, number: int, change: int) -> None:
         native.hot_mark_handle(number, change)
+
+    def lend_lock(self, number: int, owner: int, held: Held, until: float) -> bool:
+        kind = fcntl.F_UNLCK if held.mode is None else MODE_TYPES[held.mode]
+        native.hot_lend_lock(number, owner, kind, held.pid, until)
+        return True
+
+    def take_lock_back(self, number: int) -> Held:
+        taken = native.hot_take_lock_back(number)
+        assert taken is not None, number
+        return Held(TYPE_MODES.get(taken[0]), taken[1])
 
 
 def doubtful_globs(rules: RuleSet) -> tuple[bytes, ...]:

@@ -11,6 +11,7 @@ import trio
 
 from safefs import backing, processes
 from safefs.filesystem import FileSystem, failure
+from safefs.hot import MODE_TYPES, TYPE_MODES
 from safefs.locks import Waiting, name_key
 from safefs.locktable import OFFSET_MAX, Kind, Lock, Mode, Owner
 from safefs.model import Identity
@@ -20,8 +21,6 @@ from safefs.native import native
 PATIENCE_SECONDS = 5.0
 MAX_KIN = 16
 
-_MODES = {fcntl.F_RDLCK: Mode.SHARED, fcntl.F_WRLCK: Mode.EXCLUSIVE}
-_TYPES = {mode: number for number, mode in _MODES.items()}
 _FLOCK_MODES = {fcntl.LOCK_SH: Mode.SHARED, fcntl.LOCK_EX: Mode.EXCLUSIVE}
 
 
@@ -44,7 +43,7 @@ def record_lock(
 ) -> Wanted:
     """A struct flock of fcntl(2); a length of 0 is up to the end of the file."""
     last = OFFSET_MAX if length == 0 else start + length - 1
-    return Wanted(nodeid, handle, owner, Kind.RECORD, _MODES.get(number), start, last, pid, may_wait)
+    return Wanted(nodeid, handle, owner, Kind.RECORD, TYPE_MODES.get(number), start, last, pid, may_wait)
 
 
 def flock_lock(nodeid: int, handle: int, owner: int, operation: int, pid: int) -> Wanted:
@@ -86,7 +85,7 @@ class Locking:
         if found is None:
             return fcntl.F_UNLCK, 0, 0, 0
         length = 0 if found.last == OFFSET_MAX else found.last - found.first + 1
-        return _TYPES[found.mode], found.first, length, found.pid if found.owner.node == self.locks.node else 0
+        return MODE_TYPES[found.mode], found.first, length, found.pid if found.owner.node == self.locks.node else 0
 
     async def settled(self, wanted: Wanted) -> None:
         """Until what was closed under a lock of the name is published: nobody may have the lock before."""
@@ -100,7 +99,10 @@ class Locking:
     def unlock(self, wanted: Wanted) -> trio.Event | None:
         """None if that is done, else what to wait for."""
         key = self.key(wanted.nodeid, wanted.handle)
-        return self.locks.release(key, wanted.kind, self._owner(wanted), wanted.first, wanted.last)
+        unlocking = self.locks.release(key, wanted.kind, self._owner(wanted), wanted.first, wanted.last)
+        if unlocking is None:
+            self._lend(wanted, key)
+        return unlocking
 
     def lock(self, wanted: Wanted, mode: Mode) -> Waiting | None:
         """None if the lock is held, else what to `wait` for.  OSError: EAGAIN, EDEADLK, ESTALE."""
@@ -113,7 +115,18 @@ class Locking:
             handle.draft.locked = True
         if known is None and wanted.handle & native.FH_HOT:
             self.fs.nodes.hot.mark_handle(wanted.handle, 1)  # its RELEASE is Python's business from now on
+        if waiting is None:
+            self._lend(wanted, key)
         return waiting
+
+    def _lend(self, wanted: Wanted, key: str) -> None:
+        """From now on the extension answers, until somebody else comes.
+
+        Not where a lock means more than that it is held: a draft is moved by it, and is published before it is free.
+        """
+        handle = self.fs.handles.get(wanted.handle)
+        if wanted.kind is Kind.FLOCK and (handle is None or handle.draft is None):
+            self.locks.lend(key, wanted.owner, wanted.handle)
 
     async def wait(self, waiting: Waiting, tid: int) -> None:
         """Until the lock is held; cancelled, the request is given up.  BlockingIOError (EAGAIN): it was refused."""

@@ -4,15 +4,19 @@ On names that are delegated to this node (all of them, where there is no other) 
 request is received.  So the order of lock requests, FLUSHes and RELEASEs is that in which the kernel sent them, and a
 try-lock that comes after a close(2) finds what the close unlocked.  On other names it is done in that order, too, by
 steps on a shared record.
+
+The flock(2) locks of a name that one open file alone has to do with can be lent to a `Lender`, which answers for that
+file without asking.  Whoever looks at the locks of a name takes them back first (`NameService.take_back`).
 """
 
 from __future__ import annotations
 
 import errno
+import math
 import os
 import socket
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -21,8 +25,9 @@ from typing import Any, Protocol
 import trio
 import xxhash
 
+from safefs.cluster.names import TakeBack
 from safefs.cluster.record import Acquire, Break, GiveUp, LetPass, Release, Step, carry_out
-from safefs.locktable import OFFSET_MAX, Kind, Lock, LockTable, Mode, NameLocks, Owner, Wait
+from safefs.locktable import OFFSET_MAX, Held, Kind, Lock, LockTable, Mode, NameLocks, Owner, Wait
 from safefs.model import Identity
 
 NAME_SECONDS = 30.0  # for the daemon's own locks of names
@@ -38,12 +43,17 @@ def name_key(directory: Identity, name: bytes) -> str:
 class NameService(Protocol):
     """Where the locks of names are (safefs.cluster.names.Names, or `Alone`)."""
 
+    take_back: TakeBack  # called before anybody sees the locks of a name that is this node's
+
     @property
     def node(self) -> str:
         """This node's name."""
 
     def lease_holds(self) -> bool:
         """Whether what was locked is still this node's."""
+
+    def lease_ends(self) -> float:
+        """Until when it is (CLOCK_BOOTTIME)."""
 
     def local(self, key: str) -> NameLocks | None:
         """The locks of a name, to be worked on at once; None where steps have to be submitted."""
@@ -61,11 +71,22 @@ class NameService(Protocol):
         """The host that a node is on."""
 
 
+class Lender(Protocol):
+    """What can answer flock(2) by itself (safefs.hot)."""
+
+    def lend_lock(self, number: int, owner: int, held: Held, until: float) -> bool:
+        """Answer on a file handle that nobody else is in the way of, until a moment of CLOCK_BOOTTIME."""
+
+    def take_lock_back(self, number: int) -> Held:
+        """What the owner of a file handle holds that was lent."""
+
+
 class Alone:
     """There is no other node."""
 
     def __init__(self, node: str) -> None:
         self.node = node
+        self.take_back: TakeBack = lambda _key, _locks: None
         self._names: dict[str, NameLocks] = {}
         self._last = ""
 
@@ -73,13 +94,17 @@ class Alone:
         if self._last != key and not self._names.get(self._last, True):
             del self._names[self._last]  # names without locks do not pile up
         self._last = key
-        return self._names.setdefault(key, NameLocks())
+        locks = self._names.setdefault(key, NameLocks())
+        self.take_back(key, locks)
+        return locks
+
+    known = local
 
     def lease_holds(self) -> bool:
         return True
 
-    def known(self, key: str) -> NameLocks:
-        return self._names.get(key) or NameLocks()
+    def lease_ends(self) -> float:
+        return math.inf
 
     async def survey(self) -> dict[str, NameLocks]:
         return dict(self._names)
@@ -112,8 +137,11 @@ class Waiting:
 class Locks:
     """The lock requests of one node."""
 
-    def __init__(self, names: NameService) -> None:
+    def __init__(self, names: NameService, lender: Lender | None = None) -> None:
         self._names = names
+        self._names.take_back = self._take_back
+        self._lender = lender
+        self._lent: dict[str, tuple[Owner, int]] = {}  # by name: to whom, through which file handle
         self._waiting: dict[int, Waiting] = {}  # by ticket
         self._by_handle: defaultdict[int, set[Use]] = defaultdict(set)
         self._last_handle: dict[Use, int] = {}  # through which an owner asked last
@@ -139,7 +167,9 @@ class Locks:
         return not self.lease_holds() and self._holds(handle)
 
     def _holds(self, handle: int) -> bool:
-        return any(use in self._held for use in self._by_handle.get(handle, ()))
+        uses = self._by_handle.get(handle, ())
+        self._settle_loans(key for key, _, _ in uses)
+        return any(use in self._held for use in uses)
 
     # ---------------------------------------------------------- questions
 
@@ -153,6 +183,7 @@ class Locks:
         """Every holder and waiter on all nodes, in words."""
         entries = []
         hosts: dict[str, str] = {}
+        self._settle_loans(self._lent)
         for key, locks in (await self._names.survey()).items():
             for kind, table in locks.tables.items():
                 states = [("held", lock) for lock in table.held]
@@ -334,6 +365,7 @@ class Locks:
 
     def released(self, handle: int) -> None:
         """The last descriptor of an open file is closed: what was locked through it is free."""
+        self._settle_loans(key for key, _, _ in self._by_handle.get(handle, ()))
         for use in self._by_handle.pop(handle, ()):
             if self._last_handle.get(use) == handle and self._forget(use):
                 self.release(*use)
@@ -369,6 +401,8 @@ class Locks:
 
     def lose(self) -> set[int]:
         """All locks are lost; returns the file handles that something is locked through.  Requests go on waiting."""
+        for key in list(self._lent):
+            self._take_back(key, NameLocks())
         fenced = {handle for handle in self._by_handle if self._holds(handle)}
         self._held.clear()
         self._by_handle.clear()
@@ -384,6 +418,41 @@ class Locks:
             if waiting.handle is not None:
                 self._remember(waiting.handle, waiting.use)
             self._names.submit(waiting.key, Acquire(waiting.kind, waiting.wait, waiting.may_wait))
+
+    # ---------------------------------------------------------------- loans
+
+    def lend(self, key: str, number: int, handle: int) -> None:
+        """Have flock(2) answered without us through a file handle, if nobody else has to do with the name.
+
+        The owner, whose number in the kernel is `number`, has to have locked the name through this handle before.
+        """
+        locks, owner = self._names.local(key), Owner(self.node, number)
+        if locks is None or self._lender is None or (key, Kind.FLOCK, owner) not in self._by_handle.get(handle, ()):
+            return
+        held = locks[Kind.FLOCK].held_alone(owner)
+        if held is not None and self._lender.lend_lock(handle, number, held, self._names.lease_ends()):
+            self._lent[key] = owner, handle
+
+    def _take_back(self, key: str, locks: NameLocks) -> None:
+        """End the loan of a name: what has become of it is in `locks` and among what is held from now on."""
+        loan = self._lent.pop(key, None)
+        if loan is None:
+            return
+        assert self._lender is not None
+        owner, handle = loan
+        mode, pid = self._lender.take_lock_back(handle)
+        use, table = (key, Kind.FLOCK, owner), locks[Kind.FLOCK]
+        table.held = []
+        self._held.pop(use, None)
+        if mode is not None:
+            self._last_ticket += 1
+            wait = Wait(self._last_ticket, Lock(owner, mode, pid=pid))
+            table.request(wait)
+            self._hold(use, wait)
+
+    def _settle_loans(self, keys: Iterable[str]) -> None:
+        for key in self._lent.keys() & set(keys):
+            self._names.known(key)
 
     def _do(self, key: str, step: Step) -> trio.Event | None:
         locks = self._names.local(key)

@@ -69,6 +69,13 @@ class Lock:
         return exclusive and self.owner != other.owner and self.overlaps(other.first, other.last)
 
 
+class Held(NamedTuple):
+    """What one owner has of a whole name (None: nothing), and who asked for it last."""
+
+    mode: Mode | None
+    pid: int
+
+
 @dataclass(frozen=True, slots=True)
 class Wait:
     """A request in the queue, under a number that its node has given it."""
@@ -130,6 +137,12 @@ class LockTable:
             wanted = [wait.lock for wait in self.waiting if wait.lock.owner in new]
             owners = {held.owner for held in self.held for lock in wanted if held.conflicts(lock)}
         return seen
+
+    def held_alone(self, owner: Owner) -> Held | None:
+        """What an owner has of a table of whole locks that nobody else is in; None where somebody is."""
+        if self.waiting or any(held.owner != owner for held in self.held):
+            return None
+        return Held(self.held[0].mode, self.held[0].pid) if self.held else Held(None, 0)
 
     # ------------------------------------------------------------ changes
 

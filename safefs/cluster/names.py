@@ -25,6 +25,8 @@ RETRY_SECONDS = (0.05, 1.0)  # after a failure of the backend, at first and at m
 SURVEY_SECONDS = 3.0  # for one name
 IDLE_SECONDS = 60.0  # a name that nobody has used for so long is given back without being asked for
 
+# Before the locks of a name are looked at: what is kept elsewhere is put into them.
+TakeBack = Callable[[str, NameLocks], None]
 # Of a ticket: its lock is held (True), or refused; returns whether somebody still wanted to know.
 Resolve = Callable[[int, bool], bool]
 
@@ -91,6 +93,7 @@ class Names:
     def __init__(self, backend: LockBackend) -> None:
         self._backend = backend
         self.resolve: Resolve = lambda _ticket, _held: False
+        self.take_back: TakeBack = lambda _key, _locks: None
         self._names: dict[str, _Name] = {}
         self._looked: dict[str, float] = {}  # when it was asked last whether a node is still there
         self._lost_as = ""  # the last name under which this node has lost its lease
@@ -104,6 +107,12 @@ class Names:
         if name is None or name.mine is None or name.pending or not self.lease_holds():
             return None
         name.used, name.idle = boottime(), False
+        return self._mine(name)
+
+    def _mine(self, name: _Name) -> NameLocks:
+        """The locks of a name that is delegated to this node, with what was lent of them."""
+        assert name.mine is not None
+        self.take_back(name.key, name.mine)
         return name.mine
 
     @property
@@ -111,7 +120,10 @@ class Names:
         return self._backend.node
 
     def lease_holds(self) -> bool:
-        return boottime() < self._backend.lease_ends()
+        return boottime() < self.lease_ends()
+
+    def lease_ends(self) -> float:
+        return self._backend.lease_ends()
 
     def _has_lease_to_serve(self) -> bool:
         """False between a lost lease and the next one."""
@@ -122,7 +134,9 @@ class Names:
         name = self._names.get(key)
         if name is None:
             return NameLocks()
-        return name.mine or name.leaving or (name.stored.record.locks.copy() if name.stored else NameLocks())
+        if name.mine is not None:
+            return self._mine(name)
+        return name.leaving or (name.stored.record.locks.copy() if name.stored else NameLocks())
 
     def submit(self, key: str, step: Step) -> trio.Event:
         """Queue a step; those of one name are carried out in their order.  The event is set once it is on record.
@@ -206,7 +220,9 @@ class Names:
                     self._put_away(name)
 
     def _put_away(self, name: _Name) -> None:
-        if not name.mine and not name.busy:
+        if name.mine is not None and self._mine(name):
+            return
+        if not name.busy:
             name.idle = True
             name.asked = name.mine is not None
             self._wake(name)
@@ -245,10 +261,10 @@ class Names:
         """One step of the protocol."""
         if name.mine is not None and (name.pending or not name.asked):
             # First what this node took the name for: else two could take it from each other for ever, and use it never.
-            self._work_locally(name, name.mine)
+            self._work_locally(name, self._mine(name))
             return
         if name.mine is not None:
-            name.leaving, name.mine = name.mine, None
+            name.leaving, name.mine = self._mine(name), None
         stored = await self._look(name)
         if name.leaving is not None:
             await self._give_back(name, stored, name.leaving)

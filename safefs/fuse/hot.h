@@ -3,6 +3,7 @@
  *   hot_table.c    what C may answer for: grants of nodes, marks, lookup counts (docs/decisions/0002-hot-requests.md)
  *   hot_answers.c  the answers
  *   opens.c        which open handles the kernel passes through
+ *   loans.c        locks of flock(2) that Python has lent
  *   closer.c       the thread that closes descriptors of inodes
  *   hot_readers.c  the threads, the queue of what is left to Python, and the symbols of libfuse3 that hide both
  *   hot_module.c   what Python calls
@@ -153,6 +154,23 @@ void opens_leave(uint64_t nodeid);
  * write.  Nothing happens when it has no handle. */
 void opens_set_bare(uint64_t nodeid, bool bare);
 bool opens_are_bare(uint64_t nodeid);
+
+/* ------------------------------------------------------------------ loans */
+
+/* A lock of flock(2): F_RDLCK, F_WRLCK or F_UNLCK, and the thread that asked for it last. */
+struct loan {
+	int32_t type;
+	uint32_t tid;
+};
+
+/* Lend what an open file holds of a name that nobody else has to do with, until a moment of CLOCK_BOOTTIME; false
+ * without memory. */
+bool loan_give(uint64_t fh, uint64_t owner, struct loan loan, int64_t until_ns);
+/* End a loan: what is held now; false when there was none. */
+bool loan_take(uint64_t fh, struct loan *loan);
+bool loan_stands(uint64_t fh);
+/* Lock or unlock; false when that is not lent, or not any more. */
+bool loan_use(uint64_t fh, uint64_t owner, struct loan wanted);
 
 /* ----------------------------------------------------------------- closer */
 

@@ -348,6 +348,15 @@ static bool answer_release(const struct fuse_in_header *in, uint64_t fh)
 	return true;
 }
 
+/* ------------------------------------------------------------------ locks */
+
+/* Who may go on waiting and who only tries are the same here: nobody is in the way. */
+static bool answer_flock(const struct fuse_in_header *in, const struct fuse_lk_in *arguments)
+{
+	struct loan wanted = {.type = (int32_t)arguments->lk.type, .tid = in->pid};
+	return loan_use(arguments->fh, arguments->owner, wanted) && reply_error(in, 0);
+}
+
 /* ------------------------------------------------------------- directories */
 
 static bool answer_opendir(struct reader *reader, const struct fuse_in_header *in)
@@ -418,6 +427,11 @@ bool hot_candidate(const char *request, size_t size)
 		return body >= sizeof(struct fuse_read_in) && has_hot_handle(request) && !directory_marked(in->nodeid);
 	case FUSE_READ:
 		return body >= sizeof(struct fuse_read_in) && has_hot_handle(request);
+	case FUSE_SETLK:
+	case FUSE_SETLKW:
+		return body >= sizeof(struct fuse_lk_in) &&
+		       ((const struct fuse_lk_in *)body_of(request))->lk_flags & FUSE_LK_FLOCK &&
+		       loan_stands(fh_of(request));
 	case FUSE_RELEASE: /* it unlocks: only in its turn */
 		return body >= sizeof(struct fuse_release_in) && has_hot_handle(request) &&
 		       !handle_marked(fh_of(request));
@@ -453,6 +467,9 @@ bool hot_answer(struct reader *reader, char *request, size_t size)
 	case FUSE_RELEASE:
 	case FUSE_RELEASEDIR:
 		return answer_release(in, ((const struct fuse_release_in *)body)->fh);
+	case FUSE_SETLK:
+	case FUSE_SETLKW:
+		return answer_flock(in, (const void *)body);
 	case FUSE_IOCTL:
 		return reply_error(in, ENOTTY); /* as on_ioctl of native.c */
 	default:

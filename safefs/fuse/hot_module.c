@@ -49,10 +49,10 @@ static bool int_of(PyObject *arg, int *number)
 	return *number != -1 || !PyErr_Occurred();
 }
 
-static bool nodeid_of(PyObject *arg, unsigned long long *nodeid)
+static bool number_of(PyObject *arg, unsigned long long *number)
 {
-	*nodeid = PyLong_AsUnsignedLongLong(arg);
-	return *nodeid != (unsigned long long)-1 || !PyErr_Occurred();
+	*number = PyLong_AsUnsignedLongLong(arg);
+	return *number != (unsigned long long)-1 || !PyErr_Occurred();
 }
 
 static PyObject *none_or_errno(int result)
@@ -148,6 +148,35 @@ static PyObject *module_mark_handle(PyObject *module, PyObject *args)
 	Py_RETURN_NONE;
 }
 
+/* ------------------------------------------------------------------- loans */
+
+static PyObject *module_lend_lock(PyObject *module, PyObject *args)
+{
+	(void)module;
+	unsigned long long fh, owner;
+	struct loan loan;
+	double until;
+	if (!PyArg_ParseTuple(args, "KKiId", &fh, &owner, &loan.type, &loan.tid, &until))
+		return NULL;
+	/* Infinity is a node that has no lease to lose. */
+	int64_t until_ns = until < (double)INT64_MAX / 1e9 ? (int64_t)(until * 1e9) : INT64_MAX;
+	if (!loan_give(fh, owner, loan, until_ns))
+		return PyErr_NoMemory();
+	Py_RETURN_NONE;
+}
+
+static PyObject *module_take_lock_back(PyObject *module, PyObject *arg)
+{
+	(void)module;
+	unsigned long long fh;
+	struct loan loan;
+	if (!number_of(arg, &fh))
+		return NULL;
+	if (!loan_take(fh, &loan))
+		Py_RETURN_NONE;
+	return Py_BuildValue("iI", (int)loan.type, (unsigned)loan.tid);
+}
+
 /* ------------------------------------------------------------------- nodes */
 
 static PyObject *module_new_nodeid(PyObject *module, PyObject *ignored)
@@ -205,7 +234,7 @@ static PyObject *module_withdraw(PyObject *module, PyObject *arg)
 {
 	(void)module;
 	unsigned long long nodeid;
-	if (!nodeid_of(arg, &nodeid))
+	if (!number_of(arg, &nodeid))
 		return NULL;
 	struct settled settled;
 	if (!table_withdraw(nodeid, &settled))
@@ -257,7 +286,7 @@ static PyObject *module_adopt(PyObject *module, PyObject *arg)
 {
 	(void)module;
 	unsigned long long nodeid;
-	if (!nodeid_of(arg, &nodeid))
+	if (!number_of(arg, &nodeid))
 		return NULL;
 	return adopted_object(table_adopt(nodeid));
 }
@@ -322,7 +351,7 @@ static PyObject *module_opens_agreed(PyObject *module, PyObject *arg)
 {
 	(void)module;
 	unsigned long long nodeid;
-	if (!nodeid_of(arg, &nodeid))
+	if (!number_of(arg, &nodeid))
 		return NULL;
 	int32_t backing_id = opens_agreed(nodeid);
 	if (backing_id < 0)
@@ -346,7 +375,7 @@ static PyObject *module_opens_leave(PyObject *module, PyObject *arg)
 {
 	(void)module;
 	unsigned long long nodeid;
-	if (!nodeid_of(arg, &nodeid))
+	if (!number_of(arg, &nodeid))
 		return NULL;
 	opens_leave(nodeid);
 	Py_RETURN_NONE;
@@ -446,6 +475,8 @@ static PyMethodDef hot_methods[] = {
 	{"hot_mark_name", module_mark_name, METH_VARARGS, "Add to the marks of a name and of its directory."},
 	{"hot_mark_thread", module_mark_thread, METH_VARARGS, "Add to the marks of a thread."},
 	{"hot_mark_handle", module_mark_handle, METH_VARARGS, "Add to the marks of a file handle that C has made."},
+	{"hot_lend_lock", module_lend_lock, METH_VARARGS, "Let C lock and unlock an open file, until a moment."},
+	{"hot_take_lock_back", module_take_lock_back, METH_O, "What an open file holds that was lent; None: it was not."},
 	{"hot_release", module_release, METH_VARARGS, "End a file handle that C has made, with its node."},
 	{"hot_new_nodeid", module_new_nodeid, METH_NOARGS, "A nodeid that nobody has had."},
 	{"hot_register", module_register, METH_VARARGS, "Claim an inode for a node (0: a new one); 0 when it has one."},

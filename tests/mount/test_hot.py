@@ -6,6 +6,8 @@ Every mount of this file has `hot=on`, also where the rest of the run has it off
 from __future__ import annotations
 
 import errno
+import fcntl
+import json
 import os
 import signal
 import subprocess
@@ -22,9 +24,9 @@ from tests.conftest import MountFactory
 from tests.mount.actors import actor
 from tests.mount.test_daemon import hanging_underlay, resources
 from tests.support.clients import client_program
-from tests.support.mounting import Mount, status, wait_until
+from tests.support.mounting import Mount, safefs, status, wait_until
 
-LOOKUP, FORGET, GETATTR, OPEN, READ, RELEASE = 1, 2, 3, 14, 15, 18
+LOOKUP, FORGET, GETATTR, OPEN, READ, RELEASE, SETLK, SETLKW = 1, 2, 3, 14, 15, 18, 32, 33
 SECONDS = float(os.environ.get("SAFEFS_HOT_SECONDS", "6"))
 
 
@@ -61,6 +63,86 @@ def test_reading_needs_no_python(passthrough: str, hot_mount: Callable[..., Moun
     for opcode, at_least in ((LOOKUP, 1900), (OPEN, 990), (READ, reads), (RELEASE, 990)):
         assert counts["answered"].get(str(opcode), 0) >= at_least, (opcode, counts)
         assert counts["passed"].get(str(opcode), 0) <= 50, (opcode, counts)
+
+
+@contextmanager
+def opened(path: Path, flags: int = os.O_RDWR | os.O_CREAT) -> Iterator[int]:
+    fd = os.open(path, flags)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+# Files that are written in place, and one that is not; opened by Python and by the extension.
+lockable = pytest.mark.parametrize(
+    ("name", "flags"), [("x.lock", os.O_RDWR), ("x.db", os.O_RDWR), ("data", os.O_RDONLY)]
+)
+
+
+@lockable
+@pytest.mark.parametrize("locks", ["memory", "leasefile"])
+def test_a_lock_that_nobody_contends_for_needs_no_python(
+    name: str, flags: int, locks: str, hot_mount: Callable[..., Mount], backing: Path
+) -> None:
+    """But for the first request, and with a lease for one in each of its periods."""
+    (backing / name).write_text("x")
+    mount = hot_mount(f"locks={locks}")
+    with opened(mount / name, flags) as fd:
+        for _ in range(200):
+            for operation in (fcntl.LOCK_EX, fcntl.LOCK_SH | fcntl.LOCK_NB, fcntl.LOCK_UN):
+                fcntl.flock(fd, operation)
+        counts = status(mount)["hot"]
+    assert sum(counts["answered"].get(str(opcode), 0) for opcode in (SETLK, SETLKW)) > 550
+    assert sum(counts["passed"].get(str(opcode), 0) for opcode in (SETLK, SETLKW)) < 20
+
+
+@lockable
+@pytest.mark.parametrize("locks", ["memory", "leasefile"])
+def test_what_the_extension_locks_is_locked_for_all(
+    name: str, flags: int, locks: str, hot_mount: Callable[..., Mount], backing: Path
+) -> None:
+    """After any number of requests that it has answered: by another process, and by the report."""
+    (backing / name).write_text("x")
+    mount = hot_mount(f"locks={locks}")
+    mounts = [mount] if locks == "memory" else [mount, hot_mount(f"locks={locks}")]
+    exclusive, shared = fcntl.LOCK_EX | fcntl.LOCK_NB, fcntl.LOCK_SH | fcntl.LOCK_NB
+    for other in mounts:
+        with opened(mount / name, flags) as one, opened(other / name, flags) as two:
+            for turn in ((), (fcntl.LOCK_EX,), (fcntl.LOCK_SH,), (fcntl.LOCK_SH, fcntl.LOCK_EX), ()):
+                for operation in 3 * (fcntl.LOCK_EX, fcntl.LOCK_UN) + turn:
+                    fcntl.flock(one, operation)
+                held = {fcntl.LOCK_EX: "exclusive", fcntl.LOCK_SH: "shared", fcntl.LOCK_UN: ""}[
+                    (fcntl.LOCK_UN, *turn)[-1]
+                ]
+                report = json.loads(safefs("locks", "--at", mount.path, "--json").stdout)
+                assert [entry["mode"] for entry in report if entry["state"] == "held"] == [held] * bool(held)
+                for wanted, refused in ((exclusive, bool(held)), (shared, held == "exclusive")):
+                    assert (flock_errno(two, wanted) == errno.EAGAIN) == refused, (held, wanted)
+                    fcntl.flock(two, fcntl.LOCK_UN)
+                fcntl.flock(one, fcntl.LOCK_UN)
+
+
+def flock_errno(fd: int, operation: int) -> int:
+    try:
+        fcntl.flock(fd, operation)
+    except OSError as error:
+        return error.errno or 0
+    return 0
+
+
+def test_a_lock_is_free_once_its_file_is_closed(hot_mount: Callable[..., Mount]) -> None:
+    """However it was locked last; the descriptors of the extension have their numbers again and again."""
+    mount = hot_mount("locks=memory")
+    (mount / "data").write_text("x")
+    for name, flags in (("x.lock", os.O_RDWR | os.O_CREAT), ("data", os.O_RDONLY)):
+        for _ in range(50):
+            with opened(mount / name, flags) as one:
+                for operation in (fcntl.LOCK_EX, fcntl.LOCK_UN, fcntl.LOCK_EX):
+                    fcntl.flock(one, operation)
+            with opened(mount / name, flags) as two:
+                fcntl.flock(two, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert wait_until(lambda: status(mount)["locks"]["held"] == 0)
 
 
 def test_off_means_off(make_mount: MountFactory) -> None:
