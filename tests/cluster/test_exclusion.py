@@ -50,6 +50,18 @@ def hold(fd, block, attempt, release, place, turns, number):
     return overlaps
 """
 
+# The same in bursts with pauses between them: a node has the lock to itself now and then, and answers for it in C.
+BURSTS = r"""
+def bursts(fd, place, turns, number):
+    chance = random.Random(number)
+    overlaps = 0
+    for turn in range(turns):
+        overlaps += hold(fd, "flock(fd, LOCK_EX)", "flock(fd, LOCK_EX | LOCK_NB)", "flock(fd, LOCK_UN)", place,
+                         chance.randrange(1, 40), number)
+        time.sleep(chance.random() * 0.2)
+    return overlaps
+"""
+
 Make = Callable[[], Actor]
 kinds = pytest.mark.parametrize("kind", list(TRY))
 HOLDS_TIMEOUT = 2 * int(START_SECONDS + HOLDS * HOLD_SECONDS)
@@ -97,6 +109,34 @@ def test_no_two_are_inside_and_everybody_gets_in(
     order = (tmp_path / "order").read_bytes()
     assert len(order) == HOLDS // PARTIES * PARTIES
     assert min(shares(order)) > FAIR_SHARE
+
+
+@pytest.mark.timeout(HOLDS_TIMEOUT)
+@kinds
+def test_one_node_that_shares_nothing(unshared: Cluster, parties: Make, kind: str, tmp_path: Path) -> None:
+    (node,) = unshared.make(1)
+    assert overlaps([node.mount], parties, kind, tmp_path, HOLDS) == 0
+
+
+def answered_in_c(node: Mount) -> int:
+    """Lock requests that needed no interpreter (FUSE_SETLK and FUSE_SETLKW)."""
+    answered = status(node)["hot"]["answered"]
+    return sum(int(answered.get(opcode, 0)) for opcode in ("32", "33"))
+
+
+@pytest.mark.timeout(HOLDS_TIMEOUT)
+def test_bursts_on_two_nodes(cluster: Cluster, parties: Make, tmp_path: Path) -> None:
+    """A name goes to and fro between those who share it and a node that has it alone."""
+    cluster.options += ",hot=on"
+    nodes = [node.mount for node in cluster.make(2, lease=CALM_LEASE)]
+    processes = [parties() for _ in range(4)]
+    for number, process in enumerate(processes):
+        process(LOOP)
+        process(BURSTS)
+        opened(process, nodes[number % 2] / "x.lock")
+        process.start("bursts(fd, place, turns, number)", place=str(tmp_path), turns=HOLDS // 9, number=number)
+    assert sum(process.result(START_SECONDS + HOLDS * HOLD_SECONDS) for process in processes) == 0
+    assert all(answered_in_c(node) for node in nodes)
 
 
 @kinds

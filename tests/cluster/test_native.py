@@ -23,8 +23,8 @@ from safefs.cluster.ofd import is_locked
 from safefs.family import mounted_at
 from safefs.lease import DELAY_SECONDS
 from safefs.verdict import FILE, STATE_NAME, Client, Verdict, write
-from tests.cluster.conftest import LEASE_SECONDS
-from tests.cluster.test_exclusion import kinds, overlaps
+from tests.cluster.conftest import CALM_LEASE, LEASE_SECONDS
+from tests.cluster.test_exclusion import HOLDS, HOLDS_TIMEOUT, kinds, overlaps
 from tests.conftest import MountFactory
 from tests.mount.actors import Actor
 from tests.mount.test_locks import BLOCK, BLOCKED, TRY, opened
@@ -33,9 +33,10 @@ from tests.support.mounting import Mount, safefs_command, status, wait_until
 SECONDS = 30
 PROBE_SECONDS = 120
 NATIVE = ("-o", f"locks=native,lease_seconds={LEASE_SECONDS:g}")
+CALM_NATIVE = ("-o", f"locks=native,lease_seconds={CALM_LEASE:g}")
 FORWARDING = ("--multithreaded", "--enable-lock-forwarding")
 RECOVERY_SECONDS = LEASE_SECONDS + DELAY_SECONDS + 2.0
-HOLDS = 150
+CONTROL_HOLDS = 1200
 
 
 def held(nodes: Path) -> int:
@@ -169,13 +170,14 @@ def test_control_locks_that_exclude_nobody_are_found_out(places: Places, tmp_pat
         assert "found that OFD locks do not exclude" in refused(view, tmp_path / "mnt")
 
 
+@pytest.mark.timeout(len(TRY) * HOLDS_TIMEOUT)
 def test_no_two_are_inside(
     places: Places, make_mount: MountFactory, parties: Callable[[], Actor], tmp_path: Path
 ) -> None:
     views = places(FORWARDING, FORWARDING)
     findings = probed(*views)
     assert result(findings, "OFD excludes") == result(findings, "two clients") == "yes"
-    mounts = [make_mount(*NATIVE, backing=view) for view in views]
+    mounts = [make_mount(*CALM_NATIVE, backing=view) for view in views]
     said = status(mounts[0])["locks"]
     assert "OFD locks exclude" in said["because"] and "it is not known whom" in said["backing"]
     for kind in TRY:
@@ -203,7 +205,7 @@ def test_control_two_who_share_nothing_overlap(
     places: Places, make_mount: MountFactory, parties: Callable[[], Actor], kind: str, tmp_path: Path
 ) -> None:
     mounts = [make_mount("-o", "locks=memory", backing=view) for view in places(FORWARDING, FORWARDING)]
-    assert overlaps(mounts, parties, kind, tmp_path, 8 * HOLDS, together=False) > 0
+    assert overlaps(mounts, parties, kind, tmp_path, CONTROL_HOLDS, together=False) > 0
     for mount in mounts:
         mount.stop()
 
