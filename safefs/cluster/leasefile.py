@@ -17,7 +17,9 @@ is ended at once.
 
 A name's directory goes when nobody needs it: once its state is renamed to `gone~ID`, which nothing follows, it is
 emptied and removed, by whoever comes across it.  The first state of a name comes with its directory, by one rename of
-both.
+both.  A node that dies between writing the data of a state and the rename can leave them in a directory that another
+has just emptied, and that is not removed then.  They are taken for that when nothing else was seen there for as long as
+it takes to see that a node is gone.
 """
 
 from __future__ import annotations
@@ -50,6 +52,7 @@ REFRESH_SECONDS = 0.5  # who waits makes a file in the directory so often, for c
 
 STATE = re.compile(r"(\d+)~([0-9a-f]+|none)")
 NONE = "none"  # the id of an empty record
+DATA, LOOK = "data~", "look~"  # how the names of a record's bytes begin, and of what is made to have a client look anew
 GONE = "gone"  # the state after which there is none: gone~ID, so that nobody takes it for that of a later directory
 ENDED = "ended"
 
@@ -110,7 +113,7 @@ class Files:
             if token == NONE:
                 return Stored(version, token=token)
             try:
-                with open(self._path("names", directory_of(name), f"data~{token}"), encoding="utf-8") as file:
+                with open(self._path("names", directory_of(name), DATA + token), encoding="utf-8") as file:
                     data = json.load(file)
             except FileNotFoundError:
                 continue  # it has just been replaced
@@ -138,9 +141,9 @@ class Files:
         except FileNotFoundError:
             # Of another's rename, or of our own whose answer was lost and that the client has repeated.
             if self._state(name) != (stored.version, token) or token == NONE:
-                self._remove(f"{home}/data~{token}")
+                self._remove(f"{home}/{DATA}{token}")
                 return None
-        self._remove(f"{home}/data~{old.token}")
+        self._remove(f"{home}/{DATA}{old.token}")
         return stored
 
     def _create(self, name: str, stored: Stored) -> Stored | None:
@@ -168,17 +171,35 @@ class Files:
             os.rename(f"{home}/{stored.version}~{NONE}", f"{home}/{GONE}~{secrets.token_hex(8)}")
             self._bury(home)
 
+    def leftovers(self, name: str) -> tuple[str, ...]:
+        """Data in a name's directory where there is nothing else: neither a state nor the mark that it is over."""
+        for look in range(2):
+            entries: list[str] = []
+            with suppress(FileNotFoundError):
+                entries = os.listdir(self._path("names", directory_of(name)))
+            data = sorted(entry for entry in entries if not entry.startswith(LOOK))
+            if not all(entry.startswith(DATA) for entry in data):
+                return ()
+            if data and not look:
+                self.refresh(name)  # a listing that a client remembers is none
+        return tuple(data)
+
+    def remove_leftovers(self, name: str, data: Iterable[str]) -> None:
+        """The directory goes with them, unless there is anything else in it."""
+        with suppress(OSError), self._deciding(directory_of(name)):
+            self._empty(self._path("names", directory_of(name)), data)
+
     def _write(self, directory: str, name: str, stored: Stored) -> None:
         if stored.token == NONE:
             return
-        path = f"{directory}/data~{stored.token}"
+        path = f"{directory}/{DATA}{stored.token}"
         fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
         with os.fdopen(fd, "w", encoding="utf-8") as file:  # closed before its name says that it counts
             json.dump({"name": name, "record": stored.record.to_json()}, file)
 
     def refresh(self, name: str) -> None:
         """Have this node's client look at a directory anew."""
-        probe = self._path("names", directory_of(name), f"look~{secrets.token_hex(4)}")
+        probe = self._path("names", directory_of(name), LOOK + secrets.token_hex(4))
         with suppress(OSError):
             _touch(probe)
             os.unlink(probe)
@@ -204,7 +225,7 @@ class Files:
         with suppress(OSError):
             self._empty(directory, os.listdir(directory))
 
-    def _empty(self, directory: str, entries: list[str]) -> None:
+    def _empty(self, directory: str, entries: Iterable[str]) -> None:
         for entry in sorted(entries, key=lambda entry: entry.startswith(GONE)):
             self._remove(f"{directory}/{entry}")
         os.rmdir(directory)
@@ -261,7 +282,7 @@ class Files:
     def all_names(self) -> list[str]:
         names = []
         for directory in os.listdir(self._path("names")):
-            for path in glob.glob(self._path("names", directory, "data~*")):
+            for path in glob.glob(self._path("names", directory, DATA + "*")):
                 with suppress(OSError, ValueError, KeyError):
                     with open(path, encoding="utf-8") as file:
                         names.append(str(json.load(file)["name"]))
@@ -408,7 +429,22 @@ class LeasefileBackend:
         return await self._call(self.files.read, name)
 
     async def swap(self, name: str, old: Stored, new: NameRecord) -> Stored | None:
-        return await self._call(self.files.swap, name, old, new)
+        before = boottime()
+        stored = await self._call(self.files.swap, name, old, new)
+        if stored is None and not old.version:
+            await self._clear_leftovers(name, before)
+        return stored
+
+    async def _clear_leftovers(self, name: str, before: float) -> None:
+        """A name's directory cannot be made: BackendError as long as it may be that of a node that is just slow."""
+        data, key = await self._call(self.files.leftovers, name), f"names/{directory_of(name)}"
+        if not data:
+            self._sightings.forget({key})
+        elif self._sightings.see(key, data, before, boottime()):
+            await self._call(self.files.remove_leftovers, name, data)
+            self._sightings.forget({key})
+        else:
+            raise BackendError(f"{self._root}: {key} holds data without a state; should it stay so, they are removed")
 
     async def wait_for_change(self, name: str, seen: Stored, seconds: float) -> None:
         shortest, longest = POLL_SECONDS

@@ -361,6 +361,73 @@ def test_a_removal_that_was_cut_short_is_finished(tmp_path: Path) -> None:
     trio.run(scenario)
 
 
+async def taken(backend: LockBackend, name: str) -> Stored:
+    """A record that somebody makes, whatever stands in the way at first."""
+    while True:
+        try:
+            if (stored := await backend.swap(name, Stored(), held_by("b"))) is not None:
+                return stored
+        except BackendError:
+            await trio.sleep(0.01)
+
+
+@pytest.mark.parametrize("native_too", [False, True])
+def test_what_a_dead_node_left_of_a_removed_name_does_not_stay_in_the_way(native_too: bool, tmp_path: Path) -> None:
+    """It wrote the data of its next state when another had just emptied the directory, and died then."""
+
+    async def scenario() -> None:
+        one = native(tmp_path) if native_too else leasefile(tmp_path)
+        await one.join()
+        home = tmp_path / "names" / module.directory_of("name")
+        home.mkdir()
+        (home / "data~dead").write_text("{}")
+        start = boottime()
+        with trio.fail_after(SECONDS):
+            stored = await taken(one, "name")
+        assert boottime() - start >= TERMS.gone_seconds
+        assert await one.read("name") == stored
+        assert sorted(path.name for path in home.iterdir()) == [f"1~{stored.token}", f"data~{stored.token}"]
+
+    trio.run(scenario)
+
+
+@pytest.mark.parametrize("beside", ["3~live", "3~none", "gone~1"])
+def test_data_beside_which_there_is_anything_else_are_left_alone(beside: str, tmp_path: Path) -> None:
+    """Also where it was not listed at first, and where the data change all the time."""
+
+    async def scenario() -> None:
+        one = leasefile(tmp_path)
+        await one.join()
+        home = tmp_path / "names" / module.directory_of("name")
+        home.mkdir()
+        (home / "data~live").write_text("{}")
+        assert one.files.leftovers("name") == ("data~live",)
+        one.files.remove_leftovers("name", ("data~other",))
+        (home / beside).touch()
+        assert one.files.leftovers("name") == ()
+        one.files.remove_leftovers("name", ("data~other",))
+        assert sorted(path.name for path in home.iterdir()) == sorted([beside, "data~live"])
+
+    trio.run(scenario)
+
+
+def test_data_that_change_are_not_left_over(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        one = leasefile(tmp_path)
+        await one.join()
+        home = tmp_path / "names" / module.directory_of("name")
+        home.mkdir()
+        start, number = boottime(), 0
+        while boottime() - start < 2 * TERMS.gone_seconds:
+            (home / f"data~{number:x}").write_text("{}")
+            (home / f"data~{number - 1:x}").unlink(missing_ok=True)
+            with pytest.raises(BackendError, match="data without a state"):
+                await one.swap("name", Stored(), held_by("b"))
+            number += 1
+
+    trio.run(scenario)
+
+
 def test_a_node_whose_process_died_is_gone_at_once(tmp_path: Path) -> None:
     """As its own successor knows it, and whoever else is on its host."""
 

@@ -55,7 +55,7 @@ def download(hub: Hub, version: str, homes: list[Path], competitors: int) -> lis
 
 @versions
 def test_one_downloads_and_the_others_wait(hub: Hub, version: str, make_mount: MountFactory) -> None:
-    mounts = [make_mount("-o", "locks=leasefile,lease_seconds=3") for _ in range(NODES)]
+    mounts = [make_mount("-o", "locks=leasefile") for _ in range(NODES)]
     homes = [mounts[number % NODES] / "hf" for number in range(PROCESSES)]
     assert download(hub, version, homes, competitors=1) == []
     assert hub.content_bytes(MODEL) == SIZE

@@ -69,7 +69,7 @@ EVERY_ROW = ["ok", f"{WRITERS * TRANSACTIONS}|{WRITERS * TRANSACTIONS}"]
 
 
 def test_four_writers_on_two_nodes(make_mount: MountFactory) -> None:
-    nodes = [make_mount("-o", "locks=leasefile,lease_seconds=3") for _ in range(2)]
+    nodes = [make_mount("-o", "locks=leasefile") for _ in range(2)]
     failed, answer = write([nodes[number % 2].path for number in range(WRITERS)])
     assert failed == []
     assert answer == EVERY_ROW
