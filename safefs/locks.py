@@ -146,7 +146,7 @@ class Locks:
         self._by_handle: defaultdict[int, set[Use]] = defaultdict(set)
         self._last_handle: dict[Use, int] = {}  # through which an owner asked last
         # What owners of this node have been told that they hold, whether or not the backend can be asked about it.
-        self._held: dict[Use, LockTable] = {}
+        self._held: defaultdict[tuple[str, Kind], dict[Owner, LockTable]] = defaultdict(dict)
         self._recorded: Counter[Owner] = Counter()  # on how many names an owner has record locks
         self._last_ticket = self._last_claim = 0
 
@@ -169,7 +169,7 @@ class Locks:
     def _holds(self, handle: int) -> bool:
         uses = self._by_handle.get(handle, ())
         self._settle_loans(key for key, _, _ in uses)
-        return any(use in self._held for use in uses)
+        return any(owner in self._held.get((key, kind), ()) for key, kind, owner in uses)
 
     # ---------------------------------------------------------- questions
 
@@ -227,27 +227,34 @@ class Locks:
 
     def kin(self, waiting: Waiting) -> set[int]:
         """Pids of those who hold something on the name: a request of a child of theirs need not wait in the queue."""
-        held = self._names.known(waiting.key)[waiting.kind].held
-        return {lock.pid for lock in held if lock.owner.node == self.node and lock.owner != waiting.wait.lock.owner}
+        owner = waiting.wait.lock.owner
+        return {lock.pid for lock in self._held_here(waiting.key, waiting.kind) if lock.owner != owner}
 
     def is_blocked(self, waiting: Waiting) -> bool:
         """Whether somebody holds what is in its way, so that it does not only wait in the queue."""
-        return next(self._held_against(waiting), None) is not None
-
-    def _held_against(self, waiting: Waiting) -> Iterator[Lock]:
         held = self._names.known(waiting.key)[waiting.kind].held
-        return (lock for lock in held if lock.conflicts(waiting.wait.lock))
+        return any(lock.conflicts(waiting.wait.lock) for lock in held)
+
+    def _held_here(self, key: str, kind: Kind) -> Iterator[Lock]:
+        """What owners of this node hold on a name, which nobody has to be asked for."""
+        for table in self._held.get((key, kind), {}).values():
+            yield from table.held
+
+    def _held_against(self, waiting: Waiting) -> set[Owner]:
+        """Owners of this node who hold what a request waits for."""
+        held = self._held_here(waiting.key, waiting.kind)
+        return {lock.owner for lock in held if lock.conflicts(waiting.wait.lock)}
 
     def _deadlocks(self, waiting: Waiting) -> bool:
         """Whether one of those in the way waits, directly or not and on whatever name, for this owner."""
         owner, seen = waiting.wait.lock.owner, set[Owner]()
-        obstacles = {held.owner for held in self._held_against(waiting)}
+        obstacles = self._held_against(waiting)
         while new := obstacles - seen:
             if owner in new:
                 return True
             seen |= new
             waits = [other for other in self._waiting.values() if other.wait.lock.owner in new]
-            obstacles = {held.owner for other in waits for held in self._held_against(other)}
+            obstacles = {holder for other in waits for holder in self._held_against(other)}
         return False
 
     # ------------------------------------------------------------ changes
@@ -334,12 +341,11 @@ class Locks:
 
     def release(self, key: str, kind: Kind, owner: Owner, first: int = 0, last: int = OFFSET_MAX) -> trio.Event | None:
         """Unlock a range of an owner's; None if that is done, else what to wait for."""
-        use = key, kind, owner
-        held = self._held.get(use)
-        if held is not None:
-            held.release(owner, first, last)
-            if not held:
-                del self._held[use]
+        held = self._held.get((key, kind), {})
+        if owner in held:
+            held[owner].release(owner, first, last)
+            if not held[owner]:
+                self._drop((key, kind, owner))
         return self._do(key, Release(kind, owner, first, last))
 
     def let_pass(self, waiting: Waiting) -> None:
@@ -377,7 +383,16 @@ class Locks:
         self._last_handle[use] = handle
 
     def _hold(self, use: Use, wait: Wait) -> None:
-        self._held.setdefault(use, LockTable()).request(wait)
+        key, kind, owner = use
+        self._held[key, kind].setdefault(owner, LockTable()).request(wait)
+
+    def _drop(self, use: Use) -> None:
+        """An owner has nothing more on a name."""
+        key, kind, owner = use
+        held = self._held.get((key, kind), {})
+        held.pop(owner, None)
+        if not held:
+            self._held.pop((key, kind), None)
 
     def _forget(self, use: Use) -> bool:
         if self._last_handle.pop(use, None) is None:
@@ -443,7 +458,7 @@ class Locks:
         mode, pid = self._lender.take_lock_back(handle)
         use, table = (key, Kind.FLOCK, owner), locks[Kind.FLOCK]
         table.held = []
-        self._held.pop(use, None)
+        self._drop(use)
         if mode is not None:
             self._last_ticket += 1
             wait = Wait(self._last_ticket, Lock(owner, mode, pid=pid))

@@ -6,8 +6,10 @@ SAFEFS_CLUSTER_HOLDS says how often each kind of lock is held for that, on each 
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -15,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from safefs.locking import PATIENCE_SECONDS
 from tests.cluster.conftest import CALM_LEASE, Cluster
 from tests.mount.actors import Actor
 from tests.mount.test_locks import BLOCK, BLOCKED, RELEASE, TRY, opened
@@ -158,6 +161,43 @@ def test_a_lock_of_another_node(cluster: Cluster, parties: Make, kind: str) -> N
     time.sleep(0.3)
     one.kill(signal.SIGKILL)
     two.result(10)
+
+
+def test_two_of_one_node_that_would_wait_for_each_other(cluster: Cluster, parties: Make) -> None:
+    """EDEADLK, also on names that other nodes have to do with."""
+    nodes = cluster.make(2, lease=CALM_LEASE)
+    one, two, far = (parties() for _ in range(3))
+    for process, node in ((one, nodes[0]), (two, nodes[0]), (far, nodes[1])):
+        opened(process, node / "b")
+        process("globals().__setitem__('b', fd)")
+        opened(process, node / "a")
+    far("record(fd, WAIT, EXCLUSIVE, 100, 1)")
+    far("record(b, WAIT, EXCLUSIVE, 100, 1)")
+    one("record(fd, WAIT, EXCLUSIVE, 0, 1)")
+    two("record(b, WAIT, EXCLUSIVE, 0, 1)")
+    one.start("record(b, WAIT, EXCLUSIVE, 0, 1)")
+    assert wait_until(lambda: status(nodes[0].mount)["locks"]["waiting"] == 1, START_SECONDS)
+    assert two.errno("record(fd, WAIT, EXCLUSIVE, 0, 1)") == errno.EDEADLK
+    two("record(b, SET, UNLOCK, 0, 1)")
+    one.result(START_SECONDS)
+
+
+def test_a_child_passes_those_of_another_node_that_wait_for_its_parent(cluster: Cluster, parties: Make) -> None:
+    """As on one node: it is one that the parent, who holds a shared lock, waits for."""
+    nodes = cluster.make(2, lease=CALM_LEASE)
+    parent, far = parties(), parties()
+    opened(parent, nodes[0] / "data")
+    opened(far, nodes[1] / "data")
+    parent("flock(fd, LOCK_SH)")
+    far.start("flock(fd, LOCK_EX)")
+    assert wait_until(lambda: status(nodes[1].mount)["locks"]["waiting"] == 1, START_SECONDS)
+    child = "import fcntl, sys; fcntl.flock(open(sys.argv[1], 'rb'), fcntl.LOCK_SH)"
+    run = f"__import__('subprocess').run([{sys.executable!r}, '-c', {child!r}, {str(nodes[0] / 'data')!r}]).returncode"
+    start = time.monotonic()
+    assert parent(run) == 0
+    assert time.monotonic() - start < PATIENCE_SECONDS
+    parent("flock(fd, LOCK_UN)")
+    far.result(START_SECONDS)
 
 
 def test_a_waiter_on_another_node_can_be_interrupted(cluster: Cluster, parties: Make) -> None:
