@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 OFFSET_MAX = (1 << 63) - 1  # as in include/linux/fs.h: a range to the end of the file, however long it gets
@@ -87,7 +88,11 @@ class Wait:
 
 @dataclass
 class LockTable:
-    """The locks of one kind on one name."""
+    """The locks of one kind on one name.
+
+    `held` has the order of the kernel's list: owners by when they began to hold something, and the locks of one owner
+    by where they begin.
+    """
 
     held: list[Lock] = field(default_factory=list)
     waiting: list[Wait] = field(default_factory=list)
@@ -99,8 +104,8 @@ class LockTable:
     # ---------------------------------------------------------- questions
 
     def conflict(self, lock: Lock) -> Lock | None:
-        """What is held and in the way of `lock` (F_GETLK): of several the first in the file, as the kernel answers."""
-        return min((held for held in self.held if held.conflicts(lock)), key=lambda held: held.first, default=None)
+        """What is held and in the way of `lock` (F_GETLK): of several the first in `held`, as the kernel answers."""
+        return next((held for held in self.held if held.conflicts(lock)), None)
 
     def blockers(self, wait: Wait) -> Iterator[Lock]:
         """All that a waiting request waits for: locks, and requests that came before it."""
@@ -205,13 +210,16 @@ class LockTable:
 
     def _put(self, lock: Lock) -> None:
         """The owner has this lock from now on, in place of what it had in the range; neighbours become one."""
-        rest = list(_without(self.held, lock.owner, lock.first, lock.last))
-        mine = [held for held in rest if held.owner == lock.owner and held.mode is lock.mode]
-        for held in mine:
+        before = list(takewhile(lambda held: held.owner != lock.owner, self.held))
+        after = [held for held in self.held[len(before) :] if held.owner != lock.owner]
+        mine = list(
+            _without((held for held in self.held if held.owner == lock.owner), lock.owner, lock.first, lock.last)
+        )
+        for held in [held for held in mine if held.mode is lock.mode]:
             if held.last + 1 == lock.first or lock.last + 1 == held.first:
                 lock = replace(lock, first=min(held.first, lock.first), last=max(held.last, lock.last))
-                rest.remove(held)
-        self.held = [*rest, lock]
+                mine.remove(held)
+        self.held = [*before, *sorted([*mine, lock], key=lambda held: held.first), *after]
 
     def _grant(self) -> list[Wait]:
         """Those whose turn has come get their locks."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import json
 import os
 import struct
@@ -90,14 +91,13 @@ def test_record_locks_are_the_kernels(file: Path, plan: list[Step]) -> None:
 
 
 def compare(table: LockTable, stranger: int) -> None:
-    """What a stranger learns of each byte by F_OFD_GETLK: from the kernel, and from the table."""
-    for at in range(LAST + 2):
-        byte = Step(OWNERS, EXCLUSIVE, at, at)
-        kind, first, last = kernel_lock(stranger, F_OFD_GETLK, byte, EXCLUSIVE)
-        probe = Lock(Owner("here", OWNERS), EXCLUSIVE, at, at)
-        found = {(TYPES[held.mode], held.first, held.last) for held in table.held if held.conflicts(probe)}
-        assert ((kind, first, last) in found) if found else kind == fcntl.F_UNLCK
-        assert (table.conflict(probe) is not None) == bool(found)
+    """What a stranger learns by F_OFD_GETLK of each byte, and of it and all that follow: from kernel and table."""
+    for at, end in itertools.product(range(LAST + 2), (0, OFFSET_MAX)):
+        last = end or at
+        kind, *where = kernel_lock(stranger, F_OFD_GETLK, Step(OWNERS, EXCLUSIVE, at, last), EXCLUSIVE)
+        found = table.conflict(Lock(Owner("here", OWNERS), EXCLUSIVE, at, last))
+        assert found is None if kind == fcntl.F_UNLCK else found is not None
+        assert found is None or (TYPES[found.mode], [found.first, found.last]) == (kind, where)
 
 
 def test_the_first_of_several_conflicts_is_named() -> None:
