@@ -35,7 +35,13 @@ class Pending:
 
     step: Step
     had_part: bool | None = None  # as in `_Queued`, before the first attempt: a later one may see the lock itself
+    found: NameLocks | None = None  # the locks then, for who only looks
     done: trio.Event = field(default_factory=trio.Event)
+
+    def settle(self, locks: NameLocks) -> None:
+        if isinstance(self.step, LetPass):
+            self.found = locks.copy()
+        self.done.set()
 
 
 @dataclass(frozen=True)
@@ -125,20 +131,31 @@ class Names:
         return name.mine or name.leaving or (name.stored.record.locks.copy() if name.stored else NameLocks())
 
     def submit(self, key: str, step: Step) -> trio.Event:
-        """Queue a step; those of one name are carried out in their order.  The event is set once it is on record.
+        """Queue a step; those of one name are carried out in their order.  The event is set once it is on record."""
+        return self._queue(key, step).done
 
-        Between a lost lease and the next one there is nothing to unlock, and who waits will ask again under the node's
-        new name: what was asked under the old one would never be its own.
+    def _queue(self, key: str, step: Step) -> Pending:
+        """Between a lost lease and the next one nothing is queued.
+
+        There is nothing to unlock, and who waits will ask again under the node's new name: what was asked under the old
+        one would never be its own.
         """
         pending = Pending(step)
         if not self._has_lease_to_serve():
             pending.done.set()
-            return pending.done
+            return pending
         name = self._names.setdefault(key, _Name(key))
         name.used, name.idle = boottime(), False
         name.pending.append(pending)
         self._wake(name)
-        return pending.done
+        return pending
+
+    async def look(self, key: str) -> NameLocks:
+        """The locks of a name as they are now; what another node serves from memory is put on record for it."""
+        nobody = Wait(0, Lock(Owner(self.node, 0), Mode.SHARED))
+        pending = self._queue(key, LetPass(Kind.FLOCK, nobody))
+        await pending.done.wait()
+        return self.known(key) if pending.found is None else pending.found
 
     async def survey(self) -> dict[str, NameLocks]:
         """The locks of all names of the cluster.  Raises BackendError.
@@ -147,10 +164,10 @@ class Names:
         """
         found = {}
         for key in await self._backend.all_names():
+            found[key] = self.known(key)
             if self.local(key) is None:
                 with trio.move_on_after(SURVEY_SECONDS):
-                    await self.submit(key, LetPass(Kind.FLOCK, Wait(0, Lock(Owner(self.node, 0), Mode.SHARED)))).wait()
-            found[key] = self.known(key)
+                    found[key] = await self.look(key)
         return found
 
     async def gone(self, nodes: Iterable[str]) -> set[str]:
@@ -315,7 +332,7 @@ class Names:
             for wait in others:
                 self._granted(name, wait.ticket, queued[wait.ticket])
             self._note(name, step, done, queued)
-            pending.done.set()
+            pending.settle(locks)
 
     async def _give_back(self, name: _Name, stored: Stored, locks: NameLocks) -> None:
         node, record = self._backend.node, stored.record
@@ -358,7 +375,7 @@ class Names:
                 ticket = pending.step.wait.ticket
                 name.waits[ticket] = asked[ticket]
             self._note(name, pending.step, done, asked)
-            pending.done.set()
+            pending.settle(locks)
         self._settle_waits(name, after)
 
     @staticmethod

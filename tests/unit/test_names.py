@@ -16,6 +16,7 @@ from safefs.cluster.backend import BackendError, Stored
 from safefs.cluster.memory import MemoryBackend, MemoryCluster
 from safefs.cluster.names import Names
 from safefs.cluster.record import Acquire, GiveUp, NameRecord, Release, Step, carry_out
+from safefs.locks import Locks
 from safefs.locktable import OFFSET_MAX, Kind, Lock, Mode, NameLocks, Owner, Wait
 
 HOURS = 3600.0
@@ -235,6 +236,23 @@ def test_it_is_given_back_when_another_node_asks_and_locks_stay() -> None:
         assert await one.acquire("name", 1, Mode.SHARED)
         assert await two.acquire("name", 1, Mode.SHARED)
         assert not await two.acquire("name", 1, Mode.EXCLUSIVE, may_wait=False)
+
+    play(scenario, MemoryBackend)
+
+
+def test_what_is_held_on_another_node_is_seen() -> None:
+    """By F_GETLK and `safefs locks`: when the name is still the other node's, and when it is shared."""
+
+    async def scenario(nodes: list[Node]) -> None:
+        one, two, _ = nodes
+        locks = Locks(two.names)
+        held = Lock(Owner("node0", 1), Mode.EXCLUSIVE)
+        assert await one.acquire("name", 1, Mode.EXCLUSIVE)
+        for _ in range(2):
+            assert await locks.conflict("name", Kind.FLOCK, Lock(Owner("node1", 1), Mode.SHARED)) == held
+        assert [(entry["node"], entry["state"]) for entry in await locks.report()] == [("node0", "held")]
+        await one.release("name", 1)
+        assert await locks.conflict("name", Kind.FLOCK, Lock(Owner("node1", 1), Mode.SHARED)) is None
 
     play(scenario, MemoryBackend)
 
