@@ -64,6 +64,9 @@ class NameService(Protocol):
     def submit(self, key: str, step: Step) -> trio.Event:
         """Queue a step; the event is set once it is on record."""
 
+    async def look(self, key: str) -> NameLocks:
+        """The locks of a name that is not local."""
+
     async def survey(self) -> dict[str, NameLocks]:
         """The locks of all names."""
 
@@ -114,6 +117,9 @@ class Alone:
 
     def submit(self, key: str, step: Step) -> trio.Event:
         raise AssertionError(f"{step} on {key}: every name is local")
+
+    async def look(self, key: str) -> NameLocks:
+        raise AssertionError(f"{key}: every name is local")
 
 
 @dataclass(slots=True, eq=False)
@@ -175,9 +181,10 @@ class Locks:
 
     async def conflict(self, key: str, kind: Kind, lock: Lock) -> Lock | None:
         """What is held and in the way of a lock (F_GETLK)."""
-        if self._names.local(key) is None:
-            await self._names.submit(key, LetPass(kind, Wait(0, lock))).wait()  # changes nothing, and has a look
-        return self._names.known(key)[kind].conflict(lock)
+        locks = self._names.local(key)
+        if locks is None:
+            locks = await self._names.look(key)
+        return locks[kind].conflict(lock)
 
     async def report(self) -> list[dict[str, Any]]:
         """Every holder and waiter on all nodes, in words."""

@@ -43,8 +43,26 @@ class Stored:
     token: str = field(default="", compare=False)  # the backend's own
 
 
+class Follower(Protocol):
+    """One record, for as long as a node has to do with it; for one task at a time."""
+
+    async def next_change(self, seen: Stored, seconds: float, turns: int = 0) -> Stored | None:
+        """The record once it is a later one than the one seen, if not the latest; None when the time is over.
+
+        A wait can be cancelled at any moment, and the next one misses nothing by that.  Before something changes for
+        this node others have so many turns: if it has to look for changes it can look so much less often.
+        """
+
+    async def aclose(self) -> None:
+        """Nothing more is wanted for now.  Whoever asks again has what is told from then on."""
+
+
 class LockBackend(Protocol):
     """The records of one cluster, as one node sees them."""
+
+    @property
+    def tells_changes(self) -> bool:
+        """Whether who follows a record is told of changes, at no cost until there is one; else he looks for them."""
 
     @property
     def node(self) -> str:
@@ -68,11 +86,17 @@ class LockBackend(Protocol):
     async def discard(self, name: str, stored: Stored) -> None:
         """An empty record will not be needed soon."""
 
-    async def wait_for_change(self, name: str, seen: Stored, seconds: float) -> None:
-        """Return when the record is another one than the one seen, or the time is over."""
+    async def is_current(self, name: str, stored: Stored) -> bool:
+        """Whether a record is still the one that was read, on the server, whatever a cache says."""
+
+    def follow(self, name: str) -> Follower:
+        """What becomes of a record."""
 
     async def notify(self, node: str, name: str) -> None:
         """Tell another node that somebody wants a name that is delegated to it."""
+
+    def expect_notices(self) -> None:
+        """A name that is delegated to this node has been used; so others may want it, too.  Called again and again."""
 
     async def next_notice(self) -> str:
         """The next name of ours that somebody wants; waiting for it goes on when this node joins anew."""

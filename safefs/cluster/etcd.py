@@ -14,22 +14,27 @@ from __future__ import annotations
 import json
 import math
 import secrets
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable
+from functools import partial
 from typing import Any
 
 import trio
 
 from safefs.cluster.backend import BackendError, HasDied, LeaseLostError, ProcessIdentity, Stored
-from safefs.cluster.etcd_client import Access, EtcdClient, RefusedError, decode, encode, prefix_end
+from safefs.cluster.etcd_client import Access, Answer, EtcdClient, RefusedError, Watch, decode, encode, prefix_end
 from safefs.cluster.record import NameRecord
 from safefs.lease import OwnLease, Terms, boottime
 
-NOTICE_SECONDS = 5.0  # how long one watch for notices lasts
+NOTICE_SECONDS = 5.0  # after so long without a notice it is looked whether the watch has missed one
 ENDED_SECONDS = 3600  # how long it is remembered that a node has ended
+NODES_AT_ONCE = 50  # in one question: etcd takes 128 operations in a transaction, if it has not been told otherwise
 
 
 class EtcdBackend:
     """One node's view (backend.LockBackend)."""
+
+    tells_changes = True
 
     def __init__(self, access: Access, prefix: str, terms: Terms, identity: ProcessIdentity, has_died: HasDied) -> None:
         self._client = EtcdClient(access)
@@ -39,7 +44,9 @@ class EtcdBackend:
         self._has_died = has_died
         self._lease = OwnLease(terms)
         self._lease_id = ""
-        self._listening = trio.CancelScope()  # the watch for notices
+        self._listening = trio.CancelScope()  # for notices
+        self._notices: Notices | None = None
+        self._notice: Answer | None = None  # the last one that was given
         self._missing: dict[str, float] = {}  # nodes without a key, and since when this node knows it
         self.node = ""
 
@@ -105,18 +112,28 @@ class EtcdBackend:
         return died
 
     async def gone(self, nodes: Iterable[str]) -> set[str]:
-        ended = set()
-        for node in nodes:
-            if await self._get(self._key("ended", node)) is not None:
-                ended.add(node)
-            elif (value := await self._get(self._key("nodes", node))) is not None:
-                self._missing.pop(node, None)
-                if await self._end_if_dead(node, value):
+        ended, due = set(), list(nodes)
+        while due:
+            some, due = due[:NODES_AT_ONCE], due[NODES_AT_ONCE:]
+            for node, (is_over, value) in zip(some, await self._states(some), strict=True):
+                if is_over or await self._is_gone(node, value):
                     ended.add(node)
-            # etcd's clock ended the lease; the delay is for what the node began before.
-            elif boottime() - self._missing.setdefault(node, boottime()) >= self._terms.delay_seconds:
-                ended.add(node)
         return ended
+
+    async def _states(self, nodes: list[str]) -> list[tuple[bool, bytes | None]]:
+        """Of each node: whether it is known to have ended, and what it has on record as long as its lease holds."""
+        keys = [self._key(kind, node) for node in nodes for kind in ("ended", "nodes")]
+        looks = [{"request_range": {"key": encode(key)}} for key in keys]
+        answer = await self._client.call("/v3/kv/txn", {"success": looks}, changes=False)
+        found = [_value(response["response_range"].get("kvs", [])) for response in answer["responses"]]
+        return [(over is not None, value) for over, value in zip(found[::2], found[1::2], strict=True)]
+
+    async def _is_gone(self, node: str, value: bytes | None) -> bool:
+        if value is not None:
+            self._missing.pop(node, None)
+            return await self._end_if_dead(node, value)
+        # etcd's clock ended the lease; the delay is for what the node began before.
+        return boottime() - self._missing.setdefault(node, boottime()) >= self._terms.delay_seconds
 
     # -------------------------------------------------------------- records
 
@@ -166,58 +183,149 @@ class EtcdBackend:
         await trio.lowlevel.checkpoint()
         assert not stored.record, name
 
-    async def wait_for_change(self, name: str, seen: Stored, seconds: float) -> None:
-        # From the latest revision on: etcd looks only ten times a second after watches that begin before it, and
-        # whatever anybody has written since the record was seen makes that one older than the latest.
-        latest = await self.read(name)
-        if latest.version == seen.version:
-            await self._watch({"key": encode(self._key("names", name))}, int(latest.token), seconds)
+    async def is_current(self, name: str, stored: Stored) -> bool:
+        return (await self.read(name)).version == stored.version
 
-    async def _watch(self, what: dict[str, str], revision: int, seconds: float) -> None:
-        """Until something happens to keys after a revision, or the time is over."""
-        request = {"create_request": {**what, "start_revision": str(revision + 1)}}
-        with trio.move_on_after(seconds):
-            async with self._client.stream("/v3/watch", request) as answers:
-                async for answer in answers:
-                    result = answer.get("result", {})
-                    if result.get("events") or result.get("canceled"):
-                        return
+    def follow(self, name: str) -> Following:
+        return Following(self._client, self._key("names", name), partial(self.read, name))
 
     # -------------------------------------------------------------- notices
 
     async def notify(self, node: str, name: str) -> None:
-        if await self._get(self._key("nodes", node)) is not None:
-            await self._put(self._key("wanted", node, name), b"", self._lease_id)
+        """Only while the node is there: nobody else would clear it away before this node's own lease ends."""
+        put = {"key": encode(self._key("wanted", node, name)), "lease": self._lease_id}
+        there = {"key": encode(self._key("nodes", node)), "target": "VERSION", "result": "GREATER", "version": "0"}
+        # Twice is as good as once.
+        await self._client.call("/v3/kv/txn", {"compare": [there], "success": [{"request_put": put}]}, changes=False)
+
+    def expect_notices(self) -> None:
+        """They are told."""
 
     async def next_notice(self) -> str:
         while True:
             self._listening = trio.CancelScope()
-            prefix = self._key("wanted", self.node, "")
-            answer = await self._client.call(
-                "/v3/kv/range",
-                {"key": encode(prefix), "range_end": encode(prefix_end(prefix)), "limit": "1"},
-                changes=False,
-            )
-            for entry in answer.get("kvs", []):
-                await self._client.call("/v3/kv/deleterange", {"key": entry["key"]})
-                return decode(entry["key"])[len(prefix) :].decode("utf-8", "surrogateescape")
-            where = {"key": encode(prefix), "range_end": encode(prefix_end(prefix))}
             with self._listening:
-                await self._watch(where, int(answer["header"]["revision"]), NOTICE_SECONDS)
+                try:
+                    return await self._take_notice()
+                except BaseException:
+                    await self._stop_listening()
+                    raise
+
+    async def _take_notice(self) -> str:
+        await self._clear_notice()
+        prefix = self._key("wanted", self.node, "")
+        if self._notices is None or self._notices.prefix != prefix:
+            await self._stop_listening()
+            self._notices = Notices(self._client, prefix)
+        self._notice = await self._notices.next()
+        return decode(self._notice["key"])[len(prefix) :].decode("utf-8", "surrogateescape")
+
+    async def _clear_notice(self) -> None:
+        """The last one has been heard by now.  Unless it came again since, it goes."""
+        notice, self._notice = self._notice, None
+        if notice is not None:
+            same = {"key": notice["key"], "target": "MOD", "result": "EQUAL", "mod_revision": notice["mod_revision"]}
+            gone = {"request_delete_range": {"key": notice["key"]}}
+            await self._client.call("/v3/kv/txn", {"compare": [same], "success": [gone]})
+
+    async def _stop_listening(self) -> None:
+        notices, self._notices = self._notices, None
+        if notices is not None:
+            await notices.aclose()
 
     # ---------------------------------------------------------------- keys
 
     async def _get(self, key: bytes) -> bytes | None:
-        entries = await self._range(key)
-        return decode(entries[0].get("value", "")) if entries else None
+        return _value(await self._range(key))
 
     async def _range(self, key: bytes, end: bytes = b"") -> list[dict[str, Any]]:
-        request = {"key": encode(key), **({"range_end": encode(end)} if end else {})}
-        answer = await self._client.call("/v3/kv/range", request, changes=False)
-        return list(answer.get("kvs", []))
+        return await _entries(self._client, key, end)
 
     async def _put(self, key: bytes, value: bytes, lease: str) -> None:
         await self._client.call("/v3/kv/put", {"key": encode(key), "value": encode(value), "lease": lease})
+
+
+class Following:
+    """One record, for as long as this node has to do with it (backend.Follower)."""
+
+    def __init__(self, client: EtcdClient, key: bytes, read: Callable[[], Awaitable[Stored]]) -> None:
+        self._client = client
+        self._key = key
+        self._read = read
+        self._watch: Watch | None = None
+        self._unknown_before = 0  # this revision: what happened then was not told
+
+    async def next_change(self, seen: Stored, seconds: float, _turns: int = 0) -> Stored | None:
+        try:
+            with trio.move_on_after(seconds):
+                return await self._next(seen)
+        except BackendError:
+            await self.aclose()
+            raise
+        return None
+
+    async def _next(self, seen: Stored) -> Stored:
+        seen_at = int(seen.token or 0)
+        if self._watch is None:
+            self._watch = await self._client.watch(self._key)
+            self._unknown_before = self._watch.begins_after
+        if seen_at < self._unknown_before:
+            latest = await self._read()
+            self._unknown_before = 0
+            if latest.version != seen.version:
+                return latest
+        while True:
+            event = (await self._watch.events())[-1]
+            revision = event["kv"]["mod_revision"]
+            # Others can have been under way while this node read or wrote a later one.
+            if int(revision) > seen_at:
+                return _stored([] if event.get("type") == "DELETE" else [event["kv"]], revision)
+
+    async def aclose(self) -> None:
+        watch, self._watch = self._watch, None
+        if watch is not None:
+            await watch.aclose()
+
+
+class Notices:
+    """What others want of a node."""
+
+    def __init__(self, client: EtcdClient, prefix: bytes) -> None:
+        self.prefix = prefix
+        self._client = client
+        self._watch: Watch | None = None
+        self._entries: deque[Answer] = deque()
+
+    async def next(self) -> Answer:
+        """The key of the next one, as it is there."""
+        while not self._entries:
+            self._entries.extend(await self._listen())
+        return self._entries.popleft()
+
+    async def _listen(self) -> list[Answer]:
+        if self._watch is None:
+            self._watch = await self._client.watch(self.prefix, prefix_end(self.prefix))
+            return await _entries(self._client, self.prefix, prefix_end(self.prefix))
+        with trio.move_on_after(NOTICE_SECONDS):
+            return [event["kv"] for event in await self._watch.events() if event.get("type") != "DELETE"]
+        await self.aclose()  # and look whether it has missed any
+        return []
+
+    async def aclose(self) -> None:
+        watch, self._watch = self._watch, None
+        if watch is not None:
+            await watch.aclose()
+
+
+async def _entries(client: EtcdClient, key: bytes, end: bytes = b"") -> list[Answer]:
+    """What is there under a key, or under all up to `end`."""
+    request = {"key": encode(key), **({"range_end": encode(end)} if end else {})}
+    answer = await client.call("/v3/kv/range", request, changes=False)
+    return list(answer.get("kvs", []))
+
+
+def _value(entries: list[Answer]) -> bytes | None:
+    return decode(entries[0].get("value", "")) if entries else None
 
 
 def _stored(entries: list[dict[str, Any]], revision: str) -> Stored:

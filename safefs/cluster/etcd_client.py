@@ -11,10 +11,11 @@ from __future__ import annotations
 import base64
 import json
 import ssl
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager, suppress
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import h11
@@ -31,7 +32,11 @@ READ_BYTES = 1 << 16
 # What etcd says where a token is too old for it, or missing.
 SIGNED_OUT = ("invalid auth token", "auth store is old", "user name is empty")
 
+# What a connection that is lost, or talks nonsense, comes out as.
+LOST = (OSError, trio.BrokenResourceError, h11.ProtocolError, ValueError)
+
 Answer = dict[str, Any]
+T = TypeVar("T")
 
 
 def encode(data: bytes) -> str:
@@ -114,11 +119,12 @@ class _Connection:
             pass
         return event.status_code
 
-    async def parts(self) -> AsyncIterator[bytes]:
-        """The answer's body, as it comes."""
+    async def next_part(self) -> bytes | None:
+        """The answer's body, as it comes; None at its end.  A wait for it can be cancelled, and nothing is lost."""
         while not isinstance(event := await self._next_event(), h11.EndOfMessage):
             if isinstance(event, h11.Data):
-                yield bytes(event.data)
+                return bytes(event.data)
+        return None
 
     def start_next(self) -> bool:
         """Whether another request may follow."""
@@ -138,6 +144,58 @@ class _Connection:
         await trio.aclose_forcefully(self._stream)
 
 
+class Watch:
+    """What happens to some keys, told as long as it is open; for one task at a time."""
+
+    def __init__(self, connection: _Connection) -> None:
+        self._connection = connection
+        self._rest = b""
+        self._answers: deque[Answer] = deque()
+        self.begins_after = 0  # this revision
+
+    async def start(self, path: str, request: Mapping[str, Any], headers: Mapping[str, str]) -> None:
+        """RefusedError where etcd does not want it."""
+        endpoint = self._connection.endpoint
+        try:
+            status = await self._connection.send(path, json.dumps(request).encode(), headers)
+        except LOST as error:
+            raise self._broken(error) from None
+        answer = await self._next()
+        created = answer.get("result", {})
+        if status != 200 or "header" not in created or created.get("canceled"):
+            why = answer.get("message") or created.get("cancel_reason") or "the watch was refused"
+            raise RefusedError(endpoint, status, str(why))
+        self.begins_after = int(created["header"]["revision"])
+
+    async def events(self) -> list[Answer]:
+        """The next ones, all that have come.  A wait for them can be cancelled, and nothing is lost."""
+        events: list[Answer] = []
+        while not events or self._answers:
+            result = (await self._next()).get("result", {})
+            if not result or result.get("canceled"):
+                raise BackendError(f"etcd at {self._connection.endpoint} has ended a watch")
+            events += result.get("events", [])
+        return events
+
+    async def aclose(self) -> None:
+        await self._connection.aclose()
+
+    async def _next(self) -> Answer:
+        while not self._answers:
+            try:
+                part = await self._connection.next_part()
+                if part is None:
+                    raise h11.RemoteProtocolError("the answer has ended")
+                *lines, self._rest = (self._rest + part).split(b"\n")
+                self._answers.extend(map(json.loads, filter(None, lines)))
+            except LOST as error:
+                raise self._broken(error) from None
+        return self._answers.popleft()
+
+    def _broken(self, error: Exception) -> BackendError:
+        return BackendError(f"etcd at {self._connection.endpoint}: {reason(error, 'the connection was lost')}")
+
+
 class EtcdClient:
     """Calls to one cluster."""
 
@@ -149,31 +207,15 @@ class EtcdClient:
 
     async def call(self, path: str, request: Mapping[str, Any], *, changes: bool = True) -> Answer:
         """One request and its answer; BackendError when there is none in time."""
-        problem = BackendError("etcd does not answer")
-        with trio.move_on_after(CALL_SECONDS):
-            for endpoint in ATTEMPTS * self._endpoints():
-                try:
-                    return await self._attempt(endpoint, path, request)
-                except UnreachableError as error:
-                    problem = error
-                except RefusedError as error:
-                    if not error.may_be_repeated and (changes or not error.is_members_own):
-                        raise
-                    problem = error
-                except BackendError as error:
-                    if changes:
-                        raise
-                    problem = error
-        raise problem
+        return await self._ask_members(lambda endpoint: self._call_once(endpoint, path, request), changes=changes)
 
-    @asynccontextmanager
-    async def stream(self, path: str, request: Mapping[str, Any]) -> AsyncIterator[AsyncIterator[Answer]]:
-        """The answers to a request that go on (a watch)."""
-        connection = await self._connect_any()
-        try:
-            yield self._answers(connection, path, request)
-        finally:
-            await connection.aclose()
+    async def watch(self, key: bytes, end: bytes = b"") -> Watch:
+        """Watch a key, or all up to `end`, from now on: who has seen an older revision has to look once more.
+
+        etcd can tell what has happened since an older one, but looks after such watches only ten times a second.
+        """
+        what = {"key": encode(key), **({"range_end": encode(end)} if end else {})}
+        return await self._ask_members(lambda endpoint: self._watch_once(endpoint, what), changes=False)
 
     async def aclose(self) -> None:
         while self._idle:
@@ -195,12 +237,31 @@ class EtcdClient:
             if connection not in self._idle:
                 await connection.aclose()
 
-    async def _attempt(self, endpoint: Endpoint, path: str, request: Mapping[str, Any]) -> Answer:
+    async def _ask_members(self, ask: Callable[[Endpoint], Awaitable[T]], *, changes: bool) -> T:
+        """The answer of the first endpoint that gives one."""
+        problem = BackendError("etcd does not answer")
+        with trio.move_on_after(CALL_SECONDS):
+            for endpoint in ATTEMPTS * self._endpoints():
+                try:
+                    return await self._attempt(endpoint, ask)
+                except UnreachableError as error:
+                    problem = error
+                except RefusedError as error:
+                    if not error.may_be_repeated and (changes or not error.is_members_own):
+                        raise
+                    problem = error
+                except BackendError as error:
+                    if changes:
+                        raise
+                    problem = error
+        raise problem
+
+    async def _attempt(self, endpoint: Endpoint, ask: Callable[[Endpoint], Awaitable[T]]) -> T:
         """At one endpoint, which gets its share of the time: it may take connections and never answer."""
         try:
             with trio.fail_after(CALL_SECONDS / len(self._access.endpoints)):
                 await self._sign_in(endpoint)
-                return await self._call_once(endpoint, path, request)
+                return await ask(endpoint)
         except trio.TooSlowError:
             await self._pass_over(endpoint)
             raise BackendError(f"etcd at {endpoint} does not answer") from None
@@ -228,13 +289,13 @@ class EtcdClient:
         try:
             status = await connection.send(path, json.dumps(request).encode(), self._headers())
             body = b""
-            async for part in connection.parts():
+            while (part := await connection.next_part()) is not None:
                 body += part
                 if len(body) > MAX_ANSWER_BYTES:
                     raise BackendError(f"etcd at {endpoint} sends too much")
             answer = json.loads(body)
             reusable = connection.start_next()
-        except (OSError, trio.BrokenResourceError, h11.ProtocolError, ValueError) as error:
+        except LOST as error:
             await connection.aclose()
             raise BackendError(f"etcd at {endpoint}: {reason(error, 'the connection was lost')}") from None
         except BaseException:
@@ -250,18 +311,17 @@ class EtcdClient:
         self._first = self._access.endpoints.index(endpoint)
         return dict(answer)
 
-    async def _answers(self, connection: _Connection, path: str, request: Mapping[str, Any]) -> AsyncIterator[Answer]:
-        rest = b""
+    async def _watch_once(self, endpoint: Endpoint, what: Mapping[str, str]) -> Watch:
+        watch = Watch(await self._connect(endpoint))
         try:
-            status = await connection.send(path, json.dumps(request).encode(), self._headers())
-            if status != 200:
-                raise RefusedError(connection.endpoint, status, "the stream was refused")
-            async for part in connection.parts():
-                *lines, rest = (rest + part).split(b"\n")
-                for line in filter(None, lines):
-                    yield json.loads(line)
-        except (OSError, trio.BrokenResourceError, h11.ProtocolError, ValueError) as error:
-            raise BackendError(f"etcd at {connection.endpoint}: {reason(error, 'the connection was lost')}") from None
+            await watch.start("/v3/watch", {"create_request": what}, self._headers())
+        except BaseException as error:
+            await watch.aclose()
+            if isinstance(error, RefusedError) and self._access.user:
+                error.may_be_repeated = True  # of a token that is too old etcd says here that it has no permission
+            raise
+        self._first = self._access.endpoints.index(endpoint)
+        return watch
 
     async def _take(self, endpoint: Endpoint) -> _Connection:
         for connection in self._idle:
@@ -269,17 +329,6 @@ class EtcdClient:
                 self._idle.remove(connection)
                 return connection
         return await self._connect(endpoint)
-
-    async def _connect_any(self) -> _Connection:
-        problem: BackendError = UnreachableError("etcd cannot be reached")
-        for endpoint in self._endpoints():
-            try:
-                await self._sign_in(endpoint)
-                return await self._connect(endpoint)
-            except BackendError as error:
-                await self._pass_over(endpoint)
-                problem = error
-        raise problem
 
     async def _connect(self, endpoint: Endpoint) -> _Connection:
         try:

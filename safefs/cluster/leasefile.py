@@ -31,9 +31,9 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext, suppress
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import trio
 
@@ -45,9 +45,12 @@ CALL_SECONDS = 5.0  # a call of the backing filesystem that takes longer counts 
 MAX_THREADS = 16
 BURIED_SECONDS = 86400.0  # after that long nobody looks for an ended node any more
 LIST_ATTEMPTS = 5  # a listing can miss a file that is renamed meanwhile
-POLL_SECONDS = (0.002, 0.25)  # for changes of a record, at first and at most;
-POLL_SHARE = 0.01  # in between, this part of the time that they have been waited for: so much longer it takes at most
-NOTICE_SECONDS = (0.01, 0.5)  # for what others want, after something came and at most
+# For changes of a record, at first and at most: the first in the queue, and who is behind him so many times as seldom.
+# No more often than every other moment is spent with it, be the filesystem as slow as it may.
+POLL_SECONDS = (0.001, 0.25)
+POLL_SHARE = 0.005  # in between, this part of the time that they have been waited for: so much longer it takes at most
+NOTICE_SECONDS = (0.02, 0.5)  # for what others want, at first and at most;
+NOTICE_SHARE = 0.1  # in between, this part of the time since a name that others can want was used
 REFRESH_SECONDS = 0.5  # who waits makes a file in the directory so often, for clients that cache listings
 
 STATE = re.compile(r"(\d+)~([0-9a-f]+|none)")
@@ -121,6 +124,16 @@ class Files:
                 raise ValueError(f"{directory_of(name)} is about another name")
             return Stored(version, NameRecord.from_json(data["record"]), token)
         raise OSError(errno.EAGAIN, "the record of a name changes faster than it can be read")
+
+    def read_later(self, name: str, version: int) -> Stored | None:
+        """The record if it is not of that version any more."""
+        state = self._state(name)
+        return None if version == (0 if state is None else state[0]) else self.read(name)
+
+    def is_current(self, name: str, stored: Stored) -> bool:
+        self.refresh(name)
+        state = self._state(name)
+        return stored.version == 0 if state is None else state == (stored.version, stored.token)
 
     def swap(self, name: str, old: Stored, new: NameRecord) -> Stored | None:
         token = secrets.token_hex(8) if new else NONE
@@ -342,6 +355,8 @@ class Files:
 class LeasefileBackend:
     """One node's view (backend.LockBackend)."""
 
+    tells_changes = False
+
     def __init__(self, root: str, terms: Terms, identity: ProcessIdentity, has_died: HasDied) -> None:
         self._root = root
         self._identity = identity
@@ -353,7 +368,8 @@ class LeasefileBackend:
         self._files: Files | None = None
         self._count = 0
         self._wanted: list[str] = []
-        self._since: dict[str, tuple[int, float]] = {}  # versions that were waited for in vain, and since when
+        self._used = float("-inf")  # when a name that is delegated to this node was used last
+        self._expecting = trio.Event()  # one has been used since it was last looked for notices
         self.node = ""
 
     def _open(self) -> Files:
@@ -446,21 +462,11 @@ class LeasefileBackend:
         else:
             raise BackendError(f"{self._root}: {key} holds data without a state; should it stay so, they are removed")
 
-    async def wait_for_change(self, name: str, seen: Stored, seconds: float) -> None:
-        shortest, longest = POLL_SECONDS
-        looked = trio.current_time()
-        version, since = self._since.pop(name, (0, 0.0))
-        if version != seen.version:
-            since = looked
-        with trio.move_on_after(seconds) as timeout:
-            while (await self.read(name)).version == seen.version:
-                waited = trio.current_time() - since
-                await trio.sleep(min(max(shortest, POLL_SHARE * waited), longest))
-                if trio.current_time() - looked > REFRESH_SECONDS:
-                    await self._call(self.files.refresh, name)
-                    looked = trio.current_time()
-        if timeout.cancelled_caught:
-            self._since[name] = seen.version, since
+    async def is_current(self, name: str, stored: Stored) -> bool:
+        return await self._call(self.files.is_current, name, stored)
+
+    def follow(self, name: str) -> Following:
+        return Following(name, self.files, self._call)
 
     async def all_names(self) -> list[str]:
         return await self._call(self.files.all_names)
@@ -476,11 +482,57 @@ class LeasefileBackend:
     async def notify(self, node: str, name: str) -> None:
         await self._call(self.files.notify, node, name)
 
+    def expect_notices(self) -> None:
+        self._used = trio.current_time()
+        self._expecting.set()
+
     async def next_notice(self) -> str:
-        pause, longest = NOTICE_SECONDS
         while not self._wanted:
+            self._expecting = trio.Event()
             self._wanted = await self._call(self.files.notices, self.node)
             if not self._wanted:
-                await trio.sleep(pause)
-                pause = min(1.5 * pause, longest)
+                await self._pause_for_notices()
         return self._wanted.pop(0)
+
+    async def _pause_for_notices(self) -> None:
+        """They are looked for soon after a name was used here, and ever less often when none is.
+
+        So others wait for a name at most a tenth longer than it has not been used, and half a second in any case.
+        """
+        shortest, longest = NOTICE_SECONDS
+        await trio.sleep(shortest)
+        with trio.move_on_after(min(NOTICE_SHARE * (trio.current_time() - self._used), longest)):
+            await self._expecting.wait()
+
+
+class Following:
+    """Looks for changes of one record (backend.Follower)."""
+
+    def __init__(self, name: str, files: Files, call: Callable[..., Awaitable[Any]]) -> None:
+        self._name = name
+        self._files = files
+        self._call = call
+        self._version = -1  # that has been waited for the end of,
+        self._since = 0.0  # so long
+
+    async def next_change(self, seen: Stored, seconds: float, turns: int = 0) -> Stored | None:
+        shortest, longest = POLL_SECONDS
+        refreshed = trio.current_time()
+        if self._version != seen.version:
+            self._version, self._since = seen.version, refreshed
+        with trio.move_on_after(seconds):
+            while True:
+                looks = trio.current_time()
+                stored = await self._call(self._files.read_later, self._name, seen.version)
+                if stored is not None:
+                    return cast(Stored, stored)
+                now = trio.current_time()
+                pause = max(shortest, POLL_SHARE * (now - self._since), now - looks)
+                await trio.sleep(min((1 + turns) * pause, longest))
+                if trio.current_time() - refreshed > REFRESH_SECONDS:
+                    await self._call(self._files.refresh, self._name)
+                    refreshed = trio.current_time()
+        return None
+
+    async def aclose(self) -> None:
+        await trio.lowlevel.checkpoint()

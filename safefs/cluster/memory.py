@@ -33,8 +33,28 @@ class MemoryCluster:
         return self._last_version
 
 
+@dataclass
+class MemoryFollower:
+    """One record (backend.Follower)."""
+
+    cluster: MemoryCluster
+    name: str
+
+    async def next_change(self, seen: Stored, seconds: float, _turns: int = 0) -> Stored | None:
+        with trio.move_on_after(seconds):
+            while (stored := self.cluster.records.get(self.name, Stored())).version == seen.version:
+                await self.cluster.changed.wait()
+            return stored
+        return None
+
+    async def aclose(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+
 class MemoryBackend:
     """One node's view (backend.LockBackend)."""
+
+    tells_changes = True
 
     def __init__(self, cluster: MemoryCluster, node: str) -> None:
         self._cluster = cluster
@@ -77,16 +97,20 @@ class MemoryBackend:
         await trio.lowlevel.checkpoint()
         assert not stored.record, name  # nothing is left of empty records here
 
-    async def wait_for_change(self, name: str, seen: Stored, seconds: float) -> None:
-        with trio.move_on_after(seconds):
-            while self._cluster.records.get(name, Stored()).version == seen.version:
-                await self._cluster.changed.wait()
+    async def is_current(self, name: str, stored: Stored) -> bool:
+        return (await self.read(name)).version == stored.version
+
+    def follow(self, name: str) -> MemoryFollower:
+        return MemoryFollower(self._cluster, name)
 
     async def notify(self, node: str, name: str) -> None:
         await trio.lowlevel.checkpoint()
         if name not in self._cluster.notices[node]:
             self._cluster.notices[node].append(name)
         self._cluster.tell()
+
+    def expect_notices(self) -> None:
+        """They are told."""
 
     async def next_notice(self) -> str:
         while not self._cluster.notices[self.node]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import trio
 
-from safefs.cluster.backend import BackendError, LeaseLostError, LockBackend, Stored
+from safefs.cluster.backend import BackendError, Follower, LeaseLostError, LockBackend, Stored
 from safefs.cluster.record import Acquire, GiveUp, LetPass, NameRecord, Release, Step, carry_out
 from safefs.lease import boottime
 from safefs.locktable import Kind, Lock, Mode, NameLocks, Owner, Wait
@@ -21,6 +21,9 @@ log = logging.getLogger(__name__)
 
 # How often who waits looks whether the nodes that he waits for are still there, and whether a change was missed.
 LOOK_SECONDS = 0.5
+FOLLOW_SECONDS = 5.0  # the same for who does not wait, and only wants to know the record when he needs it
+LINGER_SECONDS = 1.0  # so long after it was last used a record that others use, too, is followed
+MOST_FOLLOWED = 32  # names at once, with those on which somebody waits: these are followed however many there are
 RETRY_SECONDS = (0.05, 1.0)  # after a failure of the backend, at first and at most
 SURVEY_SECONDS = 3.0  # for one name
 IDLE_SECONDS = 60.0  # a name that nobody has used for so long is given back without being asked for
@@ -37,7 +40,13 @@ class Pending:
 
     step: Step
     had_part: bool | None = None  # as in `_Queued`, before the first attempt: a later one may see the lock itself
+    found: NameLocks | None = None  # the locks then, for who only looks
     done: trio.Event = field(default_factory=trio.Event)
+
+    def settle(self, locks: NameLocks) -> None:
+        if isinstance(self.step, LetPass):
+            self.found = locks.copy()
+        self.done.set()
 
 
 @dataclass(frozen=True)
@@ -47,6 +56,11 @@ class _Queued:
     kind: Kind
     lock: Lock
     had_part: bool
+
+
+def _is_refused(step: Step, done: bool) -> bool:
+    """Whether a request that may not wait is not had."""
+    return isinstance(step, Acquire) and not step.may_wait and not done
 
 
 def _queued(locks: NameLocks) -> dict[int, _Queued]:
@@ -64,7 +78,9 @@ class _Name:
     mine: NameLocks | None = None  # delegated to this node: all its locks
     taking: NameLocks | None = None  # what they will be once a record that delegates the name to this node is there
     leaving: NameLocks | None = None  # what is to be on record once the name is shared
-    stored: Stored | None = None  # as last read or written; None: has to be read
+    stored: Stored | None = None  # as last read, written or told; None: has to be read
+    replaced: Stored | None = None  # a record that a swap has found replaced
+    follower: Follower | None = None
     asked: bool = False  # somebody else wants the name of this node
     gone: set[str] = field(default_factory=set)  # nodes that have lost their leases
     pending: list[Pending] = field(default_factory=list)
@@ -84,7 +100,7 @@ class _Name:
             return self.asked or bool(self.pending)
         if self.idle and self.stored is not None:
             return True
-        return self.asked or self.leaving is not None or bool(self.pending or self.waits)
+        return self.asked or self.leaving is not None or bool(self.pending or self.waits or self.gone)
 
 
 class Names:
@@ -96,6 +112,7 @@ class Names:
         self.take_back: TakeBack = lambda _key, _locks: None
         self._names: dict[str, _Name] = {}
         self._looked: dict[str, float] = {}  # when it was asked last whether a node is still there
+        self._followed = 0  # names that are followed, for whatever reason
         self._lost_as = ""  # the last name under which this node has lost its lease
         self._nursery: trio.Nursery | None = None
 
@@ -107,6 +124,7 @@ class Names:
         if name is None or name.mine is None or name.pending or not self.lease_holds():
             return None
         name.used, name.idle = boottime(), False
+        self._backend.expect_notices()
         return self._mine(name)
 
     def _mine(self, name: _Name) -> NameLocks:
@@ -139,20 +157,31 @@ class Names:
         return name.leaving or (name.stored.record.locks.copy() if name.stored else NameLocks())
 
     def submit(self, key: str, step: Step) -> trio.Event:
-        """Queue a step; those of one name are carried out in their order.  The event is set once it is on record.
+        """Queue a step; those of one name are carried out in their order.  The event is set once it is on record."""
+        return self._queue(key, step).done
 
-        Between a lost lease and the next one there is nothing to unlock, and who waits will ask again under the node's
-        new name: what was asked under the old one would never be its own.
+    def _queue(self, key: str, step: Step) -> Pending:
+        """Between a lost lease and the next one nothing is queued.
+
+        There is nothing to unlock, and who waits will ask again under the node's new name: what was asked under the old
+        one would never be its own.
         """
         pending = Pending(step)
         if not self._has_lease_to_serve():
             pending.done.set()
-            return pending.done
+            return pending
         name = self._names.setdefault(key, _Name(key))
         name.used, name.idle = boottime(), False
         name.pending.append(pending)
         self._wake(name)
-        return pending.done
+        return pending
+
+    async def look(self, key: str) -> NameLocks:
+        """The locks of a name as they are now; what another node serves from memory is put on record for it."""
+        nobody = Wait(0, Lock(Owner(self.node, 0), Mode.SHARED))
+        pending = self._queue(key, LetPass(Kind.FLOCK, nobody))
+        await pending.done.wait()
+        return self.known(key) if pending.found is None else pending.found
 
     async def survey(self) -> dict[str, NameLocks]:
         """The locks of all names of the cluster.  Raises BackendError.
@@ -161,10 +190,10 @@ class Names:
         """
         found = {}
         for key in await self._backend.all_names():
+            found[key] = self.known(key)
             if self.local(key) is None:
                 with trio.move_on_after(SURVEY_SECONDS):
-                    await self.submit(key, LetPass(Kind.FLOCK, Wait(0, Lock(Owner(self.node, 0), Mode.SHARED)))).wait()
-            found[key] = self.known(key)
+                    found[key] = await self.look(key)
         return found
 
     async def gone(self, nodes: Iterable[str]) -> set[str]:
@@ -229,14 +258,14 @@ class Names:
 
     def _wake(self, name: _Name) -> None:
         name.poke.set()
-        if not name.busy and name.has_work and self._nursery is not None:
+        if not name.busy and self._has_work(name) and self._nursery is not None:
             name.busy = True
             self._nursery.start_soon(self._work, name)
 
     async def _work(self, name: _Name) -> None:
         seconds, longest = RETRY_SECONDS
         try:
-            while name.has_work:
+            while self._has_work(name):
                 name.poke = trio.Event()
                 try:
                     await self._advance(name)
@@ -250,10 +279,42 @@ class Names:
                     seconds = min(2 * seconds, longest)
         finally:
             name.busy = False
-        # Empty records that are known to be there are remembered until they are removed.
+            self._forget(name)
+            await self._unfollow(name)
+
+    def _forget(self, name: _Name) -> None:
+        """Where there is nothing more to do; but empty records that are there are remembered until they are removed."""
         is_remembered = name.stored is not None and name.stored.version and not name.stored.record
         if name.mine is None and not name.has_work and not is_remembered and self._names.get(name.key) is name:
             del self._names[name.key]
+
+    def _follower(self, name: _Name) -> Follower:
+        if name.follower is None:
+            name.follower = self._backend.follow(name.key)
+            self._followed += 1
+        return name.follower
+
+    async def _unfollow(self, name: _Name) -> None:
+        follower, name.follower = name.follower, None
+        if follower is not None:
+            self._followed -= 1
+            await follower.aclose()
+
+    def _has_work(self, name: _Name) -> bool:
+        return name.has_work or (not name.lost and self._follows(name))
+
+    def _follows(self, name: _Name) -> bool:
+        """Whether to know a record as it changes: who then unlocks what is on it, or locks again, needs one swap."""
+        if name.mine is not None or name.stored is None or not self._backend.tells_changes:
+            return False
+        if self._followed + (name.follower is None) > MOST_FOLLOWED:
+            return False
+        nodes = name.stored.record.locks.nodes()
+        return self._backend.node in nodes or (bool(nodes) and self._lingers(name))
+
+    def _lingers(self, name: _Name) -> bool:
+        """Whether a name has been used lately."""
+        return boottime() - name.used < LINGER_SECONDS
 
     # ------------------------------------------------------------ protocol
 
@@ -284,17 +345,27 @@ class Names:
             record, name.gone = record.without(name.gone), set()
         else:
             self._settle_waits(name, record)
+        await self._proceed(name, stored, record)
+
+    async def _proceed(self, name: _Name, stored: Stored, record: NameRecord) -> None:
+        """With what is to be done on a record that is not this node's."""
+        node = self._backend.node
         if record.delegate:
-            await self._ask(name, stored, record)
-        elif record.may_take(node) and not name.waits:
-            await self._take(name, stored, record)
+            if name.pending or name.waits:
+                await self._ask(name, stored, record)
+        elif name.pending and record.may_take(node) and not name.waits:
+            name.taking = record.locks.copy()
+            await self._swap(name, stored, record.taken(node))  # nobody else has to do with it: it is served from here
         else:
             await self._share(name, stored, record)
 
     async def _look(self, name: _Name) -> Stored:
         """The record, read again where what is known of it may not be the latest."""
-        if name.asked and name.leaving is None:
-            name.stored, name.asked = None, False  # somebody has read that this node has the name
+        if name.asked:
+            name.stored, name.asked = None, False  # somebody has put it on record that he wants the name
+        elif name.replaced is not None and name.follower is not None:
+            name.stored = await self._pause(name, name.replaced, LOOK_SECONDS)  # it is about to be told
+        name.replaced = None
         stored = name.stored or await self._backend.read(name.key)
         self._require_lease(name)
         name.stored = stored
@@ -303,14 +374,19 @@ class Names:
     async def _share(self, name: _Name, stored: Stored, record: NameRecord) -> None:
         """The locks of all are on record."""
         if name.pending:
-            # Who only tries does not wait, and who tries again and again must get what a dead node held all the same.
-            name.gone = await self._gone(record)
-            if not name.gone:
-                await self._step(name, stored, record)
+            await self._step(name, stored, record)
         elif record != stored.record:
             await self._swap(name, stored, record)
         elif name.waits:
-            await self._await_change(name, stored)
+            await self._wait_for_others(name, stored)
+        elif self._follows(name):
+            holds = self._backend.node in record.locks.nodes()
+            await self._await_change(name, stored, FOLLOW_SECONDS if holds else LINGER_SECONDS)
+
+    async def _wait_for_others(self, name: _Name, stored: Stored) -> None:
+        name.gone = await self._gone(stored.record)
+        if not name.gone:
+            await self._await_change(name, stored, LOOK_SECONDS)
 
     async def _gone(self, record: NameRecord) -> set[str]:
         """The other nodes on record that have lost their leases; each is looked at once in LOOK_SECONDS."""
@@ -331,7 +407,7 @@ class Names:
             for wait in others:
                 self._granted(name, wait.ticket, queued[wait.ticket])
             self._note(name, step, done, queued)
-            pending.done.set()
+            pending.settle(locks)
 
     async def _give_back(self, name: _Name, stored: Stored, locks: NameLocks) -> None:
         node, record = self._backend.node, stored.record
@@ -341,12 +417,6 @@ class Names:
             name.waits = _queued(locks)
             name.leaving, name.asked = None, False
 
-    async def _take(self, name: _Name, stored: Stored, record: NameRecord) -> None:
-        """Nobody else has to do with the name: from now on it is served from here."""
-        if name.pending:
-            name.taking = record.locks.copy()
-            await self._swap(name, stored, record.taken(self._backend.node))
-
     async def _ask(self, name: _Name, stored: Stored, record: NameRecord) -> None:
         node = self._backend.node
         if node not in record.wanted or record != stored.record:
@@ -355,7 +425,7 @@ class Names:
             assert name.stored is not None
             stored = name.stored
         await self._backend.notify(record.delegate, name.key)
-        await self._await_change(name, stored)
+        await self._wait_for_others(name, stored)
 
     async def _step(self, name: _Name, stored: Stored, record: NameRecord) -> None:
         batch = self._batch(name.pending)
@@ -365,8 +435,13 @@ class Names:
             if isinstance(pending.step, Acquire):
                 asked[pending.step.wait.ticket] = self._asks(pending, pending.step, locks)
             outcomes.append(carry_out(locks, pending.step)[0])
+        if any(_is_refused(pending.step, done) for pending, done in zip(batch, outcomes, strict=True)):
+            # Who only tries does not wait, and who tries again and again must get what a dead node held all the same.
+            name.gone = await self._gone(record)
+            if name.gone:
+                return
         after = record.stepped(self._backend.node, locks)
-        if not await self._swap(name, stored, after):
+        if not await self._put(name, stored, after):
             return
         del name.pending[: len(batch)]
         for pending, done in zip(batch, outcomes, strict=True):
@@ -374,8 +449,9 @@ class Names:
                 ticket = pending.step.wait.ticket
                 name.waits[ticket] = asked[ticket]
             self._note(name, pending.step, done, asked)
-            pending.done.set()
+            pending.settle(locks)
         self._settle_waits(name, after)
+        name.gone = await self._gone(after)  # also where all got what they wanted: else the name would stay shared
 
     @staticmethod
     def _batch(pending: list[Pending]) -> list[Pending]:
@@ -393,7 +469,8 @@ class Names:
         """What a step that has been carried out means for those who asked for it."""
         if isinstance(step, Acquire) and done:
             self._granted(name, step.wait.ticket, asked[step.wait.ticket])
-        elif isinstance(step, Acquire) and not step.may_wait:
+        elif _is_refused(step, done):
+            assert isinstance(step, Acquire)
             self.resolve(step.wait.ticket, False)
         elif isinstance(step, GiveUp) and done:
             name.waits.pop(step.wait.ticket, None)
@@ -414,10 +491,24 @@ class Names:
                 del name.waits[ticket]
                 self._granted(name, ticket, asked)
 
+    async def _put(self, name: _Name, stored: Stored, new: NameRecord) -> bool:
+        """A swap; but a record that would only be written anew is left alone, if it is still there.
+
+        Writing it would fail the swaps of others and wake all who wait, as often as somebody tries what he cannot have.
+        """
+        if new.to_json() != stored.record.to_json():
+            return await self._swap(name, stored, new)
+        name.stored = None
+        if await self._backend.is_current(name.key, stored):
+            name.stored = stored
+        self._require_lease(name)
+        return name.stored is not None
+
     async def _swap(self, name: _Name, stored: Stored, new: NameRecord) -> bool:
         self._require_lease(name)
         name.stored = None  # what becomes of it is not known until the answer is there
         name.stored = await self._backend.swap(name.key, stored, new)
+        name.replaced = stored if name.stored is None else None
         self._require_lease(name)
         return name.stored is not None
 
@@ -428,25 +519,37 @@ class Names:
         if not self.lease_holds():
             raise BackendError("the lease of this node is over")
 
-    async def _await_change(self, name: _Name, stored: Stored) -> None:
-        """Until the record changes, there is something else to do, or it is time to look at the other nodes."""
-        await self._pause(name, stored)
-        name.stored = await self._backend.read(name.key)
-        if name.stored == stored:
-            name.gone = await self._backend.gone(stored.record.nodes() - {self._backend.node})
+    async def _await_change(self, name: _Name, stored: Stored, seconds: float) -> None:
+        """Until the record changes, there is something else to do, or it is time to look around."""
+        latest = await self._pause(name, stored, seconds)
+        if latest is None and not name.poke.is_set() and self._has_work(name):
+            latest = await self._backend.read(name.key)
+            if latest != stored:
+                await self._unfollow(name)  # it was not told
+        if latest is not None:
+            name.stored = latest
 
-    async def _pause(self, name: _Name, stored: Stored) -> None:
+    async def _pause(self, name: _Name, stored: Stored, seconds: float) -> Stored | None:
+        """The record once it is a later one; None where there is something else to do, or the time is over."""
+        follower, latest = self._follower(name), None
+        kinds = {asked.kind for asked in name.waits.values()}
+        turns = min((stored.record.turns_before(self._backend.node, kind) for kind in kinds), default=0)
         failures: list[BackendError] = []
+        if name.poke.is_set():
+            return None
         async with trio.open_nursery() as nursery:
 
-            async def until(wait: Callable[[], object]) -> None:
+            async def follow() -> None:
+                nonlocal latest
                 try:
-                    await wait()  # type: ignore[misc]
+                    latest = await follower.next_change(stored, seconds, turns)
                 except BackendError as error:  # a nursery would make a group of it
                     failures.append(error)
                 nursery.cancel_scope.cancel()
 
-            nursery.start_soon(until, name.poke.wait)
-            nursery.start_soon(until, lambda: self._backend.wait_for_change(name.key, stored, LOOK_SECONDS))
+            nursery.start_soon(follow)
+            await name.poke.wait()
+            nursery.cancel_scope.cancel()
         if failures:
             raise failures[0]
+        return latest

@@ -21,7 +21,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from safefs.locktable import Kind, NameLocks, Owner, Wait
+from safefs.locktable import Kind, Lock, NameLocks, Owner, Wait
 
 FORMAT = 1
 
@@ -143,6 +143,15 @@ class NameRecord:
         """Whether a request is still in the queue."""
         table = self.locks.tables.get(kind)
         return table is not None and table.waits(node, ticket)
+
+    def turns_before(self, node: str, kind: Kind) -> int:
+        """How many requests have to get their locks before the first of the node's can."""
+        before: list[Lock] = []
+        for wait in self.locks.tables[kind].waiting if kind in self.locks.tables else []:
+            if wait.lock.owner.node == node:
+                return sum(lock.conflicts(wait.lock) for lock in before)
+            before.append(wait.lock)
+        return 0
 
     # -------------------------------------------------------------- format
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Container, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
 import trio
+import trio.testing
 
 from safefs.cluster import leasefile as module
 from safefs.cluster.backend import BackendError, LeaseLostError, LockBackend, Stored
@@ -220,10 +221,9 @@ def test_a_change_wakes_who_waits(cluster: Cluster) -> None:
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(change)
-            await one.wait_for_change("name", first, SECONDS)
-        assert (await one.read("name")).record == held_by("b")
-        # And without a change, the time is over some time.
-        await one.wait_for_change("name", await one.read("name"), 0.05)
+            latest = await one.follow("name").next_change(first, SECONDS)
+        assert latest is not None and latest.record == held_by("b")
+        assert await one.read("name") == latest
 
     play(cluster, scenario)
 
@@ -455,6 +455,130 @@ def test_a_backend_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.Monk
             await one.read("name")
 
     trio.run(scenario)
+
+
+def without_threads(monkeypatch: pytest.MonkeyPatch, scenario: Callable[[], Awaitable[None]], takes: float = 0) -> None:
+    """Lease files whose calls are done in no time, or always take the same; time passes whenever all wait."""
+
+    async def in_place(_backend: object, function: Callable[..., object], *arguments: object) -> object:
+        await trio.sleep(takes)
+        return function(*arguments)
+
+    monkeypatch.setattr(LeasefileBackend, "_call", in_place)
+    trio.run(scenario, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+@pytest.mark.parametrize(
+    ("turns", "takes", "waited", "most"),
+    [
+        (0, 0.0, 0.0, 525),  # at first a thousand times a second, and later less often;
+        (0, 0.0, 10.0, 21),
+        (0, 0.0, 1000.0, 4),
+        (9, 0.0, 0.0, 60),  # the tenth in the queue a tenth of that,
+        (9, 0.0, 10.0, 4),
+        (0, 0.05, 0.0, 10),  # and where a look takes long, half of the time at most goes into it
+    ],
+)
+def test_how_often_it_is_looked_for_a_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, turns: int, takes: float, waited: float, most: int
+) -> None:
+    """In a second."""
+
+    async def scenario() -> None:
+        one = leasefile(tmp_path)
+        await one.join()
+        seen = await one.swap("name", Stored(), held_by("a"))
+        assert seen is not None
+        follower, looks = one.follow("name"), 0
+        read_later = one.files.read_later
+
+        def counted(name: str, version: int) -> Stored | None:
+            nonlocal looks
+            looks += 1
+            return read_later(name, version)
+
+        monkeypatch.setattr(one.files, "read_later", counted)
+        for _ in range(round(2 * waited)):  # as who waits does, who looks now and then whether others are still there
+            assert await follower.next_change(seen, 0.5, turns) is None
+        looks = 0
+        assert await follower.next_change(seen, 1.0, turns) is None
+        assert most / 2 < looks <= most
+
+    without_threads(monkeypatch, scenario, takes)
+
+
+@dataclass
+class Listener:
+    """A node with lease files that listens for notices; all that takes time is waiting."""
+
+    backend: LeasefileBackend
+    looks: list[float] = field(default_factory=list)
+    heard: list[float] = field(default_factory=list)
+
+    async def listen(self) -> None:
+        notices = self.backend.files.notices
+
+        def noted(node: str) -> list[str]:
+            self.looks.append(trio.current_time())
+            return notices(node)
+
+        self.backend.files.notices = noted  # type: ignore[method-assign]
+        while True:
+            await self.backend.next_notice()
+            self.heard.append(trio.current_time())
+
+    async def use(self, seconds: float) -> None:
+        """A name that is delegated to it, again and again."""
+        end = trio.current_time() + seconds
+        while trio.current_time() < end:
+            self.backend.expect_notices()
+            await trio.sleep(0.001)
+
+
+def listening(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scenario: Callable[[Listener], Awaitable[None]]) -> None:
+    async def main() -> None:
+        listener = Listener(leasefile(tmp_path))
+        await listener.backend.join()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(listener.listen)
+            await scenario(listener)
+            nursery.cancel_scope.cancel()
+
+    without_threads(monkeypatch, main)
+
+
+@pytest.mark.parametrize(("used", "most"), [(0.0, 2.1), (0.001, 6.5), (10.0, 51.0)])
+def test_how_often_it_is_looked_for_notices(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, used: float, most: float
+) -> None:
+    """In a second: where no name is used; in the first ten after one was; and where they are used all the time."""
+
+    async def scenario(listener: Listener) -> None:
+        await trio.sleep(100)
+        listener.looks.clear()
+        await listener.use(used)
+        await trio.sleep(10 - used)
+        assert most / 2 < len(listener.looks) / 10 <= most
+
+    listening(tmp_path, monkeypatch, scenario)
+
+
+@pytest.mark.parametrize(("idle", "most"), [(0.0, 0.021), (0.1, 0.031), (1.0, 0.121), (100.0, 0.521)])
+def test_how_soon_a_notice_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, idle: float, most: float) -> None:
+    """Soon, if a name was used a short time ago."""
+
+    async def scenario(listener: Listener) -> None:
+        await trio.sleep(100)
+        for step in range(10):
+            await listener.use(0.001)
+            await trio.sleep(idle + most * step / 10)
+            sent = trio.current_time()
+            await listener.backend.notify(listener.backend.node, "name")
+            await trio.sleep(2)
+            assert 0 <= listener.heard[-1] - sent <= most * 1.1
+        assert len(listener.heard) == 10
+
+    listening(tmp_path, monkeypatch, scenario)
 
 
 def test_a_record_that_is_damaged(tmp_path: Path) -> None:

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import secrets
 import ssl
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
 
 from safefs.cluster.backend import BackendError, Stored
 from safefs.cluster.etcd import EtcdBackend
-from safefs.cluster.etcd_client import Access
+from safefs.cluster.etcd_client import Access, Answer, Watch, decode
 from safefs.cluster.record import NameRecord
+from safefs.locktable import Kind, Mode
 from tests.conformance.test_backends import access_of, etcd_node, held_by
 from tests.support.etcd import PREFIX, TOKEN_SECONDS, Etcd, etcd
+from tests.unit.test_names import Node
 
 SECONDS = 60.0
 LEASE_SECONDS = 5.0
@@ -117,12 +120,115 @@ def test_a_change_is_noticed_through_a_member_that_failed(three: Etcd) -> None:
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(change)
-            await one.wait_for_change("name", first, SECONDS)
-        assert (await one.read("name")).record == held_by("b")
+            latest = await one.follow("name").next_change(first, SECONDS)
+        assert latest is not None and latest.record == held_by("b")
 
     leads = three.leader()
     if leads is three.members[0]:
         three.members.reverse()
+    play(scenario, access_of(three))
+
+
+# What it is asked.
+
+
+def note_requests(node: EtcdBackend, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What a node asks about records from now on."""
+    asked: list[str] = []
+    call, watch = node._client.call, node._client.watch
+
+    def note(what: str, key: bytes) -> None:
+        if key.startswith(node._key("names", "")):
+            asked.append(what)
+
+    async def noted_call(path: str, request: Mapping[str, Any], *, changes: bool = True) -> Answer:
+        first = request.get("compare") or [request]
+        note(path.rpartition("/")[2], decode(first[0].get("key", "")))
+        return await call(path, request, changes=changes)
+
+    async def noted_watch(key: bytes, end: bytes = b"") -> Watch:
+        note("watch", key)
+        return await watch(key, end)
+
+    monkeypatch.setattr(node._client, "call", noted_call)
+    monkeypatch.setattr(node._client, "watch", noted_watch)
+    return asked
+
+
+def test_what_a_hand_over_costs(secured: Etcd, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One transaction.  Whoever waits for it is told, record and all, on a watch that has been there since he waits."""
+
+    async def scenario(*backends: EtcdBackend) -> None:
+        one, two = (Node(backend.node, backend) for backend in backends)
+        requests = {node.name: note_requests(node.backend, monkeypatch) for node in (one, two)}
+        async with trio.open_nursery() as nursery:
+            for node in (one, two):
+                nursery.start_soon(node.names.run)
+            assert await one.acquire("name", 1, Mode.EXCLUSIVE)
+            for turn, (holder, waiter) in enumerate(3 * [(one, two), (two, one)]):
+                granted = trio.Event()
+
+                async def wait(node: Node, granted: trio.Event) -> None:
+                    assert await node.acquire("name", 1, Mode.EXCLUSIVE)
+                    granted.set()
+
+                nursery.start_soon(wait, waiter, granted)
+                while not holder.names.known("name")[Kind.FLOCK].waiting:  # noqa: ASYNC110 - it is told by etcd
+                    await trio.sleep(0.001)
+                if turn > 1:  # both have had to do with it for a while
+                    assert requests[waiter.name] == ["txn"]  # by which it was put into the queue
+                    assert requests[holder.name] == []
+                requests[waiter.name].clear()
+                requests[holder.name].clear()
+                await holder.release("name", 1)
+                await granted.wait()
+                assert requests[holder.name] == ["txn"]
+                assert requests[waiter.name] == []
+                requests[holder.name].clear()
+            nursery.cancel_scope.cancel()
+
+    play(scenario, access_of(secured), lease_seconds=60)
+
+
+def test_who_follows_a_record_misses_nothing(secured: Etcd) -> None:
+    """Of what is written before the watch is there, between two waits, and while a wait is cancelled."""
+
+    async def scenario(one: EtcdBackend, two: EtcdBackend) -> None:
+        seen = await one.swap("name", Stored(), held_by("0"))
+        follower = one.follow("name")
+        latest = seen
+        for number in range(1, 50):
+            assert seen is not None and latest is not None
+            latest = await two.swap("name", latest, held_by(str(number)) if number % 7 else NameRecord())
+            told = None
+            with trio.move_on_after(0.001 * (number % 4)):
+                told = await follower.next_change(seen, SECONDS)
+            seen = told or await follower.next_change(seen, SECONDS)
+            assert seen == latest
+            if number % 10 == 0:
+                await follower.aclose()
+        assert seen is not None and await follower.next_change(seen, 0.01) is None
+        await follower.aclose()
+
+    play(scenario, access_of(secured), lease_seconds=60)
+
+
+def test_a_watch_that_etcd_ends(three: Etcd) -> None:
+    """Its member is killed, or cut off from a revision that it has forgotten: whoever follows hears of it."""
+
+    async def scenario(one: EtcdBackend, two: EtcdBackend) -> None:
+        first = await one.swap("name", Stored(), held_by("a"))
+        assert first is not None
+        follower = one.follow("name")
+        assert await follower.next_change(first, 0.5) is None
+        three.members[one._client._first].kill()
+        with pytest.raises(BackendError):
+            await follower.next_change(first, SECONDS)
+        await written(two, held_by("b"))
+        latest = await follower.next_change(first, SECONDS)
+        assert latest is not None and latest.record == held_by("b")
+        await follower.aclose()
+
     play(scenario, access_of(three))
 
 

@@ -186,7 +186,7 @@ class Cluster:
             if may_fail and self._faults.calls and call[0] == "swap" and number in answers:
                 unsure = arrived._replace(faults=state.faults - 1)
                 yield f"{what} is said to have failed", self._node(unsure, at, "answer", number, None), True
-            if may_fail and self._faults.calls and call[0] not in ("pause", "notice"):
+            if may_fail and self._faults.calls and call[0] not in ("change", "notice"):
                 arrived = arrived._replace(faults=state.faults - 1)
                 if call[0] == "swap" and number not in answers:
                     arrived = arrived._replace(late=state.late | {call[1:]})
@@ -214,7 +214,12 @@ class Cluster:
                     yield f"{what} comes", taken._replace(notices=state.notices - {view.name}), False
             case ("gone", nodes):
                 yield what, self._node(state, at, "answer", number, nodes & state.ended), False
-            case ("pause", seen):
+            case ("current", version):
+                is_current = version == state.record[0]
+                yield f"{what}: {is_current}", self._answered(state, at, number, is_current), False
+            case ("change", seen):
+                if seen != state.record[0]:
+                    yield f"{what} to {summary(state.record[1])}", self._read(state, at, number, state.record), False
                 if self.sees_something(state, view, seen):
                     yield f"{view.name} looks again", self._node(state, at, "answer", number, None), False
 

@@ -50,11 +50,23 @@ def stored_of(version: Version) -> Stored:
     return Stored(number, NameRecord.from_json(json.loads(text)))
 
 
+class Follower:
+    """The node's side of a record that it follows (backend.Follower)."""
+
+    async def next_change(self, seen: Stored, seconds: float, _turns: int = 0) -> Stored | None:
+        version = await ask("change", seen.version)
+        return None if version is None else stored_of(version)
+
+    async def aclose(self) -> None:
+        pass
+
+
 class Backend:
     """The node's side of the records (backend.LockBackend): asks the search."""
 
-    def __init__(self, node: str) -> None:
+    def __init__(self, node: str, tells_changes: bool) -> None:
         self.node = node
+        self.tells_changes = tells_changes
         self.lapsed = False
 
     async def join(self) -> None:
@@ -72,8 +84,14 @@ class Backend:
     async def discard(self, name: str, stored: Stored) -> None:
         assert not stored.record
 
-    async def wait_for_change(self, name: str, seen: Stored, seconds: float) -> None:
-        raise AssertionError("the search decides when a pause is over")
+    async def is_current(self, name: str, stored: Stored) -> bool:
+        return bool(await ask("current", stored.version))
+
+    def follow(self, name: str) -> Follower:
+        return Follower()
+
+    def expect_notices(self) -> None:
+        pass
 
     async def notify(self, node: str, name: str) -> None:
         await ask("notify", node)
@@ -96,14 +114,33 @@ class Backend:
 
 
 class SearchedNames(Names):
-    """As daemons run it; only that a pause lasts as long as the search wants, and that it looks as often as it may."""
+    """As daemons run it; only that the search decides when a pause is over, and that it looks as often as it may."""
 
-    async def _pause(self, name: module._Name, stored: Stored) -> None:
-        await ask("pause", stored.version)
+    tells_changes = False
+
+    async def _pause(self, name: module._Name, stored: Stored, seconds: float) -> Stored | None:
+        """Without tasks of its own."""
+        return await self._follower(name).next_change(stored, seconds)
+
+    def _lingers(self, name: module._Name) -> bool:
+        return False
 
     async def _gone(self, record: NameRecord) -> set[str]:
         others = record.nodes() - {self.node}
         return await self._backend.gone(others) if others else set()
+
+
+class ToldNames(SearchedNames):
+    """Where changes are told."""
+
+    tells_changes = True
+
+
+class LingeringNames(ToldNames):
+    """Where a record is followed for as long as there is something on it."""
+
+    def _lingers(self, name: module._Name) -> bool:
+        return True
 
 
 async def no_sleep(_seconds: float) -> None:
@@ -160,7 +197,7 @@ class Node:
     """One node, live: what the table is filled with."""
 
     def __init__(self, name: str, clients: str, names: type[SearchedNames]) -> None:
-        self.backend = Backend(name)
+        self.backend = Backend(name, names.tells_changes)
         self.names = names(self.backend)
         self.locks = Locks(self.names)
         self.names.resolve = self.locks.resolve

@@ -22,7 +22,7 @@ from safefs.cluster.record import NameRecord
 from safefs.locktable import Kind, Lock, LockTable, Mode, NameLocks, Owner, Wait
 from tests.model.cluster import Cluster, Faults, State, check_record
 from tests.model.explore import Violation, explore
-from tests.model.protocol import SearchedNames, View, without_an_event_loop
+from tests.model.protocol import LingeringNames, SearchedNames, ToldNames, View, without_an_event_loop
 
 MOST_STATES = 6_000_000
 ONE = frozenset({0})
@@ -31,10 +31,12 @@ BOTH = frozenset({0, 1})
 CALLS = Faults(1, leases=False, deaths=False, tidies=True)
 LEASES = Faults(1, calls=False, deaths=False)
 DEATHS = Faults(1, calls=False, leases=False)
+PROMPT_CALLS = Faults(1, leases=False, deaths=False, prompt=BOTH)
 PROMPT_LEASES = Faults(1, calls=False, deaths=False, prompt=BOTH)
 STALE = Faults(1, calls=False, leases=False, deaths=False, stale=True)
 EVERY_LOOK = Faults(idle_looks=True)
 
+# With changes that nodes look for; where they are told of them, see TOLD.
 BRIEF = [
     (["X", "X"], Faults()),
     (["X", "X"], EVERY_LOOK),
@@ -46,6 +48,14 @@ BRIEF = [
     (["X", "X"], STALE),
     (["X", "X"], CALLS),
 ]
+TOLD = [
+    (["X", "X"], Faults(), LingeringNames),
+    (["X", "T"], Faults(), LingeringNames),
+    (["X", "X"], Faults(tidies=True), ToldNames),
+    (["X", "G"], Faults(), ToldNames),
+    (["X", "X"], DEATHS, ToldNames),
+    (["X", "X"], PROMPT_CALLS, LingeringNames),
+]
 DEEP = [
     (["X", "X"], PROMPT_LEASES),
     (["XX", "X"], Faults()),
@@ -54,8 +64,14 @@ DEEP = [
     (["X", "S"], CALLS),
     (["X", "S"], PROMPT_LEASES),
 ]
+TOLD_DEEP = [
+    (["XX", "X"], Faults(), LingeringNames),
+    (["X", "X"], CALLS, ToldNames),
+    (["X", "X"], PROMPT_LEASES, LingeringNames),
+]
 IS_DEEP = os.environ.get("SAFEFS_SEARCH") == "deep"
-DEPTHS = BRIEF + (DEEP if IS_DEEP else [])
+LOOKED_FOR = [(*depth, SearchedNames) for depth in BRIEF + (DEEP if IS_DEEP else [])]
+DEPTHS = LOOKED_FOR + TOLD + (TOLD_DEEP if IS_DEEP else [])
 
 
 @pytest.fixture(autouse=True)
@@ -74,6 +90,8 @@ def search(cluster: Cluster, most: int = MOST_STATES) -> int:
 
 
 def describe(value: object) -> str:
+    if isinstance(value, type):
+        return value.__name__.removesuffix("Names").lower()
     if not isinstance(value, Faults):
         return "+".join(value) if isinstance(value, list) else ""
     kinds = [kind for kind in ("calls", "leases", "deaths", "stale", "idle_looks", "tidies") if getattr(value, kind)]
@@ -81,11 +99,11 @@ def describe(value: object) -> str:
 
 
 @pytest.mark.timeout(7200)
-@pytest.mark.parametrize(("nodes", "faults"), DEPTHS, ids=describe)
-def test_all_orders(nodes: list[str], faults: Faults) -> None:
+@pytest.mark.parametrize(("nodes", "faults", "names"), DEPTHS, ids=describe)
+def test_all_orders(nodes: list[str], faults: Faults, names: type[SearchedNames]) -> None:
     alike = len(set(nodes)) == 1 and faults.most == 1
     faults = replace(faults, of=ONE) if alike else faults
-    assert search(Cluster(nodes, faults)) > 1000
+    assert search(Cluster(nodes, faults, names)) > 1000
 
 
 # Controls: a protocol that lacks one thing is found out, so each of these has a meaning, and so has the search.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,10 +12,12 @@ import pytest
 import trio
 import trio.testing
 
+from safefs.cluster import names as module
 from safefs.cluster.backend import BackendError, Stored
-from safefs.cluster.memory import MemoryBackend, MemoryCluster
-from safefs.cluster.names import Names
+from safefs.cluster.memory import MemoryBackend, MemoryCluster, MemoryFollower
+from safefs.cluster.names import LOOK_SECONDS, Names
 from safefs.cluster.record import Acquire, GiveUp, NameRecord, Release, Step, carry_out
+from safefs.locks import Locks
 from safefs.locktable import OFFSET_MAX, Kind, Lock, Mode, NameLocks, Owner, Wait
 
 HOURS = 3600.0
@@ -46,13 +48,28 @@ class Faulty(MemoryBackend):
         await self._may_fail()
         return stored
 
-    async def wait_for_change(self, name: str, seen: Stored, seconds: float) -> None:
+    async def is_current(self, name: str, stored: Stored) -> bool:
         await self._may_fail()
-        await super().wait_for_change(name, seen, seconds)
+        return await super().is_current(name, stored)
+
+    def follow(self, name: str) -> MemoryFollower:
+        return FaultyFollower(self._cluster, name, self._may_fail)
 
     async def notify(self, node: str, name: str) -> None:
         if self._chance.random() > self._share:  # notices are lost without a word
             await super().notify(node, name)
+
+
+@dataclass
+class FaultyFollower(MemoryFollower):
+    """What is told comes late, and sometimes it is said that nothing can be told."""
+
+    may_fail: Callable[[], Awaitable[None]]
+
+    async def next_change(self, seen: Stored, seconds: float, turns: int = 0) -> Stored | None:
+        stored = await super().next_change(seen, seconds)
+        await self.may_fail()
+        return stored
 
 
 @dataclass
@@ -201,17 +218,37 @@ def test_control_nodes_that_share_nothing_overlap() -> None:
 
 
 class Counting(MemoryBackend):
-    """Counts what goes to the others."""
+    """Notes what goes to the backend; only that it is told of changes costs nothing."""
 
-    messages = 0
+    def __init__(self, cluster: MemoryCluster, node: str) -> None:
+        super().__init__(cluster, node)
+        self.calls: list[str] = []
 
     async def read(self, name: str) -> Stored:
-        self.messages += 1
+        self.calls.append("read")
         return await super().read(name)
 
     async def swap(self, name: str, old: Stored, new: NameRecord) -> Stored | None:
-        self.messages += 1
+        self.calls.append("swap")
         return await super().swap(name, old, new)
+
+    async def is_current(self, name: str, stored: Stored) -> bool:
+        self.calls.append("is_current")
+        return (await super().read(name)).version == stored.version
+
+    async def notify(self, node: str, name: str) -> None:
+        self.calls.append("notify")
+        await super().notify(node, name)
+
+    async def gone(self, nodes: Iterable[str]) -> set[str]:
+        self.calls.append("gone")
+        return await super().gone(nodes)
+
+
+class CountingPolls(Counting):
+    """Where changes have to be looked for."""
+
+    tells_changes = False
 
 
 def test_a_name_that_is_delegated_costs_no_message() -> None:
@@ -219,14 +256,176 @@ def test_a_name_that_is_delegated_costs_no_message() -> None:
         node = nodes[0]
         assert await node.acquire("name", 1, Mode.EXCLUSIVE)
         await node.release("name", 1)
-        backend: Any = node.backend
-        before = backend.messages
+        calls = calls_of(node)
+        calls.clear()
         for _ in range(100):
             assert await node.acquire("name", 1, Mode.EXCLUSIVE)
             await node.release("name", 1)
-        assert backend.messages == before
+        assert calls == []
 
     play(scenario, Counting)
+
+
+def calls_of(node: Node) -> list[str]:
+    assert isinstance(node.backend, Counting)
+    return node.backend.calls
+
+
+@pytest.mark.parametrize("held_seconds", [0.01, 0.7, 20.0])
+@pytest.mark.parametrize(("backends", "unlocking"), [(Counting, ["swap"]), (CountingPolls, ["read", "swap"])])
+def test_what_a_hand_over_costs(
+    backends: type[Counting], unlocking: list[str], held_seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who asks, and who unlocks, writes one record, which he knows where changes are told; who waits is told, too."""
+    monkeypatch.setattr(module, "boottime", trio.current_time)
+
+    async def scenario(nodes: list[Node]) -> None:
+        one, two, _ = nodes
+        assert await one.acquire("name", 1, Mode.EXCLUSIVE)
+        for turn, (holder, waiter) in enumerate(3 * [(one, two), (two, one)]):
+            async with trio.open_nursery() as nursery:
+                granted = trio.Event()
+
+                async def wait(node: Node, granted: trio.Event) -> None:
+                    assert await node.acquire("name", 1, Mode.EXCLUSIVE)
+                    granted.set()
+
+                nursery.start_soon(wait, waiter, granted)
+                # So that it does not look at that moment whether everybody is still there.
+                await trio.sleep(held_seconds + 0.1)
+                assert turn < 2 or calls_of(waiter)[: len(unlocking)] == unlocking
+                for node in (holder, waiter):
+                    calls_of(node).clear()
+                nursery.start_soon(holder.release, "name", 1)
+                await granted.wait()
+                assert calls_of(waiter) == []
+                # That he looks after the others once it is done is nothing that anybody waits for.
+                assert calls_of(holder) in (unlocking, [*unlocking, "gone"])
+                calls_of(holder).clear()
+
+    play(scenario, backends)
+
+
+@pytest.mark.parametrize("backends", [Counting, CountingPolls])
+def test_who_only_tries_changes_nothing(backends: type[Counting]) -> None:
+    """Else the swaps of others would fail for it, and all who wait would wake, as often as somebody tries."""
+
+    async def scenario(nodes: list[Node]) -> None:
+        one, two, _ = nodes
+        assert await one.acquire("name", 1, Mode.EXCLUSIVE)
+        assert not await two.acquire("name", 1, Mode.EXCLUSIVE, may_wait=False)
+        before = await two.backend.read("name")
+        calls_of(two).clear()
+        for _ in range(20):
+            assert not await two.acquire("name", 1, Mode.EXCLUSIVE, may_wait=False)
+            await trio.sleep(0.1)
+        assert await two.backend.read("name") == before
+        assert "swap" not in calls_of(two)
+
+    play(scenario, backends)
+
+
+class Slow(Counting):
+    """Told of changes much later than they can be read."""
+
+    def follow(self, name: str) -> MemoryFollower:
+        return LateFollower(self._cluster, name, 30.0)
+
+
+class Trusting(Slow):
+    """Who believes that a record is still the one that he knows."""
+
+    async def is_current(self, name: str, stored: Stored) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("backends", "had"), [(Slow, True), (Trusting, False)])
+def test_who_tries_after_an_unlock_has_the_lock(backends: type[Slow], had: bool) -> None:
+    """Whatever he has been told of it by then; with a control."""
+
+    async def scenario(nodes: list[Node]) -> None:
+        one, two, _ = nodes
+        assert await one.acquire("name", 1, Mode.EXCLUSIVE)
+        assert not await two.acquire("name", 1, Mode.EXCLUSIVE, may_wait=False)
+        assert not await two.acquire("name", 1, Mode.EXCLUSIVE, may_wait=False)
+        await one.release("name", 1)
+        assert await two.acquire("name", 1, Mode.EXCLUSIVE, may_wait=False) is had
+
+    play(scenario, backends)
+
+
+def test_a_change_that_was_not_told_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A watch can be lost without a word; who waits looks by himself, and listens anew from then on."""
+
+    class Deaf(MemoryFollower):
+        async def next_change(self, seen: Stored, seconds: float, turns: int = 0) -> Stored | None:
+            await trio.sleep(seconds)
+            return None
+
+    async def scenario(nodes: list[Node]) -> None:
+        one, two, _ = nodes
+        follow = two.backend.follow
+        followers = iter([Deaf(two.backend._cluster, "name"), *[follow("name") for _ in range(10)]])
+        monkeypatch.setattr(two.backend, "follow", lambda _name: next(followers))
+        assert await one.acquire("name", 1, Mode.EXCLUSIVE)
+        for seconds in (2 * LOOK_SECONDS, LOOK_SECONDS / 2):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(two.acquire, "name", 1, Mode.EXCLUSIVE)
+                await trio.sleep(10.2 * LOOK_SECONDS)
+                await one.release("name", 1)
+                nursery.cancel_scope.deadline = trio.current_time() + seconds
+            assert not nursery.cancel_scope.cancelled_caught
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(one.acquire, "name", 1, Mode.EXCLUSIVE)
+                await trio.sleep(1)  # it waits, so the name stays shared
+                await two.release("name", 1)
+
+    play(scenario, MemoryBackend)
+
+
+def test_who_is_far_behind_in_the_queue_looks_less_often() -> None:
+    """It is said how many are before him; of shared locks one is had with the other."""
+    record = NameRecord()
+    table = record.locks[Kind.FLOCK]
+    for number, (node, mode) in enumerate(
+        [("a", Mode.EXCLUSIVE), ("b", Mode.EXCLUSIVE), ("c", Mode.SHARED), ("d", Mode.SHARED), ("b", Mode.SHARED)]
+    ):
+        table.request(Wait(number, Lock(Owner(node, number), mode)))
+    assert [record.turns_before(node, Kind.FLOCK) for node in "abcde"] == [0, 0, 1, 1, 0]
+    assert record.turns_before("a", Kind.RECORD) == 0
+
+
+def test_a_notice_that_comes_too_late() -> None:
+    """The name is another's by then, and this node does not want it."""
+
+    async def scenario(nodes: list[Node]) -> None:
+        one, two, _ = nodes
+        assert await two.acquire("name", 1, Mode.EXCLUSIVE)
+        await two.backend.notify("node0", "name")
+        await trio.sleep(10)
+        assert one.names.local("name") is None and two.names.local("name") is not None
+        assert (await one.backend.read("name")).record == NameRecord("node1")
+
+    play(scenario, MemoryBackend)
+
+
+def test_no_more_names_are_followed_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For who waits on none of them: with etcd each costs a connection."""
+    monkeypatch.setattr(module, "MOST_FOLLOWED", 5)
+
+    async def scenario(nodes: list[Node]) -> None:
+        one, two, _ = nodes
+        for number in range(20):
+            assert await one.acquire(f"name{number}", 1, Mode.SHARED)
+            assert await two.acquire(f"name{number}", 1, Mode.SHARED)
+        assert [node.names._followed for node in nodes] == [5, 5, 0]
+        for number in range(20):
+            await two.release(f"name{number}", 1)
+            await one.release(f"name{number}", 1)
+        await trio.sleep(60)
+        assert [node.names._followed for node in nodes] == [0, 0, 0]
+
+    play(scenario, MemoryBackend)
 
 
 def test_it_is_given_back_when_another_node_asks_and_locks_stay() -> None:
@@ -239,13 +438,41 @@ def test_it_is_given_back_when_another_node_asks_and_locks_stay() -> None:
     play(scenario, MemoryBackend)
 
 
+def test_what_is_held_on_another_node_is_seen() -> None:
+    """By F_GETLK and `safefs locks`: when the name is still the other node's, and when it is shared."""
+
+    async def scenario(nodes: list[Node]) -> None:
+        one, two, _ = nodes
+        locks = Locks(two.names)
+        held = Lock(Owner("node0", 1), Mode.EXCLUSIVE)
+        assert await one.acquire("name", 1, Mode.EXCLUSIVE)
+        for _ in range(2):
+            assert await locks.conflict("name", Kind.FLOCK, Lock(Owner("node1", 1), Mode.SHARED)) == held
+        assert [(entry["node"], entry["state"]) for entry in await locks.report()] == [("node0", "held")]
+        await one.release("name", 1)
+        assert await locks.conflict("name", Kind.FLOCK, Lock(Owner("node1", 1), Mode.SHARED)) is None
+
+    play(scenario, MemoryBackend)
+
+
 class Late(MemoryBackend):
     """Sees what others have changed some time after it happened, as who polls does."""
 
-    async def wait_for_change(self, name: str, seen: Stored, seconds: float) -> None:
+    tells_changes = False
+
+    def follow(self, name: str) -> MemoryFollower:
+        return LateFollower(self._cluster, name, 0.25)
+
+
+@dataclass
+class LateFollower(MemoryFollower):
+    late_seconds: float
+
+    async def next_change(self, seen: Stored, seconds: float, turns: int = 0) -> Stored | None:
         with trio.move_on_after(seconds):
-            await trio.sleep(0.25)
-            await super().wait_for_change(name, seen, seconds)
+            await trio.sleep(self.late_seconds)
+            return await super().next_change(seen, seconds)
+        return None
 
 
 def test_a_node_that_needs_a_name_all_the_time_leaves_it_to_others() -> None:
@@ -349,11 +576,8 @@ def test_who_only_tries_gets_what_a_lost_node_held() -> None:
         assert await nodes[0].acquire("name", 1, Mode.EXCLUSIVE)
         assert not await nodes[1].acquire("name", 1, Mode.EXCLUSIVE, may_wait=False)
         await nodes[0].backend.leave()
-        for _ in range(100):
-            if await nodes[1].acquire("name", 1, Mode.EXCLUSIVE, may_wait=False):
-                return
-            await trio.sleep(0.1)
-        pytest.fail("never got it")
+        await trio.sleep(LOOK_SECONDS)
+        assert await nodes[1].acquire("name", 1, Mode.EXCLUSIVE, may_wait=False)
 
     play(scenario, MemoryBackend)
 
@@ -428,9 +652,8 @@ class Distant(MemoryBackend):
         await trio.sleep(0.001)
         return await super().swap(name, old, new)
 
-    async def wait_for_change(self, name: str, seen: Stored, seconds: float) -> None:
-        await super().wait_for_change(name, seen, seconds)
-        await trio.sleep(0.001)
+    def follow(self, name: str) -> MemoryFollower:
+        return LateFollower(self._cluster, name, 0.001)
 
 
 def test_who_gives_a_name_back_does_not_take_it_again_at_once() -> None:
