@@ -7,6 +7,7 @@ SAFEFS_CLUSTER_HOLDS says how often each kind of lock is held for that, on each 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import sys
@@ -21,7 +22,7 @@ from safefs.locking import PATIENCE_SECONDS
 from tests.cluster.conftest import CALM_LEASE, Cluster
 from tests.mount.actors import Actor
 from tests.mount.test_locks import BLOCK, BLOCKED, RELEASE, TRY, opened
-from tests.support.mounting import Mount, status, wait_until
+from tests.support.mounting import Mount, safefs, status, wait_until
 
 HOLDS = int(os.environ.get("SAFEFS_CLUSTER_HOLDS", "90"))  # by each kind of lock
 PARTIES = 6
@@ -161,6 +162,39 @@ def test_a_lock_of_another_node(cluster: Cluster, parties: Make, kind: str) -> N
     time.sleep(0.3)
     one.kill(signal.SIGKILL)
     two.result(10)
+
+
+def shown(node: Mount) -> list[tuple[object, ...]]:
+    """What `safefs locks` says on a node: path, kind, state and pid of each lock."""
+    done = safefs("locks", "--at", node.path, "--json")
+    assert done.returncode == 0, done.stderr
+    return sorted((entry["path"], entry["kind"], entry["state"], entry["pid"]) for entry in json.loads(done.stdout))
+
+
+def test_every_node_sees_the_locks_of_all(cluster: Cluster, parties: Make) -> None:
+    """By F_GETLK, which names the holder on his own node, and by `safefs locks`; whoever has the name in memory."""
+    nodes = cluster.make(3, lease=CALM_LEASE)
+    holder, neighbour, far, waiter = (parties() for _ in range(4))
+    opened(holder, nodes[0] / "data")
+    opened(neighbour, nodes[0] / "data")
+    opened(far, nodes[1] / "data")
+    opened(waiter, nodes[2] / "data")
+    holder("record(fd, SET, EXCLUSIVE, 10, 5)")
+    for _ in range(2):  # the name is on record after the first
+        assert far("record(fd, GET, SHARED)") == ("exclusive", 10, 5, 0)
+        assert far("record(fd, GET, SHARED, 0, 10)")[0] == ""
+        assert neighbour("record(fd, GET, SHARED)") == ("exclusive", 10, 5, holder.pid)
+    held = ("data", "record", "held", holder.pid)
+    for node in nodes[:2]:
+        assert shown(node.mount) == [held]
+    waiter.start("record(fd, WAIT, EXCLUSIVE)")
+    waits = ("data", "record", "waiting", waiter.pid)
+    for node in (*nodes, *nodes):
+        assert wait_until(lambda node=node: shown(node.mount) == [held, waits], START_SECONDS)
+    holder("record(fd, SET, UNLOCK)")
+    waiter.result(START_SECONDS)
+    for node in nodes:
+        assert shown(node.mount) == [("data", "record", "held", waiter.pid)]
 
 
 def test_two_of_one_node_that_would_wait_for_each_other(cluster: Cluster, parties: Make) -> None:
