@@ -257,28 +257,33 @@ class Following:
 
     async def next_change(self, seen: Stored, seconds: float, _turns: int = 0) -> Stored | None:
         try:
-            with trio.move_on_after(seconds):
-                return await self._next(seen)
+            latest = await self._begin(seen)  # in its own time: on a busy machine it would never be done otherwise
+            if latest is None:
+                with trio.move_on_after(seconds):
+                    latest = await self._hear(seen)
         except BackendError:
             await self.aclose()
             raise
-        return None
+        return latest
 
-    async def _next(self, seen: Stored) -> Stored:
-        seen_at = int(seen.token or 0)
+    async def _begin(self, seen: Stored) -> Stored | None:
+        """Have a watch; the record if it has changed since it was seen, and that was not told."""
         if self._watch is None:
             self._watch = await self._client.watch(self._key)
             self._unknown_before = self._watch.begins_after
-        if seen_at < self._unknown_before:
-            latest = await self._read()
-            self._unknown_before = 0
-            if latest.version != seen.version:
-                return latest
+        if int(seen.token or 0) >= self._unknown_before:
+            return None
+        latest = await self._read()
+        self._unknown_before = 0
+        return None if latest.version == seen.version else latest
+
+    async def _hear(self, seen: Stored) -> Stored:
+        assert self._watch is not None
         while True:
             event = (await self._watch.events())[-1]
             revision = event["kv"]["mod_revision"]
             # Others can have been under way while this node read or wrote a later one.
-            if int(revision) > seen_at:
+            if int(revision) > int(seen.token or 0):
                 return _stored([] if event.get("type") == "DELETE" else [event["kv"]], revision)
 
     async def aclose(self) -> None:

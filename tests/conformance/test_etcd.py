@@ -213,6 +213,32 @@ def test_who_follows_a_record_misses_nothing(secured: Etcd) -> None:
     play(scenario, access_of(secured), lease_seconds=60)
 
 
+def test_a_watch_that_takes_long_to_begin(secured: Etcd, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Longer than somebody waits, on a busy machine: he has it the next time."""
+
+    async def scenario(one: EtcdBackend, two: EtcdBackend) -> None:
+        first = await one.swap("name", Stored(), held_by("a"))
+        assert first is not None
+        begun, watch = 0, one._client.watch
+
+        async def slow(key: bytes, end: bytes = b"") -> Watch:
+            nonlocal begun
+            begun += 1
+            await trio.sleep(0.2)
+            return await watch(key, end)
+
+        monkeypatch.setattr(one._client, "watch", slow)
+        follower = one.follow("name")
+        for _ in range(3):
+            assert await follower.next_change(first, 0.01) is None
+        assert begun == 1
+        latest = await two.swap("name", first, held_by("b"))
+        assert await follower.next_change(first, SECONDS) == latest
+        await follower.aclose()
+
+    play(scenario, access_of(secured), lease_seconds=60)
+
+
 def test_a_watch_that_etcd_ends(three: Etcd) -> None:
     """Its member is killed, or cut off from a revision that it has forgotten: whoever follows hears of it."""
 
