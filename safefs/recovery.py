@@ -24,9 +24,10 @@ from pathlib import Path
 import trio
 
 from safefs import backing
-from safefs.backing import DAEMON, RENAME_NOREPLACE, Backing
+from safefs.backing import RENAME_NOREPLACE, Backing
 from safefs.cluster.backend import BackendError
 from safefs.events import EventKind, EventLog
+from safefs.identity import DAEMON, SERVICE
 from safefs.softlocks import Noted, read_noted, remove_noted
 from safefs.state import DAEMONS, RECORD_VERSION, DaemonRecord, StateDirectory, known_dead
 
@@ -56,8 +57,8 @@ class Recovery:
         """Until cancelled: beat, and settle what dead daemons left."""
         while True:
             try:
-                await self._backing.run(DAEMON, self._record.beat)
-                await self._backing.run(DAEMON, self.settle_dead)
+                await self._backing.run(SERVICE, self._record.beat)
+                await self._backing.run(SERVICE, self.settle_dead)
             except OSError as error:
                 log.warning("the state directory cannot be used at the moment: %s", error)
             await trio.sleep(BEAT_SECONDS)
@@ -67,11 +68,11 @@ class Recovery:
         while True:
             await trio.sleep(LEASE_LOOK_SECONDS)
             try:
-                noted = await self._backing.run(DAEMON, self._noted_by_others)
+                noted = await self._backing.run(SERVICE, self._noted_by_others)
                 lost = await gone(each.node for each in noted)
                 for each in noted:
                     if each.node in lost:
-                        await self._backing.run(DAEMON, self._free, each)
+                        await self._backing.run(SERVICE, self._free, each)
             except (OSError, BackendError) as error:
                 log.warning("the lock files of other nodes cannot be looked at: %s", error)
 
@@ -116,7 +117,7 @@ class Recovery:
             identity = {}  # being made, or cut short by a crash: only its heartbeat can tell
         if identity.get("version", RECORD_VERSION) != RECORD_VERSION:
             return False
-        known = known_dead(identity)
+        known = self._backing.identities.call(DAEMON, known_dead, identity)
         if known is None:
             return watched and self._has_stopped_beating(path)
         (self._living.discard if known else self._living.add)(path.name)
@@ -176,7 +177,7 @@ class Recovery:
         return sorted(entries, key=lambda entry: "hidden" not in entry)
 
     def _settle_directory(self, entry: dict[str, str], node_id: str) -> int:
-        fd = backing.open_below(self._backing.root_fd, os.fsencode(entry["directory"]))
+        fd = self._backing.open_below(os.fsencode(entry["directory"]))
         try:
             if "hidden" in entry:
                 return self._put_back(fd, os.fsencode(entry["hidden"]), os.fsencode(entry["name"]))
@@ -190,10 +191,11 @@ class Recovery:
 
     def _put_back(self, directory: int, hidden: bytes, name: bytes) -> int:
         """A partial file that was taken over goes back under its name, unless there is a new one."""
-        if backing.identity_at(directory, hidden) is None:
+        as_owner = self._backing.identities.as_owner
+        if as_owner(directory, backing.identity_at, directory, hidden) is None:
             return 0
         try:
-            backing.rename(directory, hidden, directory, name, RENAME_NOREPLACE)
+            as_owner(directory, backing.rename, directory, hidden, directory, name, RENAME_NOREPLACE)
         except OSError:
             self._state.keep_leftover(directory, hidden, "its daemon ended, and its name has a new file")
         return 1

@@ -33,8 +33,9 @@ from typing import Any
 import trio
 
 from safefs import backing, processes
-from safefs.backing import DAEMON, Backing
+from safefs.backing import Backing
 from safefs.events import EventKind, EventLog
+from safefs.identity import DAEMON, SERVICE
 from safefs.model import Closer, Identity, Process
 from safefs.native import native
 from safefs.rules import Stale
@@ -245,10 +246,11 @@ class SoftLocks:
             if not shown:
                 self.forget(lock)
 
-    @staticmethod
-    def _is_shown(lock: SoftLock) -> bool:
+    def _is_shown(self, lock: SoftLock) -> bool:
+        as_owner, directory = self._backing.identities.as_owner, lock.directory_fd
         try:
-            return backing.identity_at(lock.directory_fd, lock.name) == backing.identity_of(os.fstat(lock.fd))
+            shown = as_owner(directory, backing.identity_at, directory, lock.name)
+            return shown == backing.identity_of(os.fstat(lock.fd))
         except OSError:
             return False
 
@@ -301,8 +303,7 @@ class SoftLocks:
 
     def _remove_file(self, lock: SoftLock) -> tuple[str, bool]:
         path = self._path(lock)
-        hidden = self._backing.hidden_name(b"l")
-        return path, remove_if_same(lock.directory_fd, lock.name, Mark.of(lock.fd), hidden)
+        return path, _remove_as_owner(self._backing, lock.directory_fd, lock.name, Mark.of(lock.fd))
 
     def _path(self, lock: SoftLock) -> str:
         directory = os.fsdecode(backing.path_below(self._backing.root_path, lock.directory_fd))
@@ -322,7 +323,7 @@ class SoftLocks:
         for lock in locks:
             lock.noted = True
         try:
-            await self._backing.run(DAEMON, self._write, locks)
+            await self._backing.run(SERVICE, self._write, locks)
         except OSError as error:
             log.warning("lock files could not be put on record: %s", error)
 
@@ -388,18 +389,24 @@ def remove_noted(store: Backing, locks: Iterable[dict[str, Any]]) -> list[str]:
         if entry["stale"] == Stale.OFF:
             continue
         try:
-            fd = backing.open_below(store.root_fd, directory)
+            fd = store.open_below(directory)
         except OSError:
             continue  # the directory is gone
         try:
             mark = Mark(entry["ino"], entry["born"], entry["changed"])
-            if remove_if_same(fd, name, mark, store.hidden_name(b"l")):
+            if _remove_as_owner(store, fd, name, mark):
                 removed.append(entry["path"])
         except OSError as error:
             log.warning("the lock file %s of a node that is gone stays: %s", entry["path"], error)
         finally:
             os.close(fd)
     return removed
+
+
+def _remove_as_owner(store: Backing, directory: int, name: bytes, mark: Mark) -> bool:
+    """Lock files lie in users' directories, where root may have no rights (root_squash)."""
+    hidden = store.hidden_name(b"l")
+    return store.identities.as_owner(directory, remove_if_same, directory, name, mark, hidden)
 
 
 def remove_if_same(directory: int, name: bytes, mark: Mark, hidden: bytes) -> bool:

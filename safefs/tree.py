@@ -13,11 +13,12 @@ from functools import partial
 from typing import TypeVar
 
 from safefs import backing
-from safefs.backing import DAEMON, RENAME_EXCHANGE, RENAME_NOREPLACE
+from safefs.backing import RENAME_EXCHANGE, RENAME_NOREPLACE
 from safefs.digest import PROVENANCE
 from safefs.draft import Draft, DraftEvent
 from safefs.files import Files
 from safefs.filesystem import Entry, FileSystem, close_all, failure
+from safefs.identity import DAEMON
 from safefs.model import Caller, Identity
 from safefs.namespace import ROOT_NODEID, Node, Ticket
 from safefs.native import native
@@ -229,7 +230,7 @@ class Tree:
             fs.unlist_draft(draft)
             temp_name, draft.temp_name = draft.temp_name, None
             if temp_name is not None:
-                await fs.backing.run(DAEMON, backing.unlink, draft.directory.fd, temp_name)
+                await fs.backing.run_for(draft, backing.unlink, draft.directory.fd, temp_name)
         fs.publisher.counts["cancelled"] += 1
 
     async def rmdir(self, directory_id: int, name: bytes, caller: Caller) -> None:
@@ -299,7 +300,7 @@ class Tree:
         """A directory that holds the family's own new files is not empty, though the backing thinks so."""
         if not len(self.fs.drafts):
             return
-        identity = await self.fs.backing.run(DAEMON, backing.identity_at, directory.fd, name)
+        identity = await self.fs.backing.run_or_caller(caller, backing.identity_at, directory.fd, name)
         node = self.fs.nodes.find(identity) if identity is not None else None
         if node is not None and node.is_directory:
             await self._require_no_own_drafts(node, caller)

@@ -16,6 +16,7 @@ from safefs import backing
 from safefs import state as state_files
 from safefs.backing import Backing
 from safefs.events import EventLog
+from safefs.identity import Identities
 from safefs.recovery import DEAD_AFTER_SECONDS, Recovery
 from safefs.state import RECORD_VERSION, DaemonRecord, StateDirectory, host_identity
 
@@ -87,8 +88,8 @@ def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Node]:
     me = {**host_identity(), "machine": "0123456789abcdef"}  # a test machine need not have a machine-id
     monkeypatch.setattr(state_files, "host_identity", lambda: dict(me))
     monkeypatch.setitem(globals(), "host_identity", lambda: dict(me))
-    store = Backing(tmp_path, impersonate=False, max_threads=2)
-    state = StateDirectory(tmp_path / ".safefs")
+    store = Backing(tmp_path, Identities(impersonate=False), max_threads=2)
+    state = StateDirectory(tmp_path / ".safefs", store.identities)
     record = DaemonRecord(state, store.node_id)
     yield Node(tmp_path, state, record, Recovery(store, state, record, EventLog(state.events, store.node_id)), me)
     record.remove()
