@@ -325,36 +325,27 @@ def test_a_killed_writer(cluster: Cluster) -> None:
     assert events.returncode == 0 and "restored" in events.stdout and "killed writer" in events.stdout
 
 
-def test_what_a_dead_daemon_left(cluster: Cluster, tmp_path: Path) -> None:
-    """Hidden files, a partial file and a lock file in a user's own directory are settled by the next daemon."""
-    home = cluster.home("left", ONE)
+def test_what_a_dead_daemon_left(cluster: Cluster) -> None:
+    """Hidden files and a partial file in a user's own directory are settled by the next daemon."""
+    home, base = cluster.home("left", ONE), cluster.disk.parent
     disk = cluster.disk / home
     before = set(quarantine(cluster.mounts[0]))
-    doomed = start_mount(cluster.bare[0], tmp_path / "doomed", "-o", OPTIONS)
-    tmp_path.chmod(0o755)
-    for above in tmp_path.parents[:2]:
-        above.chmod(0o755)
+    doomed = start_mount(cluster.bare[0], base / "doomed", "-o", OPTIONS)
     try:
         with as_user() as one:
             write(one, doomed / home / "model.part", A)
-            fd = one.open(doomed / home / "file", CREATE, 0o600)
-            one.write(fd, B)
-            one("os.fsync(fd)", fd=fd)
-            part = one.open(doomed / home / "model.part", os.O_WRONLY | os.O_APPEND)
-            one.write(part, B)
-            one("os.fsync(fd)", fd=part)
-            assert sorted(name[:9] for name in os.listdir(disk)) == [".safefs~" + doomed_id(disk)] * 2
+            fd, part = (one.open(doomed / home / name, os.O_CREAT | os.O_WRONLY) for name in ("file", "model.part"))
+            for each in (fd, part):
+                one("os.pwrite(fd, data, 0); os.fsync(fd)", fd=each, data=B)
+            hidden = os.listdir(disk)
+            assert len(hidden) == 2 and all(name.startswith(".safefs~") for name in hidden), hidden
             doomed.kill()
     finally:
         doomed.kill()
     assert wait_until(lambda: os.listdir(disk) == ["model.part"], 20), os.listdir(disk)
-    assert content(disk / "model.part") == A + B and owner(disk / "model.part") == (ONE, 0o600)
-    names = set(quarantine(cluster.mounts[0])) - before
-    assert len(names) == 1
-
-
-def doomed_id(disk: Path) -> str:
-    return os.listdir(disk)[0].split("~")[1][:1]
+    assert content(disk / "model.part") == B + A[len(B) :] and owner(disk / "model.part") == (ONE, 0o600)
+    (name,) = set(quarantine(cluster.mounts[0])) - before
+    assert name.startswith(".safefs~")
 
 
 def test_a_directory_with_leftovers_is_removed(cluster: Cluster) -> None:
