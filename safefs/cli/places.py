@@ -28,22 +28,24 @@ class Place:
 
         Raises SafefsError where it cannot be used.
         """
-        identities = self._identities()
+        identities = identities_of(self.state_path)
         if not identities.impersonate and not os.access(self.state_path, os.R_OK | os.W_OK | os.X_OK):
             raise SafefsError(f"{self.state_path}: only its owner may look into it: run this as root", errno.EACCES)
         with identities.acting(SERVICE):
             return StateDirectory(self.state_path, identities)
 
-    def _identities(self) -> Identities:
-        try:
-            fd = os.open(self.state_path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except OSError as error:
-            raise SafefsError(f"{self.state_path}: {error.strerror}", error.errno or errno.EIO) from None
-        try:
-            owner = owner_of(fd)
-        finally:
-            os.close(fd)
-        return Identities(impersonate=os.geteuid() == 0, service=owner if owner.uid else None)
+
+def identities_of(state: Path) -> Identities:
+    """For what a command does in a state directory: root acts as its owner.  SafefsError where it cannot be seen."""
+    try:
+        fd = os.open(state, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        raise SafefsError(f"{state}: {error.strerror}", error.errno or errno.EIO) from None
+    try:
+        owner = owner_of(fd)
+    finally:
+        os.close(fd)
+    return Identities(impersonate=os.geteuid() == 0, service=owner if owner.uid else None)
 
 
 def find_place(path: Path | None) -> Place:

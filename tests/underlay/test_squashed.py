@@ -300,6 +300,14 @@ def test_a_lock_file_goes_with_its_creator(cluster: Cluster) -> None:
     assert os.listdir(cluster.disk / "softlocks") == []
 
 
+def test_a_probe(cluster: Cluster) -> None:
+    """Root tries the filesystem as the service user, in its directory: he could make nothing himself."""
+    done = safefs("probe", "--json", cluster.bare[0])
+    assert done.returncode == 0, done.stderr
+    found = {finding["what"]: finding["good"] for finding in json.loads(done.stdout)}
+    assert found["a rename has one winner"] is True
+
+
 # ---------------------------------------------------------------- quarantine
 
 
