@@ -24,7 +24,6 @@ from safefs.identity import Identities
 log = logging.getLogger(__name__)
 
 OF_OTHERS = 0o077
-WRITABLE_BY_OTHERS = 0o022
 EXAMPLE_USER = "safefs"
 
 
@@ -46,7 +45,14 @@ def take_custody(path: Path, parts: Iterable[str], identities: Identities) -> No
             _make(path / part)
     except OSError as error:
         raise SafefsError(_why_not(path, error, identities), error.errno or errno.EIO) from None
-    _look_above(path)
+
+
+def warn_of_renames(path: Path) -> None:
+    """A state directory that is in use can still be put out of the way, by who may write in the directory above."""
+    with suppress(OSError):
+        mode = path.parent.stat().st_mode
+        if mode & (stat.S_IWGRP | stat.S_IWOTH) and not mode & stat.S_ISVTX:
+            log.warning("whoever may write in %s may rename %s away: chmod +t %s", path.parent, path, path.parent)
 
 
 def _make(path: Path) -> bool:
@@ -122,13 +128,6 @@ def _close(path: Path, status: os.stat_result) -> bool:
         text = f"{path}: others have rights to safefs's state, and the filesystem keeps them there"
         raise SafefsError(f"{text}: name another directory with -o state=DIR", errno.EPERM)
     return True
-
-
-def _look_above(path: Path) -> None:
-    with suppress(OSError):
-        mode = path.parent.stat().st_mode
-        if mode & WRITABLE_BY_OTHERS & 0o002 and not mode & stat.S_ISVTX:
-            log.warning("everybody may rename %s away and put another in its place: chmod +t %s", path, path.parent)
 
 
 def _why_not(path: Path, error: OSError, identities: Identities) -> str:

@@ -31,7 +31,7 @@ from safefs.cluster.keeper import Keeper
 from safefs.cluster.names import Names
 from safefs.config import ETCD_SCHEME, Settings
 from safefs.control import control_socket, find_mount, sd_notify, serve_control
-from safefs.custody import name_of
+from safefs.custody import name_of, warn_of_renames
 from safefs.errors import SafefsError
 from safefs.events import EventKind, EventLog
 from safefs.family import Reach, mounted_at
@@ -133,6 +133,8 @@ class Daemon:
         with self.identities.acting(SERVICE):
             self.state = StateDirectory(self._scratch() if settings.read_only else settings.state, self.identities)
             self.record = DaemonRecord(self.state, self.backing.node_id)
+            if settings.privileged:
+                warn_of_renames(self.state.path)
             self.locks_because = self._why_locks()
             cluster = self.state.cluster_id()
         self.names, self.keeper = self._lock_backend(cluster)

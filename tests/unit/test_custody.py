@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from safefs.custody import take_custody
+from safefs.custody import take_custody, warn_of_renames
 from safefs.errors import SafefsError
 from safefs.identity import SERVICE, Identities
 from safefs.model import Caller
@@ -104,8 +104,8 @@ def test_no_directory(state: Path) -> None:
 def test_a_directory_from_which_it_can_be_renamed_away(
     state: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for mode, warns in ((0o777, True), (0o1777, False), (0o755, False)):
+    for mode, warns in ((0o777, True), (0o775, True), (0o1777, False), (0o755, False)):
         tmp_path.chmod(mode)
         caplog.clear()
-        take_custody(state, PARTS, ROOT)
+        warn_of_renames(state)
         assert ("chmod +t" in caplog.text) == warns, oct(mode)
