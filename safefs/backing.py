@@ -15,9 +15,10 @@ import os
 import secrets
 import stat
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TypeVar
@@ -114,22 +115,23 @@ class Backing:
         descriptors = () if owned < 0 else (owned,)
         return self.identities.call_first(root_or((caller,), descriptors), function, *args)
 
-    def open_below(self, path: bytes) -> int:
+    def open_below(self, path: bytes, others: Iterable[Caller] = ()) -> int:
         """A directory below the root, by a path of which no component may be a symbolic link: users can make those.
 
-        As the daemon itself, or as the owners of the directories on the way.
+        As the daemon itself, as one of `others`, or as the owners of the directories on the way.
         """
-        as_owner = self.identities.as_owner
+        as_owner = partial(self.identities.as_owner, others=others)
         fd = os.dup(self.root_fd)
         for component in path.split(b"/"):
             if component:
                 try:
-                    below = as_owner(fd, _find_directory, fd, component)
+                    below: int = as_owner(fd, _find_directory, fd, component)
                 finally:
                     os.close(fd)
                 fd = below
         try:
-            return as_owner(fd, open_directory, fd)
+            directory: int = as_owner(fd, open_directory, fd)
+            return directory
         finally:
             os.close(fd)
 

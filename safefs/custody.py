@@ -56,6 +56,12 @@ def warn_of_renames(path: Path) -> None:
 
 
 def _make(path: Path) -> bool:
+    """Whether the directory had to be made.  NFS asks for it first, and then who may not make it is told no more."""
+    try:
+        path.lstat()
+        return False
+    except FileNotFoundError:
+        pass
     try:
         path.mkdir(mode=0o700)
     except FileExistsError:

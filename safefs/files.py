@@ -295,7 +295,7 @@ class Files:
     async def _stage_missing(self, directory: Node, name: bytes, mode: int, caller: Caller) -> Staged | os.stat_result:
         """The beginning of a draft for a name that does not exist; what the name shows where it does."""
         fs = self.fs
-        await fs.publisher.announce_temp(directory)
+        await fs.publisher.announce_temp(directory, caller)
         hidden = fs.backing.hidden_name(b"d")
         return await fs.backing.run(caller, self._make_missing, directory.fd, name, mode, hidden, caller.pid)
 
@@ -341,7 +341,7 @@ class Files:
         Nothing is copied yet: reads go to the version until the first write.
         """
         fs = self.fs
-        await fs.publisher.announce_temp(directory)
+        await fs.publisher.announce_temp(directory, caller)
         hidden = fs.backing.hidden_name(b"d")
         home = directory.fd
         staged = await fs.backing.run_or_daemon(caller, self._make_upon, home, name, hidden, caller.pid, owned=home)
@@ -465,7 +465,7 @@ class Files:
             await self.fs.publisher.detach(draft)
             return
         fs = self.fs
-        await fs.publisher.announce_temp(draft.directory)
+        await fs.publisher.announce_temp(draft.directory, draft.caller)
         make, home, hidden = fs.backing.make_temp, draft.directory.fd, fs.backing.hidden_name(b"d")
         # What was published is the base now.
         made = await fs.backing.run_or_daemon(draft.caller, make, home, 0o600, hidden, owned=home)
@@ -512,7 +512,7 @@ class Files:
         return True
 
     def _take_over_file(self, draft: Draft, base: Base, hidden: bytes) -> int | None:
-        self.fs.publisher.note_partial(draft.directory.fd, hidden, draft.name)
+        self.fs.publisher.note_partial(draft.directory.fd, hidden, draft.name, draft.caller)
         return backing.take_over(base.fd, base.identity, draft.directory.fd, draft.name, hidden)
 
     async def _truncate(self, draft: Draft, size: int) -> None:

@@ -20,7 +20,7 @@ import pwd
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from safefs import processes
 from safefs.model import Caller
@@ -48,6 +48,21 @@ def owner_of(fd: int) -> Caller:
     """The owner of an inode, in its group."""
     status = os.fstat(fd)
     return user(status.st_uid, status.st_gid)
+
+
+def written_down(caller: Caller) -> list[Any]:
+    """A caller as JSON, with the groups that he has now.  Blocks."""
+    groups = processes.groups(caller.pid) if caller.groups is None else caller.groups
+    return [caller.uid, caller.gid, list(groups)]
+
+
+def read_back(written: Any) -> tuple[Caller, ...]:
+    """Whom `written_down` has described; nobody where it is not that."""
+    try:
+        uid, gid, groups = written
+        return (Caller(int(uid), int(gid), groups=tuple(map(int, groups))),)
+    except (TypeError, ValueError):
+        return ()
 
 
 class Identities:
@@ -120,9 +135,9 @@ class Identities:
         assert refusal is not None
         raise refusal
 
-    def as_owner(self, fd: int, function: Callable[..., T], *args: object) -> T:
-        """As root, and where the backing refuses him as the owner of the inode of `fd`."""
-        return self.call_first(root_or((), (fd,)), function, *args)
+    def as_owner(self, fd: int, function: Callable[..., T], *args: object, others: Iterable[Caller] = ()) -> T:
+        """As root, and where the backing refuses him as one of `others`, or as the owner of the inode of `fd`."""
+        return self.call_first(root_or(others, (fd,)), function, *args)
 
 
 def root_or(callers: Iterable[Caller], owned: Iterable[int]) -> Iterator[Caller]:

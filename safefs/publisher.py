@@ -164,7 +164,7 @@ class Publisher:
         demands = self._demands(target, name, None if copy else draft.written)
         order = self._order(draft, inode, target, name, demands, lease, may_replace=replace)
         if inode.temp_name is None:
-            await self.note_directory(target)
+            await self.note_directory(target, draft.caller)
         try:
             return await self._backing.run_or_daemon(draft.caller, carry_out, order, owned=target.fd)
         except BaseException:
@@ -361,7 +361,7 @@ class Publisher:
     # ------------------------------------------- writers that are not seen
 
     async def _copy(self, draft: Draft) -> PrivateInode:
-        await self.announce_temp(draft.directory)
+        await self.announce_temp(draft.directory, draft.caller)
         hidden = self._backing.hidden_name(b"d")
         home = draft.directory.fd
         return await self._backing.run_or_daemon(draft.caller, self._copy_inode, draft, hidden, owned=home)
@@ -418,29 +418,29 @@ class Publisher:
         if self.on_publish is not None:
             self.on_publish(draft.directory, None)
 
-    async def announce_temp(self, directory: Node) -> None:
+    async def announce_temp(self, directory: Node, caller: Caller) -> None:
         """A private inode is about to be made, under a hidden name where the backing needs one."""
         if not self._backing.uses_tmpfile:
-            await self.note_directory(directory)
+            await self.note_directory(directory, caller)
 
-    async def note_directory(self, directory: Node) -> None:
-        """Put on record that a hidden name may appear in a directory, once each."""
+    async def note_directory(self, directory: Node, caller: Caller) -> None:
+        """Put on record that a hidden name may appear in a directory, made by this caller; once each."""
         if directory.identity in self._noted:
             return
         self._noted.add(directory.identity)
-        await self._backing.run(SERVICE, self._note_directory, directory.fd)
+        await self._backing.run(SERVICE, self._note_directory, directory.fd, caller)
 
-    def _note_directory(self, fd: int) -> None:
+    def _note_directory(self, fd: int, caller: Caller) -> None:
         try:
-            self._record.note_directory(backing.path_below(self._backing.root_path, fd))
+            self._record.note_directory(backing.path_below(self._backing.root_path, fd), caller)
         except OSError as error:
             log.warning("leftovers in a directory could not be found again after a crash: %s", error)
 
-    def note_partial(self, directory: int, hidden: bytes, name: bytes) -> None:
+    def note_partial(self, directory: int, hidden: bytes, name: bytes, caller: Caller) -> None:
         """Blocks; in a worker thread."""
-        self._record.note_partial(backing.path_below(self._backing.root_path, directory), hidden, name)
+        self._record.note_partial(backing.path_below(self._backing.root_path, directory), hidden, name, caller)
 
-    def displace(self, directory: int, hidden: list[bytes], drafts: list[Draft]) -> None:
+    def displace(self, directory: int, hidden: list[bytes], drafts: list[Draft], caller: Caller) -> None:
         """Make room for rmdir: temps leave a directory that is being removed.  Blocks; in a worker thread.
 
         Drafts of this daemon live on in their descriptors.  Others belong to daemons that live on (theirs go on in
@@ -453,7 +453,7 @@ class Publisher:
                 draft.temp_name = None
                 self._backing.call_for(draft, backing.unlink, directory, name)
             else:
-                keep = self._state.keep_leftover, directory, name, "its directory was removed"
+                keep = self._state.keep_leftover, directory, name, "its directory was removed", (caller,)
                 self._backing.identities.call(SERVICE, *keep)
 
     async def end_killed(self, draft: Draft) -> None:
@@ -523,5 +523,5 @@ class Publisher:
             if hidden is not None:
                 self._backing.call_for(draft, backing.unlink, *hidden)
             return False
-        self._state.keep(draft.fd, draft.write_id, record, hidden, draft.caller)
+        self._state.keep(draft.fd, draft.write_id, record, hidden, (draft.caller,))
         return True

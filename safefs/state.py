@@ -18,9 +18,10 @@ import socket
 import stat
 import struct
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ import xxhash
 
 from safefs.backing import copy_contents, copy_times, link_inode, reopen, sync_directory, unlink
 from safefs.custody import take_custody
-from safefs.identity import SERVICE, Identities, root_or
+from safefs.identity import SERVICE, Identities, root_or, written_down
 from safefs.model import Caller
 from safefs.processes import start_time
 from safefs.retained import RetainedVersions
@@ -43,6 +44,7 @@ LOCK_FILES = "locks"
 CLUSTER = "cluster"
 RETAINED = "retained"
 RECORD_SUFFIX = ".json"
+WRITER = "writer"  # in a daemon's journal
 COPIED_FROM = "copied_from"  # in the record of a file that is a copy: owner and mode of the file
 SOFT_LOCKS = "softlocks"  # in a daemon's record
 LOCKS = "names.lock"
@@ -212,12 +214,12 @@ class StateDirectory:
         write_id: str,
         record: dict[str, Any],
         shown: tuple[int, bytes] | None,
-        writer: Caller | None = None,
+        others: Iterable[Caller] = (),
     ) -> None:
         """Keep the inode of a refused draft: by rename of the name that shows it, by link, or by copy.
 
         In the end there is no such name any more.  Whoever this directory belongs to may have no right to it: then root
-        removes it, the writer, or the owner of the directory or of the file.
+        removes it, one of `others`, or the owner of the directory or of the file.
         """
         name = write_id.encode()
         moved = self._moved(shown, name)
@@ -225,7 +227,7 @@ class StateDirectory:
             record = {**record, COPIED_FROM: self._copy(fd, name)}
         self._write_record(write_id, record)
         if shown is not None and not moved:
-            callers = root_or((writer,) if writer else (), (shown[0], fd))
+            callers = root_or(others, (shown[0], fd))
             try:
                 self._identities.call_first(callers, unlink, *shown)
             except FileNotFoundError:
@@ -245,9 +247,12 @@ class StateDirectory:
             os.close(copy)
         return {"uid": status.st_uid, "gid": status.st_gid, "mode": stat.S_IMODE(status.st_mode)}
 
-    def keep_leftover(self, directory: int, hidden: bytes, reason: str) -> None:
-        """Keep a hidden file of another daemon, or remove it when it holds nothing; as root or as who owns them."""
-        as_owner = self._identities.as_owner
+    def keep_leftover(self, directory: int, hidden: bytes, reason: str, others: Iterable[Caller] = ()) -> None:
+        """Keep a hidden file of another daemon, or remove it when it holds nothing.
+
+        As root, as one of `others`, who have rights to the directory, or as who owns it or the file.
+        """
+        as_owner = partial(self._identities.as_owner, others=others)
         inode = as_owner(directory, _find, directory, hidden)
         try:
             if not os.fstat(inode).st_size:
@@ -259,7 +264,7 @@ class StateDirectory:
         try:
             write_id = secrets.token_hex(8)
             record = {"write_id": write_id, "name": os.fsdecode(hidden), "reason": reason}
-            self.keep(fd, write_id, record, (directory, hidden))
+            self.keep(fd, write_id, record, (directory, hidden), others)
         finally:
             os.close(fd)
 
@@ -353,15 +358,16 @@ class DaemonRecord:
         temporary.write_text(f"{self._beats}\n", encoding="ascii")
         temporary.rename(self.path / "heartbeat")
 
-    def note_directory(self, path: bytes) -> None:
-        """Before the first hidden name in a directory: where a successor has to look."""
+    def note_directory(self, path: bytes, writer: Caller) -> None:
+        """Before the first hidden name in a directory: where a successor has to look, and who has rights there."""
         if path not in self._noted:
             self._noted.add(path)
-            self._append({"directory": os.fsdecode(path)})
+            self._append({"directory": os.fsdecode(path), WRITER: written_down(writer)})
 
-    def note_partial(self, path: bytes, hidden: bytes, name: bytes) -> None:
+    def note_partial(self, path: bytes, hidden: bytes, name: bytes, writer: Caller) -> None:
         """Before a partial file is renamed into a draft: where it belongs."""
-        self._append({"directory": os.fsdecode(path), "hidden": os.fsdecode(hidden), "name": os.fsdecode(name)})
+        names = {"hidden": os.fsdecode(hidden), "name": os.fsdecode(name)}
+        self._append({"directory": os.fsdecode(path), **names, WRITER: written_down(writer)})
 
     def write_soft_locks(self, data: dict[str, Any]) -> None:
         """Replace the list of lock files that go with this daemon, durably: others read it when this node is gone."""
@@ -372,7 +378,7 @@ class DaemonRecord:
             os.fsync(file.fileno())
         temporary.rename(self.path / SOFT_LOCKS)
 
-    def _append(self, entry: dict[str, str]) -> None:
+    def _append(self, entry: dict[str, Any]) -> None:
         os.write(self._journal, json.dumps(entry).encode("ascii") + b"\n")
 
     def remove(self) -> None:

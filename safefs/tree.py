@@ -247,7 +247,7 @@ class Tree:
                 if node is not None:
                     await fs.ordering.wait_directory(node)
                     await self._require_no_own_drafts(node, caller)
-                await fs.backing.run(caller, self._remove_directory, directory.fd, name, fd, node)
+                await fs.backing.run(caller, self._remove_directory, directory.fd, name, fd, node, caller)
             finally:
                 native.close_later(fd)
 
@@ -256,7 +256,7 @@ class Tree:
             if draft.created and await self._own_draft(directory, draft.name, caller):
                 raise failure(errno.ENOTEMPTY)
 
-    def _remove_directory(self, directory: int, name: bytes, fd: int, node: Node | None) -> None:
+    def _remove_directory(self, directory: int, name: bytes, fd: int, node: Node | None, caller: Caller) -> None:
         try:
             os.rmdir(name, dir_fd=directory)
             return
@@ -266,7 +266,7 @@ class Tree:
             hidden = backing.hidden_entries(fd)
             if not hidden:
                 raise
-        self.fs.publisher.displace(fd, hidden, self.fs.drafts.below(node) if node is not None else [])
+        self.fs.publisher.displace(fd, hidden, self.fs.drafts.below(node) if node is not None else [], caller)
         os.rmdir(name, dir_fd=directory)
 
     # ------------------------------------------------------------- rename

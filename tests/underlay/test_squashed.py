@@ -356,6 +356,30 @@ def test_what_a_dead_daemon_left(cluster: Cluster) -> None:
     assert name.startswith(".safefs~")
 
 
+def test_what_a_dead_daemon_left_in_a_directory_of_a_group(cluster: Cluster) -> None:
+    """The directory is root's: who wrote there has the rights that its owner has not."""
+    home, base = cluster.home("groups-left", 0, 0o770, GROUP), cluster.disk.parent
+    disk = cluster.disk / home
+    doomed = start_mount(cluster.bare[0], base / "doomed", "-o", OPTIONS)
+    try:
+        with as_user(ONE, (GROUP,)) as one, as_user(TWO, (GROUP,)) as two:
+            for number, party in enumerate((one, two)):
+                fd = party.open(doomed / home / f"file{number}", CREATE, 0o600)
+                party("os.write(fd, data); os.fsync(fd)", fd=fd, data=A)
+            one.open(doomed / home / "a.lock", os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+            assert wait_until(lambda: noted(cluster.disk, f"{home}/a.lock"))
+            doomed.kill()
+    finally:
+        doomed.kill()
+    assert wait_until(lambda: os.listdir(disk) == [], 20), os.listdir(disk)
+
+
+def noted(disk: Path, path: str) -> bool:
+    """Whether a lock file is on record for the case that its daemon dies."""
+    records = (disk / ".safefs" / "daemons").glob("*/softlocks")
+    return any(path in (content(record) or b"").decode() for record in records)
+
+
 def test_a_directory_with_leftovers_is_removed(cluster: Cluster) -> None:
     """rmdir(2) by a user, of a directory in which only the hidden file of another user's draft lies."""
     home = cluster.home("removed", ONE, 0o777)
