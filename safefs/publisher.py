@@ -295,10 +295,10 @@ class Publisher:
         demands = self._demands(target, new_name, None)
         if demands.policy.content:
             with suppress(PermissionError):
-                return await self._backing.run_or_caller(caller, self._check_entry, directory.fd, name, demands)
+                return await self._backing.run_or_caller(caller, self._check_entry, directory.fd, name, demands, caller)
         return None
 
-    def _check_entry(self, directory: int, name: bytes, demands: Demands) -> Identity | None:
+    def _check_entry(self, directory: int, name: bytes, demands: Demands, caller: Caller) -> Identity | None:
         try:
             fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
         except PermissionError:
@@ -311,12 +311,14 @@ class Publisher:
                 check_name(fd, demands)
             return backing.identity_of(status)
         except PublishRefusedError as error:
-            self._keep_version(fd, directory, name, demands, error)
+            self._keep_version(fd, directory, name, demands, error, caller)
             raise
         finally:
             os.close(fd)
 
-    def _keep_version(self, fd: int, directory: int, name: bytes, demands: Demands, error: PublishRefusedError) -> None:
+    def _keep_version(
+        self, fd: int, directory: int, name: bytes, demands: Demands, error: PublishRefusedError, caller: Caller
+    ) -> None:
         status, write_id = os.fstat(fd), secrets.token_hex(8)
         record = {
             **self._refusal(write_id, directory, name, error),
@@ -329,7 +331,8 @@ class Publisher:
         self.counts[EventKind.REFUSED] += 1
         self._events.note(EventKind.REFUSED, record["path"], reason=record["reason"], write_id=write_id)
         if backing.identity_at(directory, name) == backing.identity_of(status):
-            self._backing.identities.call(SERVICE, self._state.keep, fd, write_id, record, (directory, name))
+            keep = self._state.keep, fd, write_id, record, (directory, name), (caller,)
+            self._backing.identities.call(SERVICE, *keep)
             self.counts["quarantined"] += 1
         log.warning("not renamed: %s (%s)", record["path"], record["reason"])
 

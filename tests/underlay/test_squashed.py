@@ -215,6 +215,21 @@ def test_a_mapping_that_outlives_its_descriptor(cluster: Cluster) -> None:
         assert wait_until(lambda: content(cluster.disk / "mapped" / "file") == b"x" + bytes(4095))
 
 
+def test_a_name_that_promises_something_else(cluster: Cluster) -> None:
+    """A file that is renamed to the digest of another is in quarantine, and its name is gone."""
+    home = cluster.home("promises", ONE)
+    (cluster.disk / home / "blobs").mkdir()
+    os.chown(cluster.disk / home / "blobs", ONE, ONE)
+    blobs = cluster.mounts[0] / home / "blobs"
+    with as_user() as one:
+        write(one, blobs / "file", A)
+        code = "os.rename(p, q)"
+        assert one.errno(code, p=str(blobs / "file"), q=str(blobs / ("0" * 64))) == errno.EIO
+    assert os.listdir(cluster.disk / home / "blobs") == []
+    entry = quarantine(cluster.mounts[0])[f"{home}/blobs/file"]
+    assert content(cluster.disk / ".safefs" / "quarantine" / entry["write_id"]) == A
+
+
 def test_a_directory_of_a_group(cluster: Cluster) -> None:
     """Only members may write there, as a supplementary group, and the directory is root's: nobody helps out."""
     home = cluster.home("group", 0, 0o770, GROUP)
