@@ -25,7 +25,7 @@ from typing import TypeVar
 
 from safefs.digest import PROVENANCE
 from safefs.draft import Draft
-from safefs.identity import Identities, root_or
+from safefs.identity import SERVICE, Identities, root_or
 from safefs.model import Caller, Identity
 from safefs.native import native
 from safefs.workers import Workers
@@ -100,6 +100,8 @@ class Backing:
 
     def _as_caller(self, caller: Caller, function: Callable[..., T], args: tuple[object, ...]) -> T:
         native.private_umask(caller.umask)
+        if caller.uid == 0 and caller.gid == 0 and caller is not SERVICE:  # which a thread of ours is to begin with
+            return function(*args)
         return self.identities.call(caller, function, *args)
 
     def _as_caller_or_daemon(
