@@ -13,6 +13,7 @@ import pwd
 import shutil
 import signal
 import stat
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -24,6 +25,7 @@ import pytest
 
 from tests.mount.actors import Actor, actor
 from tests.mount.places import A, B, content
+from tests.mount.user_python import as_nobody, user_python
 from tests.support.mounting import Mount, mounted, safefs, start_mount, status, wait_until
 from tests.underlay.test_bad_underlay import underlay
 
@@ -346,6 +348,15 @@ def test_a_killed_writer(cluster: Cluster) -> None:
     assert f"{home}/file" not in quarantine(mount)
     events = safefs("events", mount.path)
     assert events.returncode == 0 and "restored" in events.stdout and "killed writer" in events.stdout
+
+
+@pytest.mark.parametrize("command", ["quarantine list", "events"])
+def test_users_are_told_nothing(cluster: Cluster, command: str) -> None:
+    argv = as_nobody(user_python(), "-m", "safefs", *command.split(), cluster.bare[0])
+    done = subprocess.run(argv, cwd="/", capture_output=True, text=True, timeout=60)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 1 and "only its owner may look into it: run this as root" in line
+    assert safefs(*command.split(), cluster.bare[0]).returncode == 0, "root may, beside the mounts too"
 
 
 def test_what_a_dead_daemon_left(cluster: Cluster) -> None:
