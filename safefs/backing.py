@@ -1,9 +1,10 @@
 """The only place that touches the backing filesystem.
 
 `Backing.run` carries a plain function into a worker thread and, under a daemon of root's, lets the thread take on the
-caller's fsuid, fsgid, supplementary groups and umask for the time of the call: the backing decides what he may do.
-The functions below it are such functions; they take descriptors of directories and single names, never paths, so that
-a directory that was renamed or replaced meanwhile cannot lead them elsewhere.  They block and raise OSError.
+caller's fsuid, fsgid, supplementary groups and umask for the time of the call (safefs/identity.py): the backing decides
+what he may do.  The functions below it are such functions; they take descriptors of directories and single names,
+never paths, so that a directory that was renamed or replaced meanwhile cannot lead them elsewhere.  They block and
+raise OSError.
 """
 
 from __future__ import annotations
@@ -14,14 +15,17 @@ import os
 import secrets
 import stat
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TypeVar
 
-from safefs import processes
 from safefs.digest import PROVENANCE
+from safefs.draft import Draft
+from safefs.identity import SERVICE, Identities, root_or
 from safefs.model import Caller, Identity
 from safefs.native import native
 from safefs.workers import Workers
@@ -44,9 +48,6 @@ OTHER_FILESYSTEM = (errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTTY, e
 POSIX_ACL = "system.posix_acl_access"
 CAPABILITY = "security.capability"
 NO_TMPFILE = (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT)  # open(2), O_TMPFILE
-REFUSED = (errno.EACCES, errno.EPERM)
-
-DAEMON = Caller(0, 0)
 
 
 def proc_path(fd: int) -> bytes:
@@ -57,16 +58,14 @@ def proc_path(fd: int) -> bytes:
 class Backing:
     """The backing directory, and the threads that work on it."""
 
-    def __init__(self, root: Path, *, impersonate: bool, max_threads: int, temp: str = "auto") -> None:
+    def __init__(self, root: Path, identities: Identities, *, max_threads: int, temp: str = "auto") -> None:
         self.root_path = os.fsencode(root)
         self.root_fd = os.open(root, os.O_PATH | os.O_DIRECTORY)
-        self.impersonate = impersonate
+        self.identities = identities
         self.workers = Workers(max_threads)
         self.node_id = secrets.token_hex(4)
-        self._groups = tuple(os.getgroups())
         self._tmpfile = temp != "hidden"
         self._serial = 0
-        self._acting = threading.local()  # as whom a worker thread acts at the moment
         self._probes_lock = threading.Lock()
         self._probes: dict[ProbeKey, int] = {}  # nameless inodes to ask for space with
 
@@ -74,55 +73,69 @@ class Backing:
         """Call `function(*args)` in a thread, as the caller."""
         return await self.workers.run(self._as_caller, caller, function, args)
 
-    async def run_or_daemon(self, caller: Caller, function: Callable[..., T], *args: object) -> T:
-        """As the caller, and where the backing refuses him as the daemon itself.
+    async def run_or_daemon(self, caller: Caller, function: Callable[..., T], *args: object, owned: int) -> T:
+        """As the caller, and where the backing refuses him as the daemon itself, or as the owner of `owned`.
 
         For steps that the caller need not have the right to, because they stand for one that he had: replacing a file
-        that he may write to in a directory that he may not.
+        that he may write to in a directory that he may not.  A client of root's gets what the backing gives root.
         """
-        try:
+        if caller.uid == 0:
             return await self.run(caller, function, *args)
-        except OSError as error:
-            if error.errno not in REFUSED or not self.impersonate or caller.uid == 0:
-                raise
-        return await self.run(DAEMON, function, *args)
+        return await self.workers.run(self._as_caller_or_daemon, caller, owned, function, args)
 
-    async def run_or_caller(self, caller: Caller, function: Callable[..., T], *args: object) -> T:
-        """As the daemon, and where the backing refuses root (root_squash) as the caller."""
-        try:
-            return await self.run(DAEMON, function, *args)
-        except OSError as error:
-            if error.errno not in REFUSED or not self.impersonate or caller.uid == 0:
-                raise
-        return await self.run(caller, function, *args)
+    async def run_or_caller(self, caller: Caller, function: Callable[..., T], *args: object, owned: int = -1) -> T:
+        """As the daemon, and where the backing refuses root (root_squash) as the caller, or as the owner of `owned`."""
+        return await self.workers.run(self._as_daemon_or_caller, caller, owned, function, args)
+
+    async def run_for(self, draft: Draft, function: Callable[..., T], *args: object) -> T:
+        """About a draft's private inode and its hidden name: as the daemon, or as whose they are (`call_for`)."""
+        return await self.run_or_caller(draft.caller, function, *args, owned=draft.directory.fd)
+
+    def call_for(self, draft: Draft, function: Callable[..., T], *args: object) -> T:
+        """The same within a worker thread.
+
+        A draft is its caller's, or the directory's owner's if the caller could make no file there.
+        """
+        return self.identities.call_first(root_or((draft.caller,), (draft.directory.fd,)), function, *args)
 
     def _as_caller(self, caller: Caller, function: Callable[..., T], args: tuple[object, ...]) -> T:
         native.private_umask(caller.umask)
-        if not self.impersonate or (caller.uid == 0 and caller.gid == 0):
+        if caller.uid == 0 and caller.gid == 0 and caller is not SERVICE:  # which a thread of ours is to begin with
             return function(*args)
-        self._become(caller)
-        try:
-            return function(*args)
-        finally:
-            self._become(None)
+        return self.identities.call(caller, function, *args)
 
-    def _become(self, caller: Caller | None) -> None:
-        if caller is None:
-            native.become(0, 0, self._groups)
-        else:
-            native.become(caller.uid, caller.gid, processes.groups(caller.pid))
-        self._acting.caller = caller
+    def _as_caller_or_daemon(
+        self, caller: Caller, owned: int, function: Callable[..., T], args: tuple[object, ...]
+    ) -> T:
+        native.private_umask(caller.umask)
+        return self.identities.call_first(chain((caller,), root_or((), (owned,))), function, *args)
 
-    def as_daemon(self, function: Callable[..., T], *args: object) -> T:
-        """Within a function that `run` has called as somebody: call another one as the daemon itself."""
-        caller: Caller | None = getattr(self._acting, "caller", None)
-        if caller is None:
-            return function(*args)
-        self._become(None)
+    def _as_daemon_or_caller(
+        self, caller: Caller, owned: int, function: Callable[..., T], args: tuple[object, ...]
+    ) -> T:
+        native.private_umask(caller.umask)
+        descriptors = () if owned < 0 else (owned,)
+        return self.identities.call_first(root_or((caller,), descriptors), function, *args)
+
+    def open_below(self, path: bytes, others: Iterable[Caller] = ()) -> int:
+        """A directory below the root, by a path of which no component may be a symbolic link: users can make those.
+
+        As the daemon itself, as one of `others`, or as the owners of the directories on the way.
+        """
+        as_owner = partial(self.identities.as_owner, others=others)
+        fd = os.dup(self.root_fd)
+        for component in path.split(b"/"):
+            if component:
+                try:
+                    below: int = as_owner(fd, _find_directory, fd, component)
+                finally:
+                    os.close(fd)
+                fd = below
         try:
-            return function(*args)
+            directory: int = as_owner(fd, open_directory, fd)
+            return directory
         finally:
-            self._become(caller)
+            os.close(fd)
 
     def hidden_name(self, kind: bytes) -> bytes:
         """A new hidden name of this daemon: what it is for, and whose leftover it would be."""
@@ -322,17 +335,8 @@ def open_directory(directory: int) -> int:
     return os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=directory)
 
 
-def open_below(root: int, path: bytes) -> int:
-    """A directory below the root, by a path of which no component may be a symbolic link: users can make those."""
-    fd = open_directory(root)
-    for component in path.split(b"/"):
-        if component:
-            try:
-                below = os.open(component, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
-            finally:
-                os.close(fd)
-            fd = below
-    return fd
+def _find_directory(directory: int, name: bytes) -> int:
+    return os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
 
 
 def sync_directory(directory: int) -> None:

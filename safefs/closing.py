@@ -19,10 +19,10 @@ from dataclasses import replace
 import trio
 
 from safefs import backing, processes
-from safefs.backing import DAEMON
 from safefs.draft import Base, Decision, Draft, DraftState, FlushFacts, decide_flush
 from safefs.errors import SafefsError
 from safefs.filesystem import FileSystem, Handle, failure
+from safefs.identity import DAEMON
 from safefs.model import Caller, Closer
 from safefs.ordering import Publishing
 from safefs.rules import NameClass
@@ -232,7 +232,10 @@ class Closing:
         fs = self.fs
         async with draft.gate.closed():
             writable = draft.fd
-            draft.fd = await fs.backing.run(DAEMON, backing.reopen, writable, os.O_RDONLY)
+            try:
+                draft.fd = await fs.backing.run_for(draft, backing.reopen, writable, os.O_RDONLY)
+            except PermissionError:
+                return False  # where root has no rights, and its owner may not read it: that is not to be found out
             if draft.base is not None and draft.base.fd == writable:
                 draft.base = Base(draft.fd, draft.base.identity)
             await fs.backing.run(DAEMON, os.close, writable)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import pwd
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
@@ -19,6 +20,7 @@ from typing import Any
 
 from safefs.errors import ConfigError
 from safefs.lease import LEASE_SECONDS
+from safefs.model import Caller
 from safefs.rules import Rule, RuleSet, Verify, parse_duration, parse_rules, rule_lines, shipped_rules
 
 __all__ = ["ConfigError", "Option", "Settings", "has_option", "load_rules", "load_settings", "parse_options"]
@@ -149,6 +151,7 @@ class Settings:
     etcd_user: str = ""
     etcd_password_file: Path | None = None
     retain_seconds: float | None = None  # None: as the backing needs it
+    service: Caller | None = None  # whom the state directory belongs to; None: whoever mounts
     log_file: Path | None = None
     log_level: str = "info"
 
@@ -242,6 +245,22 @@ def _absolute_path(text: str) -> Path:
     return Path(os.path.normpath(text))
 
 
+def _real_path(text: str) -> Path:
+    """Looked up once: what a link in it leads to later is somebody else's affair."""
+    return Path(os.path.realpath(_absolute_path(text)))
+
+
+def service_user(text: str) -> Caller:
+    """The user of this name or number, with his groups.  ValueError says what is wrong with it."""
+    try:
+        user = pwd.getpwuid(int(text)) if re.fullmatch(r"\d{1,10}", text) else pwd.getpwnam(text)
+    except (KeyError, OverflowError):
+        raise ValueError("is no user of this host") from None
+    if user.pw_uid == 0:
+        raise ValueError("is root, as whom the daemon acts without it: leave it out")
+    return Caller(user.pw_uid, user.pw_gid, groups=tuple(os.getgrouplist(user.pw_name, user.pw_gid)))
+
+
 def _word(text: str) -> str:
     if not text or any(ord(char) < 32 for char in text):
         raise ValueError("is empty or holds control characters")
@@ -251,7 +270,8 @@ def _word(text: str) -> str:
 # Option -> (field of Settings, parser of its value).
 _VALUE_OPTIONS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "fsname": ("fsname", _word),
-    "state": ("state", _absolute_path),
+    "state": ("state", _real_path),
+    "service_user": ("service", service_user),
     "entry_timeout": ("entry_timeout_seconds", _number(0, 86400)),
     "attr_timeout": ("attr_timeout_seconds", _number(0, 86400)),
     "drain_seconds": ("drain_seconds", _number(0, 86400)),
@@ -456,6 +476,8 @@ def _apply_subtype(settings: Settings, option: Option) -> Settings:
 def _validated(settings: Settings) -> Settings:
     if settings.privileged:
         return settings
+    if settings.service is not None:
+        raise ConfigError("option 'service_user' needs root: a user's daemon acts as nobody but him")
     for flag, name in ((MS_DIRSYNC, "dirsync"), (MS_STRICTATIME, "strictatime"), (MS_LAZYTIME, "lazytime")):
         if settings.mount_flags & flag:
             raise ConfigError(f"option {name!r} needs root: fusermount3 does not take it")

@@ -31,6 +31,7 @@ from safefs.cluster.keeper import Keeper
 from safefs.cluster.names import Names
 from safefs.config import ETCD_SCHEME, Settings
 from safefs.control import control_socket, find_mount, sd_notify, serve_control
+from safefs.custody import name_of, warn_of_renames
 from safefs.errors import SafefsError
 from safefs.events import EventKind, EventLog
 from safefs.family import Reach, mounted_at
@@ -39,6 +40,7 @@ from safefs.filesystem import DIRECTORY_ATTR_SECONDS, FileSystem
 from safefs.fuse import mount
 from safefs.fuse.operations import Operations
 from safefs.hot import Cold, Hot, doubtful_globs
+from safefs.identity import DAEMON, SERVICE, Identities
 from safefs.lease import Terms
 from safefs.locking import Locking
 from safefs.locks import Alone, Locks
@@ -77,6 +79,7 @@ SURVEY_SECONDS = 20.0  # to ask for the locks of all nodes
 T = TypeVar("T")
 RETAIN_SECONDS = 3600.0  # longer than it takes to load a model
 BREAKS_DESCRIPTORS = frozenset({"fuse.glusterfs", "fuse.juicefs"})  # of a file that loses its last name
+EXCLUDING = (Reach.NODE, Reach.CLUSTER)  # fcntl locks that keep out whoever else publishes under a name
 NETWORK_NAME_CACHES = frozenset({"nfs", "nfs4"})
 
 
@@ -118,22 +121,29 @@ class Daemon:
         self.mounted = mounted_at(settings.backing)
         self.type = self.mounted.kind
         limit = raise_descriptor_limit()
+        # A read-only mount's state is a scratch directory of its own.
+        service = None if settings.read_only else settings.service
+        self.identities = Identities(impersonate=settings.privileged, service=service)
         self.backing = Backing(
             settings.backing,
-            impersonate=settings.privileged,
+            self.identities,
             max_threads=settings.max_threads,
             temp=settings.temp,
         )
-        self.state = StateDirectory(self._scratch() if settings.read_only else settings.state)
-        self.record = DaemonRecord(self.state, self.backing.node_id)
+        with self.identities.acting(SERVICE):
+            self.state = StateDirectory(self._scratch() if settings.read_only else settings.state, self.identities)
+            self.record = DaemonRecord(self.state, self.backing.node_id)
+            if settings.privileged:
+                warn_of_renames(self.state.path)
+            self.locks_because = self._why_locks()
+            cluster = self.state.cluster_id()
+        self.names, self.keeper = self._lock_backend(cluster)
         self.events = EventLog(self.state.events, self.backing.node_id)
         self.publisher = Publisher(
             self.backing, self.state, self.record, self.events, settings.verify, self._retain_seconds()
         )
         cache_size = node_cache_size(settings, limit)
         hot = self._configure_hot(cache_size) if settings.hot else Cold()
-        self.locks_because = self._why_locks()
-        self.names, self.keeper = self._lock_backend()
         self.locks = Locks(self.names or Alone(self.backing.node_id), hot)
         self.soft_locks = SoftLocks(self.backing, self.record, self.events)
         self.fs = FileSystem(settings, self.backing, self.publisher, self.locks, self.soft_locks, cache_size, hot)
@@ -141,7 +151,7 @@ class Daemon:
         if self.names is not None:
             self.names.resolve = self.locks.resolve
             self.fs.can_lose_locks = True
-            if mounted_at(self.state.path).reach()[0] not in (Reach.NODE, Reach.CLUSTER):
+            if self._as_service(mounted_at, self.state.path).reach()[0] not in EXCLUDING:
                 self.publisher.lock_name = self.locks.publishing
         self.connection: mount.Connection | None = None
         self.stopping = False
@@ -168,19 +178,23 @@ class Daemon:
             return why_native(state, mounted_at(state), probe_command(settings.backing, state))
         return why_lease_files(state, mounted_at(state), self.mounted)
 
-    def _lock_backend(self) -> tuple[Names | None, Keeper | None]:
+    def _lock_backend(self, cluster: str) -> tuple[Names | None, Keeper | None]:
         """What is shared with other nodes."""
         settings, state = self.settings, self.state
         backend = lock_backend(
             settings,
             state.path / LOCK_FILES,
-            state.cluster_id(),
+            cluster,
             host_identity(),
-            lambda identity: known_dead(identity) is True,
+            lambda identity: self.identities.call(DAEMON, known_dead, identity) is True,
+            self._as_service,
         )
         if backend is None:
             return None, None
         return Names(backend), Keeper(backend, Terms(settings.lease_seconds), self._on_joined, self._on_lost)
+
+    def _as_service(self, function: Callable[..., T], /, *arguments: Any) -> T:
+        return self.identities.call(SERVICE, function, *arguments)
 
     def _on_joined(self) -> None:
         assert self.names is not None
@@ -269,7 +283,7 @@ class Daemon:
     async def _write_events(self) -> None:
         while True:
             await trio.sleep(EVENTS_SECONDS)
-            await self.backing.run(backing.DAEMON, self.events.write)
+            await self.backing.run(SERVICE, self.events.write)
 
     async def _keep_house(self) -> None:
         """Now and then: what was kept for long enough goes."""
@@ -277,9 +291,9 @@ class Daemon:
         while not settings.read_only:
             try:
                 purged = await self.backing.run(
-                    backing.DAEMON, self.state.prune, settings.quarantine_age_seconds, settings.quarantine_bytes
+                    SERVICE, self.state.prune, settings.quarantine_age_seconds, settings.quarantine_bytes
                 )
-                await self.backing.run(backing.DAEMON, self.state.prune_events, EVENTS_KEPT_SECONDS)
+                await self.backing.run(SERVICE, self.state.prune_events, EVENTS_KEPT_SECONDS)
             except OSError as error:
                 log.warning("the state directory could not be tidied up: %s", error)
             else:
@@ -291,7 +305,7 @@ class Daemon:
         while True:
             await trio.sleep(SWEEP_SECONDS)
             with suppress(OSError):
-                await self.backing.run(backing.DAEMON, self.state.retained.sweep)
+                await self.backing.run(SERVICE, self.state.retained.sweep)
 
     def _refreshes_misses(self) -> bool:
         choice = self.settings.negative_refresh
@@ -330,10 +344,13 @@ class Daemon:
             passthrough.reason = "the kernel has no FUSE passthrough (it came with Linux 6.9)"
         else:
             passthrough.enable(connection.fd)
-            if os.stat(self.record.identity).st_dev == os.stat(self.settings.backing).st_dev:
-                passthrough.probe(self.record.identity)
+            self._as_service(self._probe_passthrough)
         if self.settings.passthrough == "on" and not passthrough.active:
             raise SafefsError(f"passthrough=on cannot be had: {passthrough.reason}", errno.EOPNOTSUPP)
+
+    def _probe_passthrough(self) -> None:
+        if os.stat(self.record.identity).st_dev == os.stat(self.settings.backing).st_dev:
+            self.fs.passthrough.probe(self.record.identity)
 
     # -------------------------------------------------------------- the end
 
@@ -372,9 +389,9 @@ class Daemon:
             await trio.to_thread.run_sync(native.hot_stop)
         await trio.to_thread.run_sync(native.closer_wait, CLOSING_SECONDS)
         pyfuse3.close(unmount=False)
-        await self.backing.run(backing.DAEMON, self.events.write)
+        await self.backing.run(SERVICE, self.events.write)
         with suppress(OSError):
-            await self.backing.run(backing.DAEMON, self.record.remove)
+            await self.backing.run(SERVICE, self.record.remove)
         log.info("unmounted %s", self.settings.mountpoint)
 
     # --------------------------------------------------------------- status
@@ -384,7 +401,7 @@ class Daemon:
         if operation == "rules":
             return dict(self.settings.rules.explain(os.fsencode(str(question.get("path")))))
         if operation == "locks":
-            soft = await self.backing.run(backing.DAEMON, all_noted, self.state)
+            soft = await self.backing.run(SERVICE, all_noted, self.state)
             return {"locks": await self._bounded(self.locking.report()) + soft}
         if operation == "break":
             return {"broken": await self._break(str(question.get("path")))}
@@ -403,7 +420,7 @@ class Daemon:
 
     async def _break(self, path: str) -> int:
         broken = await self._bounded(self.locking.break_locks(os.fsencode(path)))
-        broken += await self.backing.run(backing.DAEMON, self._break_soft, path)
+        broken += await self.backing.run(SERVICE, self._break_soft, path)
         self.events.note(EventKind.LOCK_BROKEN, path, locks=broken)
         return broken
 
@@ -433,6 +450,7 @@ class Daemon:
             "node": self.backing.node_id,
             "uptime_seconds": round(time.time() - self.started, 1),
             "state": os.fspath(self.settings.state),
+            "service_user": name_of(self.identities.service_uid),
             "draining": not fs.accepting,
             "temp": "tmpfile" if self.backing.uses_tmpfile else "hidden",
             "data_path": "kernel passthrough" if fs.passthrough.active else f"daemon: {fs.passthrough.reason}",
@@ -454,7 +472,7 @@ class Daemon:
             "hot": hot,
             "busy_threads": self.backing.workers.busy,
             "counters": dict(self.publisher.counts),
-            "quarantine": await self.backing.run(backing.DAEMON, self.state.count),
+            "quarantine": await self.backing.run(SERVICE, self.state.count),
         }
 
 

@@ -12,11 +12,12 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from safefs import backing, processes
-from safefs.backing import DAEMON, AttributeChange
+from safefs.backing import AttributeChange
 from safefs.digest import Written
 from safefs.draft import Base, Draft, DraftEvent, DraftState
 from safefs.filesystem import Entry, FileSystem, Handle, failure
 from safefs.gate import Gate
+from safefs.identity import DAEMON
 from safefs.model import Caller, Process
 from safefs.namespace import Node, Ticket
 from safefs.native import native
@@ -118,13 +119,16 @@ class Files:
         check = not (returning and returning.answers(node)) and caller.pid != 0 and parent is not None
         if check and node.doubtful_until > time.monotonic():
             raise fs.redirect(node, caller, write=False)  # which of its names is opened cannot be told
-        run = fs.backing.run_or_daemon if flags & FMODE_EXEC else fs.backing.run
+        execute = flags & FMODE_EXEC
         flags &= os.O_NOATIME | os.O_NONBLOCK  # the kernel's side of O_DIRECT is its own affair
         where = parent if parent is not None else node
         register = fs.passthrough.register if fs.wants_backing_id(node) else None
         async with fs.pinned(node, where):
             order = VersionOrder(where.fd, node.name, node.fd, flags, check, register)
-            opened = await run(caller, open_version, order)
+            if execute:
+                opened = await fs.backing.run_or_daemon(caller, open_version, order, owned=node.fd)
+            else:
+                opened = await fs.backing.run(caller, open_version, order)
         if opened is None:
             raise fs.redirect(node, caller, write=False)
         fd, status, candidate = opened
@@ -291,7 +295,7 @@ class Files:
     async def _stage_missing(self, directory: Node, name: bytes, mode: int, caller: Caller) -> Staged | os.stat_result:
         """The beginning of a draft for a name that does not exist; what the name shows where it does."""
         fs = self.fs
-        await fs.publisher.announce_temp(directory)
+        await fs.publisher.announce_temp(directory, caller)
         hidden = fs.backing.hidden_name(b"d")
         return await fs.backing.run(caller, self._make_missing, directory.fd, name, mode, hidden, caller.pid)
 
@@ -318,7 +322,7 @@ class Files:
             directory=directory,
             name=name,
             name_class=fs.classify(directory, name).name_class,
-            caller=caller,
+            caller=replace(caller, groups=opener.groups) if opener else caller,
             opener=opener,
             pidfd=pidfd,
             fd=staged.inode.fd,
@@ -337,9 +341,10 @@ class Files:
         Nothing is copied yet: reads go to the version until the first write.
         """
         fs = self.fs
-        await fs.publisher.announce_temp(directory)
+        await fs.publisher.announce_temp(directory, caller)
         hidden = fs.backing.hidden_name(b"d")
-        staged = await fs.backing.run_or_daemon(caller, self._make_upon, directory.fd, name, hidden, caller.pid)
+        home = directory.fd
+        staged = await fs.backing.run_or_daemon(caller, self._make_upon, home, name, hidden, caller.pid, owned=home)
         return self._new_draft(directory, name, caller, staged)
 
     def _make_upon(self, directory: int, name: bytes, hidden: bytes, tid: int) -> Staged:
@@ -380,7 +385,8 @@ class Files:
                 return 0
             try:
                 directory, name = draft.directory.fd, draft.name
-                base, size = await fs.backing.run_or_daemon(draft.caller, self._open_base, directory, name)
+                opening = draft.caller, self._open_base, directory, name
+                base, size = await fs.backing.run_or_daemon(*opening, owned=directory)
             except OSError:
                 return 0  # the name is gone, or not for this user any more: what was opened stays
             assert draft.base is not None
@@ -449,7 +455,7 @@ class Files:
             filled = not draft.prepared and await self._fill(draft, fresh=fresh)
             draft.prepared = True
             if not filled and not draft.modified and draft.caller.uid != 0:
-                await self.fs.backing.run(DAEMON, backing.strip_privileges, draft.fd)
+                await self.fs.backing.run_for(draft, backing.strip_privileges, draft.fd)
             draft.modified, draft.flushed = True, False
             return filled and fresh
 
@@ -459,12 +465,11 @@ class Files:
             await self.fs.publisher.detach(draft)
             return
         fs = self.fs
-        await fs.publisher.announce_temp(draft.directory)
-        make, hidden = fs.backing.make_temp, fs.backing.hidden_name(b"d")
+        await fs.publisher.announce_temp(draft.directory, draft.caller)
+        make, home, hidden = fs.backing.make_temp, draft.directory.fd, fs.backing.hidden_name(b"d")
         # What was published is the base now.
-        draft.fd, draft.temp_name, _ = await fs.backing.run_or_daemon(
-            draft.caller, make, draft.directory.fd, 0o600, hidden
-        )
+        made = await fs.backing.run_or_daemon(draft.caller, make, home, 0o600, hidden, owned=home)
+        draft.fd, draft.temp_name, _ = made
         draft.write_id, draft.written = secrets.token_hex(8), Written()
         draft.prepared = False
         draft.move(DraftEvent.WRITTEN)
@@ -476,37 +481,38 @@ class Files:
             return False
         if not fresh and draft.name_class is NameClass.PARTIAL and await self._take_over(draft, base):
             return False
-        await self.fs.backing.run_or_caller(draft.caller, self._fill_from_base, draft, base, fresh)
+        await self.fs.backing.run(DAEMON, self._fill_from_base, draft, base, fresh)
         if draft.name_class is NameClass.PARTIAL:
             draft.fresh = True  # a download of its own from here on, which no other's progress can conflict with
         draft.size = 0 if fresh else os.fstat(draft.fd).st_size
         return True
 
-    @staticmethod
-    def _fill_from_base(draft: Draft, base: Base, fresh: bool) -> None:
+    def _fill_from_base(self, draft: Draft, base: Base, fresh: bool) -> None:
+        call_for = self.fs.backing.call_for
         if not fresh:
-            backing.copy_contents(base.fd, draft.fd)
-        backing.copy_metadata(base.fd, draft.fd)
+            call_for(draft, backing.copy_contents, base.fd, draft.fd)
+        call_for(draft, backing.copy_metadata, base.fd, draft.fd)
         if draft.caller.uid != 0:
-            backing.strip_privileges(draft.fd)
+            call_for(draft, backing.strip_privileges, draft.fd)
 
     async def _take_over(self, draft: Draft, base: Base) -> bool:
         """Rename a partial file into the draft instead of copying it: a download goes on where it stopped."""
         fs = self.fs
         hidden = fs.backing.hidden_name(b"p")
-        fd = await fs.backing.run_or_daemon(draft.caller, self._take_over_file, draft, base, hidden)
+        taking = draft.caller, self._take_over_file, draft, base, hidden
+        fd = await fs.backing.run_or_daemon(*taking, owned=draft.directory.fd)
         if fd is None:
             return False
         draft.spare_fds += [draft.fd, base.fd]
         old_temp, draft.temp_name = draft.temp_name, hidden
         if old_temp is not None:
-            await fs.backing.run(DAEMON, backing.unlink, draft.directory.fd, old_temp)
+            await fs.backing.run_for(draft, backing.unlink, draft.directory.fd, old_temp)
         draft.fd, draft.base, draft.fresh = fd, None, True
         fs.note_capability(draft)
         return True
 
     def _take_over_file(self, draft: Draft, base: Base, hidden: bytes) -> int | None:
-        self.fs.publisher.note_partial(draft.directory.fd, hidden, draft.name)
+        self.fs.publisher.note_partial(draft.directory.fd, hidden, draft.name, draft.caller)
         return backing.take_over(base.fd, base.identity, draft.directory.fd, draft.name, hidden)
 
     async def _truncate(self, draft: Draft, size: int) -> None:
@@ -517,7 +523,7 @@ class Files:
             await self.fs.write_out(draft)
             try:
                 if not empty:
-                    await self.fs.backing.run(DAEMON, os.ftruncate, draft.fd, size)
+                    await self.fs.backing.run_for(draft, os.ftruncate, draft.fd, size)
             except OSError:
                 draft.modified = modified  # EFBIG and the like: nothing has changed
                 raise
@@ -535,14 +541,15 @@ class Files:
         async with draft.gate.passing():
             await self._prepare(draft)
             await self.fs.write_out(draft)
-            await self.fs.backing.run(DAEMON, backing.allocate, draft.fd, mode, offset, length)
+            await self.fs.backing.run_for(draft, backing.allocate, draft.fd, mode, offset, length)
             if mode:  # it can move bytes or make them zeros
                 draft.written.forget(offset)
             draft.size = os.fstat(draft.fd).st_size
 
     async def lseek(self, number: int, offset: int, whence: int) -> int:
-        async with self.fs.readable(self.fs.handle(number)) as fd:
-            return await self.fs.backing.run(DAEMON, os.lseek, fd, offset, whence)
+        handle = self.fs.handle(number)
+        async with self.fs.readable(handle) as fd:
+            return await self.fs.backing.run_or_caller(handle.caller, os.lseek, fd, offset, whence)
 
     async def copy_file_range(
         self, source: int, source_offset: int, target: int, target_offset: int, length: int
@@ -559,8 +566,8 @@ class Files:
             await self._prepare(draft)
             await fs.write_out(draft)
             async with fs.readable(reading) as fd_in:
-                count = await fs.backing.run(
-                    DAEMON, os.copy_file_range, fd_in, draft.fd, length, source_offset, target_offset
+                count = await fs.backing.run_for(
+                    draft, os.copy_file_range, fd_in, draft.fd, length, source_offset, target_offset
                 )
             draft.size = max(draft.size, target_offset + count)
             draft.written.forget(target_offset, target_offset + count)
@@ -608,7 +615,7 @@ class Files:
     async def _change(self, fd: int, change: AttributeChange, caller: Caller) -> None:
         if change.strip_privileges:
             # The kernel asks for it on behalf of a writer, who need not own the file.
-            await self.fs.backing.run(DAEMON, backing.strip_privileges, fd)
+            await self.fs.backing.run_or_caller(caller, backing.strip_privileges, fd, owned=fd)
         await self.fs.backing.run(caller, backing.change_attributes, fd, change)
 
     async def draft_for_ticket(self, directory: Node, name: bytes, caller: Caller, ticket: Ticket) -> Draft:

@@ -19,10 +19,11 @@ from typing import TypeVar
 import trio
 
 from safefs import backing, processes
-from safefs.backing import DAEMON, Backing
+from safefs.backing import Backing
 from safefs.config import Settings
 from safefs.draft import Draft, DraftState, DraftTable
 from safefs.hot import Cold
+from safefs.identity import DAEMON
 from safefs.locks import Locks
 from safefs.model import Caller, Identity, Process
 from safefs.namespace import ROOT_NODEID, Namespace, Node, Ticket, Tickets
@@ -161,7 +162,7 @@ class FileSystem:
             if parent is None or parent is node:
                 raise failure(errno.ESTALE)
             async with self.pinned(parent):
-                fd = await self.backing.run(DAEMON, self._open_by_name, parent.fd, node.name, node.identity)
+                fd = await self.backing.run(DAEMON, self._open_as_owner, parent.fd, node.name, node.identity)
         if node.fd >= 0:
             native.close_later(fd)  # another request was quicker
         else:
@@ -178,6 +179,9 @@ class FileSystem:
             )
         except OSError:
             return -1
+
+    def _open_as_owner(self, directory: int, name: bytes, identity: Identity) -> int:
+        return self.backing.identities.as_owner(directory, self._open_by_name, directory, name, identity)
 
     @staticmethod
     def _open_by_name(directory: int, name: bytes, identity: Identity) -> int:
@@ -234,7 +238,7 @@ class FileSystem:
 
     def _file_handle(self, fd: int) -> bytes | None:
         """A handle that survives the descriptor, where the backing makes them and the daemon may open them."""
-        if not self.backing.impersonate:
+        if not self.backing.identities.impersonate:
             return None
         try:
             return native.name_to_handle(fd)
@@ -590,7 +594,7 @@ class FileSystem:
         try:
             if draft.temp_name is not None:  # an empty hidden temp: nothing was ever written to it
                 with suppress(OSError):
-                    await self.backing.run(DAEMON, backing.unlink, draft.directory.fd, draft.temp_name)
+                    await self.backing.run_for(draft, backing.unlink, draft.directory.fd, draft.temp_name)
         finally:
             close_all(fd for fd in descriptors if fd >= 0)
             if pidfd >= 0:

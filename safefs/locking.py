@@ -12,6 +12,7 @@ import trio
 from safefs import backing, processes
 from safefs.filesystem import FileSystem, failure
 from safefs.hot import MODE_TYPES, TYPE_MODES
+from safefs.identity import DAEMON
 from safefs.locks import Waiting, name_key
 from safefs.locktable import OFFSET_MAX, Kind, Lock, Mode, Owner
 from safefs.model import Identity
@@ -175,9 +176,15 @@ class Locking:
     async def break_locks(self, path: bytes) -> int:
         """Take all locks on a path below the root from their holders; how many there were.  OSError: no such path."""
         directory, name = os.path.split(path)
-        where = os.path.join(self.fs.backing.root_path, directory)
-        status = await self.fs.backing.run(backing.DAEMON, os.stat, where)
-        return await self.locks.break_locks(name_key(backing.identity_of(status), name))
+        identity = await self.fs.backing.run(DAEMON, self._identity_below, directory)
+        return await self.locks.break_locks(name_key(identity, name))
+
+    def _identity_below(self, path: bytes) -> Identity:
+        fd = self.fs.backing.open_below(path)
+        try:
+            return backing.identity_of(os.fstat(fd))
+        finally:
+            os.close(fd)
 
     def flushed(self, number: int, owner: int) -> list[trio.Event]:
         """A process has closed a descriptor of an open file; what to wait for until its locks are free."""

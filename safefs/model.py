@@ -14,6 +14,7 @@ class Caller:
     gid: int
     pid: int = 0
     umask: int = 0
+    groups: tuple[int, ...] | None = None  # supplementary ones; None: those that the thread `pid` has when asked
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,7 @@ class Process:
     tgid: int
     session: int
     command: str = field(default="", compare=False)  # at most 15 bytes, as the process calls itself
+    groups: tuple[int, ...] = field(default=(), compare=False)  # supplementary ones of the thread that was looked at
 
 
 class Closer(Enum):

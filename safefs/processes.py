@@ -52,14 +52,16 @@ def identify(tid: int) -> Process | None:
     if status is None:
         return None
     command = status.partition("\n")[0].removeprefix("Name:\t")
-    return Process(_field(status, "Tgid"), _field(status, "NSsid"), command)
+    return Process(_field(status, "Tgid"), _field(status, "NSsid"), command, _groups(status))
 
 
 def groups(tid: int) -> tuple[int, ...]:
     """Supplementary groups of a thread; none when it is gone."""
     status = _read(f"/proc/{tid}/status") if tid > 0 else None
-    if status is None:
-        return ()
+    return () if status is None else _groups(status)
+
+
+def _groups(status: str) -> tuple[int, ...]:
     _, _, rest = status.partition("\nGroups:")
     return tuple(map(int, rest.partition("\n")[0].split()))
 

@@ -21,12 +21,13 @@ from functools import partial
 from typing import Any
 
 from safefs import backing
-from safefs.backing import DAEMON, Backing
+from safefs.backing import Backing
 from safefs.digest import Written
 from safefs.draft import Base, Draft, DraftEvent, DraftState
 from safefs.errors import PublishRefusedError
 from safefs.events import EventKind, EventLog
 from safefs.gate import GroupSync, KeyedLocks
+from safefs.identity import SERVICE
 from safefs.model import Caller, Closer, Identity
 from safefs.namespace import Node
 from safefs.native import native
@@ -67,7 +68,7 @@ class Keeper:
         try:
             status = os.stat(self.name, dir_fd=self.directory, follow_symlinks=False)
             if stat.S_ISREG(status.st_mode):
-                self.store.as_daemon(self._keep)
+                self.store.identities.call(SERVICE, self._keep)
         except FileNotFoundError:
             pass
         except OSError as error:
@@ -84,7 +85,7 @@ class Keeper:
         self.state.retained.keep(self.directory, self.name, slot, shown, self.retain_seconds)
 
     def retains(self, ino: int) -> bool:
-        return self.store.as_daemon(self.state.retained.has, slot_of(self.ino, self.name), ino)
+        return self.store.identities.call(SERVICE, self.state.retained.has, slot_of(self.ino, self.name), ino)
 
 
 class Publisher:
@@ -163,13 +164,24 @@ class Publisher:
         demands = self._demands(target, name, None if copy else draft.written)
         order = self._order(draft, inode, target, name, demands, lease, may_replace=replace)
         if inode.temp_name is None:
-            await self.note_directory(target)
+            await self.note_directory(target, draft.caller)
         try:
-            return await self._backing.run_or_daemon(draft.caller, carry_out, order)
+            return await self._backing.run_or_daemon(draft.caller, carry_out, order, owned=target.fd)
         except BaseException:
             if copy:
-                await self._backing.run(DAEMON, drop_inode, draft.directory.fd, inode)
+                await self._drop(draft, inode)
             raise
+
+    async def _drop(self, draft: Draft, inode: PrivateInode) -> None:
+        """Forget a copy that nobody needs."""
+        native.close_later(inode.fd)
+        if inode.temp_name is not None:
+            try:
+                await self._backing.run_for(draft, backing.unlink, draft.directory.fd, inode.temp_name)
+            except FileNotFoundError:
+                pass  # its name shows it
+            except OSError as error:
+                log.warning("a hidden file stays beside %r: %s", draft.name, error)
 
     def _published(self, draft: Draft, target: Node, name: bytes, placed: Placed, keep_private: bool) -> None:
         inode, write_id = placed.inode, draft.write_id
@@ -283,10 +295,10 @@ class Publisher:
         demands = self._demands(target, new_name, None)
         if demands.policy.content:
             with suppress(PermissionError):
-                return await self._backing.run_or_caller(caller, self._check_entry, directory.fd, name, demands)
+                return await self._backing.run_or_caller(caller, self._check_entry, directory.fd, name, demands, caller)
         return None
 
-    def _check_entry(self, directory: int, name: bytes, demands: Demands) -> Identity | None:
+    def _check_entry(self, directory: int, name: bytes, demands: Demands, caller: Caller) -> Identity | None:
         try:
             fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
         except PermissionError:
@@ -299,12 +311,14 @@ class Publisher:
                 check_name(fd, demands)
             return backing.identity_of(status)
         except PublishRefusedError as error:
-            self._keep_version(fd, directory, name, demands, error)
+            self._keep_version(fd, directory, name, demands, error, caller)
             raise
         finally:
             os.close(fd)
 
-    def _keep_version(self, fd: int, directory: int, name: bytes, demands: Demands, error: PublishRefusedError) -> None:
+    def _keep_version(
+        self, fd: int, directory: int, name: bytes, demands: Demands, error: PublishRefusedError, caller: Caller
+    ) -> None:
         status, write_id = os.fstat(fd), secrets.token_hex(8)
         record = {
             **self._refusal(write_id, directory, name, error),
@@ -317,7 +331,8 @@ class Publisher:
         self.counts[EventKind.REFUSED] += 1
         self._events.note(EventKind.REFUSED, record["path"], reason=record["reason"], write_id=write_id)
         if backing.identity_at(directory, name) == backing.identity_of(status):
-            self._backing.as_daemon(self._state.keep, fd, write_id, record, (directory, name))
+            keep = self._state.keep, fd, write_id, record, (directory, name), (caller,)
+            self._backing.identities.call(SERVICE, *keep)
             self.counts["quarantined"] += 1
         log.warning("not renamed: %s (%s)", record["path"], record["reason"])
 
@@ -349,9 +364,10 @@ class Publisher:
     # ------------------------------------------- writers that are not seen
 
     async def _copy(self, draft: Draft) -> PrivateInode:
-        await self.announce_temp(draft.directory)
+        await self.announce_temp(draft.directory, draft.caller)
         hidden = self._backing.hidden_name(b"d")
-        return await self._backing.run_or_daemon(draft.caller, self._copy_inode, draft, hidden)
+        home = draft.directory.fd
+        return await self._backing.run_or_daemon(draft.caller, self._copy_inode, draft, hidden, owned=home)
 
     def _copy_inode(self, draft: Draft, hidden: bytes) -> PrivateInode:
         fd, temp_name, _ = self._backing.make_temp(draft.directory.fd, 0o600, hidden)
@@ -375,7 +391,7 @@ class Publisher:
         base = draft.base
         if not draft.pending or not draft.copied or base is None:
             return draft.pending
-        return not await self._backing.run(DAEMON, backing.same_contents, draft.fd, base.fd)
+        return not await self._backing.run_for(draft, backing.same_contents, draft.fd, base.fd)
 
     async def detach(self, draft: Draft) -> None:
         """A published inode can still be written to: its name shows a copy from now on, and the inode is private again.
@@ -391,9 +407,9 @@ class Publisher:
             demands = dataclasses.replace(self._demands(home, draft.name, None), policy=Policy())
             order = self._order(draft, inode, home, draft.name, demands, self.lease())
             try:
-                placed = await self._backing.run_or_daemon(draft.caller, take_place, order)
+                placed = await self._backing.run_or_daemon(draft.caller, take_place, order, owned=home.fd)
             except BaseException:
-                await self._backing.run(DAEMON, drop_inode, draft.directory.fd, inode)
+                await self._drop(draft, inode)
                 raise
         self._rebase(draft, inode.fd)
         self._go_on_from_copy(draft)
@@ -405,29 +421,29 @@ class Publisher:
         if self.on_publish is not None:
             self.on_publish(draft.directory, None)
 
-    async def announce_temp(self, directory: Node) -> None:
+    async def announce_temp(self, directory: Node, caller: Caller) -> None:
         """A private inode is about to be made, under a hidden name where the backing needs one."""
         if not self._backing.uses_tmpfile:
-            await self.note_directory(directory)
+            await self.note_directory(directory, caller)
 
-    async def note_directory(self, directory: Node) -> None:
-        """Put on record that a hidden name may appear in a directory, once each."""
+    async def note_directory(self, directory: Node, caller: Caller) -> None:
+        """Put on record that a hidden name may appear in a directory, made by this caller; once each."""
         if directory.identity in self._noted:
             return
         self._noted.add(directory.identity)
-        await self._backing.run(DAEMON, self._note_directory, directory.fd)
+        await self._backing.run(SERVICE, self._note_directory, directory.fd, caller)
 
-    def _note_directory(self, fd: int) -> None:
+    def _note_directory(self, fd: int, caller: Caller) -> None:
         try:
-            self._record.note_directory(backing.path_below(self._backing.root_path, fd))
+            self._record.note_directory(backing.path_below(self._backing.root_path, fd), caller)
         except OSError as error:
             log.warning("leftovers in a directory could not be found again after a crash: %s", error)
 
-    def note_partial(self, directory: int, hidden: bytes, name: bytes) -> None:
+    def note_partial(self, directory: int, hidden: bytes, name: bytes, caller: Caller) -> None:
         """Blocks; in a worker thread."""
-        self._record.note_partial(backing.path_below(self._backing.root_path, directory), hidden, name)
+        self._record.note_partial(backing.path_below(self._backing.root_path, directory), hidden, name, caller)
 
-    def displace(self, directory: int, hidden: list[bytes], drafts: list[Draft]) -> None:
+    def displace(self, directory: int, hidden: list[bytes], drafts: list[Draft], caller: Caller) -> None:
         """Make room for rmdir: temps leave a directory that is being removed.  Blocks; in a worker thread.
 
         Drafts of this daemon live on in their descriptors.  Others belong to daemons that live on (theirs go on in
@@ -438,9 +454,10 @@ class Publisher:
             draft = mine.get(name)
             if draft is not None:
                 draft.temp_name = None
-                backing.unlink(directory, name)
+                self._backing.call_for(draft, backing.unlink, directory, name)
             else:
-                self._state.keep_leftover(directory, name, "its directory was removed")
+                keep = self._state.keep_leftover, directory, name, "its directory was removed", (caller,)
+                self._backing.identities.call(SERVICE, *keep)
 
     async def end_killed(self, draft: Draft) -> None:
         """The last closer was killed: partial files go back under their name, everything else is refused."""
@@ -474,7 +491,7 @@ class Publisher:
         kind = _REFUSALS.get(error.errno, EventKind.REFUSED)
         self._note(kind, draft, record["path"], reason=error.message, write_id=draft.write_id)
         try:
-            if await self._backing.run(DAEMON, self._keep, draft, record):
+            if await self._backing.run(SERVICE, self._keep, draft, record):
                 self.counts["quarantined"] += 1
             log.warning("not published: %s (%s)", record["path"], error.message)
         except OSError as problem:
@@ -507,7 +524,7 @@ class Publisher:
         hidden = None if draft.temp_name is None else (draft.directory.fd, draft.temp_name)
         if not os.fstat(draft.fd).st_size:
             if hidden is not None:
-                backing.unlink(*hidden)
+                self._backing.call_for(draft, backing.unlink, *hidden)
             return False
-        self._state.keep(draft.fd, draft.write_id, record, hidden)
+        self._state.keep(draft.fd, draft.write_id, record, hidden, (draft.caller,))
         return True

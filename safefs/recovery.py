@@ -19,16 +19,20 @@ import shutil
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import trio
 
 from safefs import backing
-from safefs.backing import DAEMON, RENAME_NOREPLACE, Backing
+from safefs.backing import RENAME_NOREPLACE, Backing
 from safefs.cluster.backend import BackendError
 from safefs.events import EventKind, EventLog
+from safefs.identity import DAEMON, SERVICE, read_back
+from safefs.model import Caller
 from safefs.softlocks import Noted, read_noted, remove_noted
-from safefs.state import DAEMONS, RECORD_VERSION, DaemonRecord, StateDirectory, known_dead
+from safefs.state import DAEMONS, RECORD_VERSION, WRITER, DaemonRecord, StateDirectory, known_dead
 
 log = logging.getLogger(__name__)
 
@@ -56,8 +60,8 @@ class Recovery:
         """Until cancelled: beat, and settle what dead daemons left."""
         while True:
             try:
-                await self._backing.run(DAEMON, self._record.beat)
-                await self._backing.run(DAEMON, self.settle_dead)
+                await self._backing.run(SERVICE, self._record.beat)
+                await self._backing.run(SERVICE, self.settle_dead)
             except OSError as error:
                 log.warning("the state directory cannot be used at the moment: %s", error)
             await trio.sleep(BEAT_SECONDS)
@@ -67,11 +71,11 @@ class Recovery:
         while True:
             await trio.sleep(LEASE_LOOK_SECONDS)
             try:
-                noted = await self._backing.run(DAEMON, self._noted_by_others)
+                noted = await self._backing.run(SERVICE, self._noted_by_others)
                 lost = await gone(each.node for each in noted)
                 for each in noted:
                     if each.node in lost:
-                        await self._backing.run(DAEMON, self._free, each)
+                        await self._backing.run(SERVICE, self._free, each)
             except (OSError, BackendError) as error:
                 log.warning("the lock files of other nodes cannot be looked at: %s", error)
 
@@ -116,7 +120,7 @@ class Recovery:
             identity = {}  # being made, or cut short by a crash: only its heartbeat can tell
         if identity.get("version", RECORD_VERSION) != RECORD_VERSION:
             return False
-        known = known_dead(identity)
+        known = self._backing.identities.call(DAEMON, known_dead, identity)
         if known is None:
             return watched and self._has_stopped_beating(path)
         (self._living.discard if known else self._living.add)(path.name)
@@ -163,7 +167,7 @@ class Recovery:
         log.info("settled what the dead daemon %s left behind: %d files", path.name, settled)
 
     @staticmethod
-    def _journal(path: Path) -> list[dict[str, str]]:
+    def _journal(path: Path) -> list[dict[str, Any]]:
         try:
             lines = path.read_text(encoding="ascii").splitlines()
         except OSError:
@@ -175,25 +179,27 @@ class Recovery:
         # Partial files first: they have a name to go back to, and are hidden files of their directory as well.
         return sorted(entries, key=lambda entry: "hidden" not in entry)
 
-    def _settle_directory(self, entry: dict[str, str], node_id: str) -> int:
-        fd = backing.open_below(self._backing.root_fd, os.fsencode(entry["directory"]))
+    def _settle_directory(self, entry: dict[str, Any], node_id: str) -> int:
+        writers = read_back(entry.get(WRITER))
+        fd = self._backing.open_below(os.fsencode(entry["directory"]), writers)
         try:
             if "hidden" in entry:
-                return self._put_back(fd, os.fsencode(entry["hidden"]), os.fsencode(entry["name"]))
+                return self._put_back(fd, os.fsencode(entry["hidden"]), os.fsencode(entry["name"]), writers)
             prefix = backing.HIDDEN_PREFIX + node_id.encode() + b"~"
             names = [name for name in map(os.fsencode, os.listdir(fd)) if name.startswith(prefix)]
             for name in names:
-                self._state.keep_leftover(fd, name, "its daemon ended before it was published")
+                self._state.keep_leftover(fd, name, "its daemon ended before it was published", writers)
             return len(names)
         finally:
             os.close(fd)
 
-    def _put_back(self, directory: int, hidden: bytes, name: bytes) -> int:
+    def _put_back(self, directory: int, hidden: bytes, name: bytes, writers: tuple[Caller, ...]) -> int:
         """A partial file that was taken over goes back under its name, unless there is a new one."""
-        if backing.identity_at(directory, hidden) is None:
+        as_owner = partial(self._backing.identities.as_owner, others=writers)
+        if as_owner(directory, backing.identity_at, directory, hidden) is None:
             return 0
         try:
-            backing.rename(directory, hidden, directory, name, RENAME_NOREPLACE)
+            as_owner(directory, backing.rename, directory, hidden, directory, name, RENAME_NOREPLACE)
         except OSError:
-            self._state.keep_leftover(directory, hidden, "its daemon ended, and its name has a new file")
+            self._state.keep_leftover(directory, hidden, "its daemon ended, and its name has a new file", writers)
         return 1

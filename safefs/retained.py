@@ -21,7 +21,8 @@ from pathlib import Path
 import xxhash
 
 PATH_FILE = "path.json"
-NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)  # the backing has none, or none to here
+# The backing has none, or none to here; or the state directory is of a service user, who may not link files of others.
+NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 @dataclass(frozen=True)

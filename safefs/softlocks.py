@@ -33,9 +33,10 @@ from typing import Any
 import trio
 
 from safefs import backing, processes
-from safefs.backing import DAEMON, Backing
+from safefs.backing import Backing
 from safefs.events import EventKind, EventLog
-from safefs.model import Closer, Identity, Process
+from safefs.identity import DAEMON, SERVICE, read_back, written_down
+from safefs.model import Caller, Closer, Identity, Process
 from safefs.native import native
 from safefs.rules import Stale
 from safefs.state import DAEMONS, SOFT_LOCKS, DaemonRecord, StateDirectory, host_of
@@ -150,6 +151,12 @@ class SoftLock:
     noted: bool = False  # on record for other nodes
     end: End | None = None  # of its creator, which the file has outlived
 
+    @property
+    def maker(self) -> Caller:
+        """Who has made it: the owner, with the groups that its creator had."""
+        status = os.fstat(self.fd)
+        return Caller(status.st_uid, status.st_gid, groups=self.creator.groups)
+
     def close(self) -> None:
         native.close_later(self.directory_fd)
         native.close_later(self.fd)
@@ -245,10 +252,11 @@ class SoftLocks:
             if not shown:
                 self.forget(lock)
 
-    @staticmethod
-    def _is_shown(lock: SoftLock) -> bool:
+    def _is_shown(self, lock: SoftLock) -> bool:
+        as_owner, directory = self._backing.identities.as_owner, lock.directory_fd
         try:
-            return backing.identity_at(lock.directory_fd, lock.name) == backing.identity_of(os.fstat(lock.fd))
+            shown = as_owner(directory, backing.identity_at, directory, lock.name, others=(lock.maker,))
+            return shown == backing.identity_of(os.fstat(lock.fd))
         except OSError:
             return False
 
@@ -301,8 +309,7 @@ class SoftLocks:
 
     def _remove_file(self, lock: SoftLock) -> tuple[str, bool]:
         path = self._path(lock)
-        hidden = self._backing.hidden_name(b"l")
-        return path, remove_if_same(lock.directory_fd, lock.name, Mark.of(lock.fd), hidden)
+        return path, _remove(self._backing, lock.directory_fd, lock.name, Mark.of(lock.fd), (lock.maker,))
 
     def _path(self, lock: SoftLock) -> str:
         directory = os.fsdecode(backing.path_below(self._backing.root_path, lock.directory_fd))
@@ -322,7 +329,7 @@ class SoftLocks:
         for lock in locks:
             lock.noted = True
         try:
-            await self._backing.run(DAEMON, self._write, locks)
+            await self._backing.run(SERVICE, self._write, locks)
         except OSError as error:
             log.warning("lock files could not be put on record: %s", error)
 
@@ -345,6 +352,7 @@ class SoftLocks:
             "creator": str(lock.end or ALIVE),
             "stale": str(lock.stale),
             "since": round(lock.since, 3),
+            "maker": written_down(lock.maker),
         }
 
 
@@ -388,18 +396,25 @@ def remove_noted(store: Backing, locks: Iterable[dict[str, Any]]) -> list[str]:
         if entry["stale"] == Stale.OFF:
             continue
         try:
-            fd = backing.open_below(store.root_fd, directory)
+            makers = read_back(entry.get("maker"))
+            fd = store.open_below(directory, makers)
         except OSError:
             continue  # the directory is gone
         try:
             mark = Mark(entry["ino"], entry["born"], entry["changed"])
-            if remove_if_same(fd, name, mark, store.hidden_name(b"l")):
+            if _remove(store, fd, name, mark, makers):
                 removed.append(entry["path"])
         except OSError as error:
             log.warning("the lock file %s of a node that is gone stays: %s", entry["path"], error)
         finally:
             os.close(fd)
     return removed
+
+
+def _remove(store: Backing, directory: int, name: bytes, mark: Mark, makers: tuple[Caller, ...]) -> bool:
+    """Lock files lie in users' directories, where root may have no rights (root_squash)."""
+    hidden = store.hidden_name(b"l")
+    return store.identities.as_owner(directory, remove_if_same, directory, name, mark, hidden, others=makers)
 
 
 def remove_if_same(directory: int, name: bytes, mark: Mark, hidden: bytes) -> bool:

@@ -1,8 +1,9 @@
 """The state directory of a backing: the quarantine, and a record of every daemon that works on it.
 
 It lies at the backing's root (`.safefs`), out of reach of the mounts, so that the bytes of a refused draft get there
-by a link and not by a copy.  Everything here blocks and runs in worker threads; nothing here is on the way of a
-write that goes well, but for one line per directory of `DaemonRecord.note_directory`.
+by a link and not by a copy.  Everything here blocks and runs in worker threads, as whom the directory belongs to
+(identity.SERVICE); nothing here is on the way of a write that goes well, but for one line per directory of
+`DaemonRecord.note_directory`.
 """
 
 from __future__ import annotations
@@ -10,23 +11,30 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import logging
 import os
 import secrets
 import socket
+import stat
 import struct
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
-from safefs.backing import copy_contents, link_inode, sync_directory
-from safefs.errors import SafefsError
+from safefs.backing import copy_contents, copy_times, link_inode, reopen, sync_directory, unlink
+from safefs.custody import take_custody
+from safefs.identity import SERVICE, Identities, root_or, written_down
+from safefs.model import Caller
 from safefs.processes import start_time
 from safefs.retained import RetainedVersions
+
+log = logging.getLogger(__name__)
 
 RECORD_VERSION = 1
 QUARANTINE = "quarantine"
@@ -36,6 +44,8 @@ LOCK_FILES = "locks"
 CLUSTER = "cluster"
 RETAINED = "retained"
 RECORD_SUFFIX = ".json"
+WRITER = "writer"  # in a daemon's journal
+COPIED_FROM = "copied_from"  # in the record of a file that is a copy: owner and mode of the file
 SOFT_LOCKS = "softlocks"  # in a daemon's record
 LOCKS = "names.lock"
 LOCK_RANGE = (1 << 62) - 1
@@ -92,6 +102,10 @@ def known_dead(identity: Mapping[str, Any]) -> bool | None:
     return bool(start_time(identity["pid"]) != identity["start"])
 
 
+def _find(directory: int, name: bytes) -> int:
+    return os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+
+
 def host_of(record: Path) -> str:
     """The host of the daemon with this record; empty where that cannot be read."""
     try:
@@ -115,26 +129,40 @@ class Kept:
         """The name that it was meant for, below the backing directory."""
         return str(self.record.get("path") or self.record.get("name") or "")
 
+    @property
+    def copied_from(self) -> tuple[int, int, int] | None:
+        """Owner, group and mode of the file that this is a copy of; None where it is the file itself."""
+        try:
+            found = self.record[COPIED_FROM]
+            return int(found["uid"]), int(found["gid"]), int(found["mode"])
+        except (KeyError, TypeError, ValueError):
+            return None
+
 
 class StateDirectory:
     """The quarantine and the daemons' records below one state directory."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, identities: Identities) -> None:
         self.path = path
-        try:
-            path.mkdir(mode=0o700, exist_ok=True)
-            for name in (QUARANTINE, DAEMONS, EVENTS):
-                (path / name).mkdir(mode=0o700, exist_ok=True)
-        except OSError as error:
-            raise SafefsError(
-                f"cannot keep state in {path}: {error.strerror}; name a directory that safefs may write to with "
-                f"-o state=DIR",
-                error.errno or errno.EIO,
-            ) from None
+        self._identities = identities
+        take_custody(path, (QUARANTINE, DAEMONS, EVENTS), identities)
         self.events = path / EVENTS
         self.retained = RetainedVersions(path / RETAINED)
         self._locks_fd = os.open(path / LOCKS, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         self.quarantine_fd = os.open(path / QUARANTINE, os.O_PATH | os.O_DIRECTORY)
+
+    def acting(self) -> AbstractContextManager[None]:
+        """A block in which this thread acts as whom the directory belongs to."""
+        return self._identities.acting(SERVICE)
+
+    def open_kept(self, path: Path) -> int:
+        """A file in it, to be read; it can belong to who wrote it."""
+        with self.acting():
+            fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                return self._identities.as_owner(fd, reopen, fd, os.O_RDONLY)
+            finally:
+                os.close(fd)
 
     def cluster_id(self) -> str:
         """What all nodes on this backing directory call themselves together: made by the first.  Raises OSError."""
@@ -180,32 +208,71 @@ class StateDirectory:
             time.sleep(pause)
             pause = min(2 * pause, LOCK_PAUSES_SECONDS)
 
-    def keep(self, fd: int, write_id: str, record: dict[str, Any], hidden: tuple[int, bytes] | None) -> None:
-        """Keep the inode of a refused draft: by rename of its hidden name, by link, or by copy."""
+    def keep(
+        self,
+        fd: int,
+        write_id: str,
+        record: dict[str, Any],
+        shown: tuple[int, bytes] | None,
+        others: Iterable[Caller] = (),
+    ) -> None:
+        """Keep the inode of a refused draft: by rename of the name that shows it, by link, or by copy.
+
+        In the end there is no such name any more.  Whoever this directory belongs to may have no right to it: then root
+        removes it, one of `others`, or the owner of the directory or of the file.
+        """
         name = write_id.encode()
-        if not self._moved(hidden, name) and not self._linked(fd, name):
-            copy = os.open(name, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600, dir_fd=self.quarantine_fd)
-            try:
-                copy_contents(fd, copy)
-                os.fsync(copy)
-            finally:
-                os.close(copy)
+        moved = self._moved(shown, name)
+        if not moved and not self._linked(fd, name):
+            record = {**record, COPIED_FROM: self._copy(fd, name)}
         self._write_record(write_id, record)
+        if shown is not None and not moved:
+            callers = root_or(others, (shown[0], fd))
+            try:
+                self._identities.call_first(callers, unlink, *shown)
+            except FileNotFoundError:
+                pass  # another node has removed it, with its directory
+            except OSError as error:
+                log.warning("the name of a file that is in quarantine stays: %r (%s)", shown[1], error)
 
-    def keep_leftover(self, directory: int, hidden: bytes, reason: str) -> None:
-        """Keep a hidden file of another daemon, or remove it when it holds nothing."""
-        if not os.stat(hidden, dir_fd=directory, follow_symlinks=False).st_size:
-            os.unlink(hidden, dir_fd=directory)
-            return
-        write_id = secrets.token_hex(8)
-        os.rename(hidden, write_id.encode(), src_dir_fd=directory, dst_dir_fd=self.quarantine_fd)
-        self._write_record(write_id, {"write_id": write_id, "name": os.fsdecode(hidden), "reason": reason})
+    def _copy(self, fd: int, name: bytes) -> dict[str, int]:
+        """A copy belongs to whom this directory does; returns what the file had."""
+        status = os.fstat(fd)
+        copy = os.open(name, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=self.quarantine_fd)
+        try:
+            copy_contents(fd, copy)
+            copy_times(fd, copy)
+            os.fsync(copy)
+        finally:
+            os.close(copy)
+        return {"uid": status.st_uid, "gid": status.st_gid, "mode": stat.S_IMODE(status.st_mode)}
 
-    def _moved(self, hidden: tuple[int, bytes] | None, name: bytes) -> bool:
-        if hidden is None:
+    def keep_leftover(self, directory: int, hidden: bytes, reason: str, others: Iterable[Caller] = ()) -> None:
+        """Keep a hidden file of another daemon, or remove it when it holds nothing.
+
+        As root, as one of `others`, who have rights to the directory, or as who owns it or the file.
+        """
+        as_owner = partial(self._identities.as_owner, others=others)
+        inode = as_owner(directory, _find, directory, hidden)
+        try:
+            if not os.fstat(inode).st_size:
+                as_owner(directory, unlink, directory, hidden)
+                return
+            fd = as_owner(inode, reopen, inode, os.O_RDONLY)
+        finally:
+            os.close(inode)
+        try:
+            write_id = secrets.token_hex(8)
+            record = {"write_id": write_id, "name": os.fsdecode(hidden), "reason": reason}
+            self.keep(fd, write_id, record, (directory, hidden), others)
+        finally:
+            os.close(fd)
+
+    def _moved(self, shown: tuple[int, bytes] | None, name: bytes) -> bool:
+        if shown is None:
             return False
         with suppress(OSError):
-            os.rename(hidden[1], name, src_dir_fd=hidden[0], dst_dir_fd=self.quarantine_fd)
+            os.rename(shown[1], name, src_dir_fd=shown[0], dst_dir_fd=self.quarantine_fd)
             return True
         return False
 
@@ -291,15 +358,16 @@ class DaemonRecord:
         temporary.write_text(f"{self._beats}\n", encoding="ascii")
         temporary.rename(self.path / "heartbeat")
 
-    def note_directory(self, path: bytes) -> None:
-        """Before the first hidden name in a directory: where a successor has to look."""
+    def note_directory(self, path: bytes, writer: Caller) -> None:
+        """Before the first hidden name in a directory: where a successor has to look, and who has rights there."""
         if path not in self._noted:
             self._noted.add(path)
-            self._append({"directory": os.fsdecode(path)})
+            self._append({"directory": os.fsdecode(path), WRITER: written_down(writer)})
 
-    def note_partial(self, path: bytes, hidden: bytes, name: bytes) -> None:
+    def note_partial(self, path: bytes, hidden: bytes, name: bytes, writer: Caller) -> None:
         """Before a partial file is renamed into a draft: where it belongs."""
-        self._append({"directory": os.fsdecode(path), "hidden": os.fsdecode(hidden), "name": os.fsdecode(name)})
+        names = {"hidden": os.fsdecode(hidden), "name": os.fsdecode(name)}
+        self._append({"directory": os.fsdecode(path), **names, WRITER: written_down(writer)})
 
     def write_soft_locks(self, data: dict[str, Any]) -> None:
         """Replace the list of lock files that go with this daemon, durably: others read it when this node is gone."""
@@ -310,7 +378,7 @@ class DaemonRecord:
             os.fsync(file.fileno())
         temporary.rename(self.path / SOFT_LOCKS)
 
-    def _append(self, entry: dict[str, str]) -> None:
+    def _append(self, entry: dict[str, Any]) -> None:
         os.write(self._journal, json.dumps(entry).encode("ascii") + b"\n")
 
     def remove(self) -> None:

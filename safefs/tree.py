@@ -13,11 +13,12 @@ from functools import partial
 from typing import TypeVar
 
 from safefs import backing
-from safefs.backing import DAEMON, RENAME_EXCHANGE, RENAME_NOREPLACE
+from safefs.backing import RENAME_EXCHANGE, RENAME_NOREPLACE
 from safefs.digest import PROVENANCE
 from safefs.draft import Draft, DraftEvent
 from safefs.files import Files
 from safefs.filesystem import Entry, FileSystem, close_all, failure
+from safefs.identity import DAEMON
 from safefs.model import Caller, Identity
 from safefs.namespace import ROOT_NODEID, Node, Ticket
 from safefs.native import native
@@ -229,7 +230,7 @@ class Tree:
             fs.unlist_draft(draft)
             temp_name, draft.temp_name = draft.temp_name, None
             if temp_name is not None:
-                await fs.backing.run(DAEMON, backing.unlink, draft.directory.fd, temp_name)
+                await fs.backing.run_for(draft, backing.unlink, draft.directory.fd, temp_name)
         fs.publisher.counts["cancelled"] += 1
 
     async def rmdir(self, directory_id: int, name: bytes, caller: Caller) -> None:
@@ -246,7 +247,7 @@ class Tree:
                 if node is not None:
                     await fs.ordering.wait_directory(node)
                     await self._require_no_own_drafts(node, caller)
-                await fs.backing.run(caller, self._remove_directory, directory.fd, name, fd, node)
+                await fs.backing.run(caller, self._remove_directory, directory.fd, name, fd, node, caller)
             finally:
                 native.close_later(fd)
 
@@ -255,7 +256,7 @@ class Tree:
             if draft.created and await self._own_draft(directory, draft.name, caller):
                 raise failure(errno.ENOTEMPTY)
 
-    def _remove_directory(self, directory: int, name: bytes, fd: int, node: Node | None) -> None:
+    def _remove_directory(self, directory: int, name: bytes, fd: int, node: Node | None, caller: Caller) -> None:
         try:
             os.rmdir(name, dir_fd=directory)
             return
@@ -265,7 +266,7 @@ class Tree:
             hidden = backing.hidden_entries(fd)
             if not hidden:
                 raise
-        self.fs.publisher.displace(fd, hidden, self.fs.drafts.below(node) if node is not None else [])
+        self.fs.publisher.displace(fd, hidden, self.fs.drafts.below(node) if node is not None else [], caller)
         os.rmdir(name, dir_fd=directory)
 
     # ------------------------------------------------------------- rename
@@ -299,7 +300,7 @@ class Tree:
         """A directory that holds the family's own new files is not empty, though the backing thinks so."""
         if not len(self.fs.drafts):
             return
-        identity = await self.fs.backing.run(DAEMON, backing.identity_at, directory.fd, name)
+        identity = await self.fs.backing.run_or_caller(caller, backing.identity_at, directory.fd, name)
         node = self.fs.nodes.find(identity) if identity is not None else None
         if node is not None and node.is_directory:
             await self._require_no_own_drafts(node, caller)

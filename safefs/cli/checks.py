@@ -22,7 +22,7 @@ _INITIAL_PID_NAMESPACE = 0xEFFFFFFC
 
 def check_mount(settings: Settings, *, allow_nonempty: bool) -> None:
     """Everything that stands in the way of this mount, the most basic first."""
-    check_backing(settings.backing)
+    check_backing(settings)
     check_mountpoint(settings.mountpoint, allow_nonempty=allow_nonempty)
     check_relation(settings.backing, settings.mountpoint)
     check_device(settings.privileged)
@@ -32,9 +32,11 @@ def check_mount(settings: Settings, *, allow_nonempty: bool) -> None:
         check_user(settings)
 
 
-def check_backing(backing: Path) -> None:
+def check_backing(settings: Settings) -> None:
+    backing = settings.backing
     status = _stat_directory(backing, "the backing directory")
-    if not os.access(backing, os.R_OK | os.X_OK):
+    # Where a service user is named root may have no rights: what it makes there will show what it has.
+    if settings.service is None and not os.access(backing, os.R_OK | os.X_OK):
         raise SafefsError(f"{backing}: no permission to read the backing directory", errno.EACCES)
     if any(mount.device == status.st_dev for mount in find_mounts()):
         raise SafefsError(f"{backing}: is itself on a safefs mount: mount its backing directory instead", errno.EINVAL)

@@ -18,9 +18,12 @@ _HEAD = ("time", "node", "event", "path")
 
 def show_events(path: Path | None, *, follow: bool, as_json: bool) -> None:
     """Print all events that there are, and with `follow` those that come, until interrupted."""
-    reader = EventReader(find_place(path).state().events)
+    state = find_place(path).state()
+    reader = EventReader(state.events)
     while True:
-        for event in reader.read():
+        with state.acting():
+            events = reader.read()
+        for event in events:
             click.echo(json.dumps(event) if as_json else _line(event))
         if not follow:
             return

@@ -15,13 +15,16 @@ from safefs.cli.tables import print_rows, size_text, time_text
 from safefs.digest import DIGEST_ATTRIBUTE
 from safefs.errors import SafefsError
 from safefs.retained import RetainedVersion
+from safefs.state import StateDirectory
 
 
 def show_history(path: Path, *, as_json: bool) -> None:
     """Print the versions that are still kept, the newest first."""
     place = find_place(path)
-    versions = _versions(place, path)
-    described = [_described(number, version) for number, version in enumerate(versions, 1)]
+    state = place.state()
+    with state.acting():
+        versions = _versions(place, state, path)
+        described = [_described(number, version) for number, version in enumerate(versions, 1)]
     if as_json:
         click.echo(json.dumps(described, indent=2))
     elif not described:
@@ -40,22 +43,24 @@ def restore_version(text: str, target: Path | None) -> None:
     place = find_place(path)
     if place.mount is None:
         raise SafefsError(f"{path}: restoring is a publish: give the path on a mount", errno.EINVAL)
-    versions = _versions(place, path)
+    state = place.state()
+    with state.acting():
+        versions = _versions(place, state, path)
     if not 1 <= int(number) <= len(versions):
         raise SafefsError(f"{text}: {len(versions)} earlier versions are kept; see safefs history", errno.ENOENT)
     destination = Path(os.path.abspath(target or path))
     try:
-        publish_copy(versions[int(number) - 1].file, destination)
+        publish_copy(state.open_kept(versions[int(number) - 1].file), destination)
     except OSError as error:
         raise SafefsError(f"{destination}: not restored: {error.strerror}", error.errno or errno.EIO) from None
     click.echo(f"restored {destination}")
 
 
-def _versions(place: Place, path: Path) -> list[RetainedVersion]:
+def _versions(place: Place, state: StateDirectory, path: Path) -> list[RetainedVersion]:
     absolute = Path(os.path.abspath(path))
     on_mount = place.mount is not None and absolute.is_relative_to(place.mount.mountpoint)
     top = place.mount.mountpoint if place.mount is not None and on_mount else place.backing
-    return place.state().retained.of(os.fspath(absolute.relative_to(top)))
+    return state.retained.of(os.fspath(absolute.relative_to(top)))
 
 
 def _described(number: int, version: RetainedVersion) -> dict[str, object]:

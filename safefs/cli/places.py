@@ -9,6 +9,7 @@ from pathlib import Path
 
 from safefs.control import LiveMount, find_mounts, request
 from safefs.errors import SafefsError
+from safefs.identity import SERVICE, Identities, owner_of
 from safefs.state import StateDirectory
 
 STATE_NAME = ".safefs"
@@ -23,10 +24,28 @@ class Place:
     mount: LiveMount | None
 
     def state(self) -> StateDirectory:
-        """Raises SafefsError where it cannot be used."""
-        if not os.access(self.state_path, os.R_OK | os.W_OK | os.X_OK):
+        """To be used as whom it belongs to (StateDirectory.acting), which root becomes: the backing may squash him.
+
+        Raises SafefsError where it cannot be used.
+        """
+        identities = identities_of(self.state_path)
+        if not identities.impersonate and not os.access(self.state_path, os.R_OK | os.W_OK | os.X_OK):
             raise SafefsError(f"{self.state_path}: only its owner may look into it: run this as root", errno.EACCES)
-        return StateDirectory(self.state_path)
+        with identities.acting(SERVICE):
+            return StateDirectory(self.state_path, identities)
+
+
+def identities_of(state: Path) -> Identities:
+    """For what a command does in a state directory: root acts as its owner.  SafefsError where it cannot be seen."""
+    try:
+        fd = os.open(state, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        raise SafefsError(f"{state}: {error.strerror}", error.errno or errno.EIO) from None
+    try:
+        owner = owner_of(fd)
+    finally:
+        os.close(fd)
+    return Identities(impersonate=os.geteuid() == 0, service=owner if owner.uid else None)
 
 
 def find_place(path: Path | None) -> Place:

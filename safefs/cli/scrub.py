@@ -169,13 +169,15 @@ def _quarantine(place: Place, below: Path, root: int, finding: Finding) -> None:
                 return
             fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
             try:
-                state.keep(fd, write_id, {**record, "uid": status.st_uid, "gid": status.st_gid}, (directory, name))
+                with state.acting():
+                    state.keep(fd, write_id, {**record, "uid": status.st_uid, "gid": status.st_gid}, (directory, name))
             finally:
                 os.close(fd)
     finally:
         os.close(directory)
     event = event_of(EventKind.DAMAGED, str(record["path"]), {"write_id": write_id, "reason": finding.problem})
-    append_events(state.events, f"cli-{socket.gethostname()}", [event])
+    with state.acting():
+        append_events(state.events, f"cli-{socket.gethostname()}", [event])
 
 
 class Checkpoint:

@@ -16,9 +16,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from safefs.cluster.record import NameRecord
+
+T = TypeVar("T")
 
 
 class BackendError(Exception):
@@ -32,6 +34,17 @@ class LeaseLostError(Exception):
 # Which process a node is, and whether a process that is described so is known to have died.
 ProcessIdentity = Mapping[str, Any]
 HasDied = Callable[[ProcessIdentity], bool]
+
+
+class Act(Protocol):
+    """Calls a function, in the calling thread, as whom the files of a backend belong to."""
+
+    def __call__(self, function: Callable[..., T], /, *arguments: Any) -> T: ...
+
+
+def plainly(function: Callable[..., T], /, *arguments: Any) -> T:
+    """As whoever the process is."""
+    return function(*arguments)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import ssl
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safefs.cluster.backend import HasDied, LockBackend, ProcessIdentity
+from safefs.cluster.backend import Act, HasDied, LockBackend, ProcessIdentity, plainly
 from safefs.cluster.leasefile import LeasefileBackend
 from safefs.cluster.ofd import NativeBackend
 from safefs.config import ETCD_SCHEME, Settings
@@ -22,12 +22,17 @@ if TYPE_CHECKING:
 
 
 def lock_backend(
-    settings: Settings, directory: Path, cluster: str, identity: ProcessIdentity, has_died: HasDied
+    settings: Settings,
+    directory: Path,
+    cluster: str,
+    identity: ProcessIdentity,
+    has_died: HasDied,
+    act: Act = plainly,
 ) -> LockBackend | None:
     """What is shared with other nodes; None for a mount that shares nothing.
 
     `directory` is where lease files go, in a state directory that is there, and `cluster` what all nodes on the backing
-    directory call themselves together.
+    directory call themselves together; `act` is for lease files.
     """
     terms = Terms(settings.lease_seconds)
     if settings.locks == "memory" or settings.read_only:
@@ -38,9 +43,9 @@ def lock_backend(
         prefix = settings.etcd_prefix or f"/safefs/{cluster}"
         return EtcdBackend(etcd_access(settings), prefix, terms, identity, has_died)
     if settings.locks == "native":
-        client = Client.here(mounted_at(directory.parent))
-        return NativeBackend(os.fspath(directory), terms, identity, has_died, client.id)
-    return LeasefileBackend(os.fspath(directory), terms, identity, has_died)
+        client = Client.here(act(mounted_at, directory.parent))
+        return NativeBackend(os.fspath(directory), terms, identity, has_died, client.id, act)
+    return LeasefileBackend(os.fspath(directory), terms, identity, has_died, act)
 
 
 def etcd_access(settings: Settings) -> Access:

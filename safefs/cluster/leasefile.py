@@ -37,7 +37,7 @@ from typing import Any, TypeVar, cast
 
 import trio
 
-from safefs.cluster.backend import BackendError, HasDied, LeaseLostError, ProcessIdentity, Stored
+from safefs.cluster.backend import Act, BackendError, HasDied, LeaseLostError, ProcessIdentity, Stored, plainly
 from safefs.cluster.record import NameRecord
 from safefs.lease import OwnLease, Sightings, Terms, boottime
 
@@ -82,7 +82,7 @@ class Files:
         self.root = root
         self._identity = identity
         self._has_died = has_died
-        for part in ("names", "nodes", "new"):
+        for part in ("", "names", "nodes", "new"):
             os.makedirs(os.path.join(root, part), mode=0o700, exist_ok=True)
 
     def _path(self, *parts: str) -> str:
@@ -357,8 +357,16 @@ class LeasefileBackend:
 
     tells_changes = False
 
-    def __init__(self, root: str, terms: Terms, identity: ProcessIdentity, has_died: HasDied) -> None:
+    def __init__(
+        self,
+        root: str,
+        terms: Terms,
+        identity: ProcessIdentity,
+        has_died: HasDied,
+        act: Act = plainly,
+    ) -> None:
         self._root = root
+        self._act = act
         self._identity = identity
         self._has_died = has_died
         self._terms = terms
@@ -380,7 +388,7 @@ class LeasefileBackend:
         try:
             with trio.fail_after(CALL_SECONDS):
                 return await trio.to_thread.run_sync(
-                    function, *arguments, abandon_on_cancel=True, limiter=self._limiter
+                    self._act, function, *arguments, abandon_on_cancel=True, limiter=self._limiter
                 )
         except trio.TooSlowError:
             raise BackendError(f"{self._root} does not answer") from None

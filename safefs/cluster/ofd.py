@@ -40,7 +40,7 @@ from contextlib import contextmanager, suppress
 import trio
 import xxhash
 
-from safefs.cluster.backend import BackendError, HasDied, LeaseLostError, ProcessIdentity
+from safefs.cluster.backend import Act, BackendError, HasDied, LeaseLostError, ProcessIdentity, plainly
 from safefs.cluster.leasefile import ENDED, Files, LeasefileBackend
 from safefs.lease import Terms, boottime
 
@@ -210,9 +210,17 @@ class NativeBackend(LeasefileBackend):
 
     _locked: LockedFiles
 
-    def __init__(self, root: str, terms: Terms, identity: ProcessIdentity, has_died: HasDied, client: str) -> None:
+    def __init__(
+        self,
+        root: str,
+        terms: Terms,
+        identity: ProcessIdentity,
+        has_died: HasDied,
+        client: str,
+        act: Act = plainly,
+    ) -> None:
         """`client` is which client of the backing this is: the same for all nodes on it, and no other's."""
-        super().__init__(root, terms, identity, has_died)
+        super().__init__(root, terms, identity, has_died, act)
         self._client = client
 
     def _open(self) -> Files:

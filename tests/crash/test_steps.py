@@ -23,6 +23,7 @@ from safefs.digest import Written
 from safefs.draft import Base, Draft, DraftEvent
 from safefs.errors import PublishRefusedError
 from safefs.gate import Gate
+from safefs.identity import Identities
 from safefs.model import Caller
 from safefs.placing import Order, PrivateInode, carry_out, take_place
 from safefs.publisher import Keeper
@@ -100,9 +101,9 @@ def prepare(place: Path, case: Case, temp: str, stack: ExitStack, simulation: Si
     directory = place / "dir"
     directory.mkdir()
     path = directory / os.fsdecode(NAME)
-    store = Backing(place, impersonate=False, max_threads=1, temp=temp)
+    store = Backing(place, Identities(impersonate=False), max_threads=1, temp=temp)
     stack.callback(os.close, store.root_fd)
-    state = StateDirectory(place / ".safefs")
+    state = StateDirectory(place / ".safefs", store.identities)
     home = os.open(directory, os.O_PATH | os.O_DIRECTORY)
     stack.callback(os.close, home)
     base = None

@@ -1,6 +1,7 @@
 """A shared filesystem as bad as the real ones: one process of this for each node, all on one directory.
 
     python -m tests.underlay.filesystem SOURCE MOUNTPOINT [--negative SECONDS] [--attr SECONDS] [--estale] [--short N]
+        [--squash]
 
 - flock and fcntl locks succeed for everybody and exclude nobody on another node: the kernel keeps them for each mount,
   as Lustre does with -o localflock;
@@ -8,6 +9,8 @@
   `attr` seconds later;
 - a file that lost its name cannot be read any more (ESTALE), as on Gluster;
 - a write takes at most `short` bytes;
+- root is nobody (`squash`), as on servers that do not trust the roots of their clients: what he asks for is done, or
+  refused, with the rights of nobody, and what he makes is nobody's;
 - what was not synced is gone when the power fails: on SIGUSR2 every file that was written to after its last fsync is
   filled with zeros, on all nodes, and the process ends.
 
@@ -31,7 +34,9 @@ from typing import Any
 import pyfuse3
 import trio
 
-RENAME = ctypes.CDLL(None, use_errno=True).renameat2
+LIBC = ctypes.CDLL(None, use_errno=True)
+RENAME = LIBC.renameat2
+NOBODY = 65534
 
 
 def proc(fd: int) -> str:
@@ -39,16 +44,31 @@ def proc(fd: int) -> str:
 
 
 def handled(method: Callable[..., Any]) -> Callable[..., Any]:
-    """OSError becomes its errno."""
+    """OSError becomes its errno; what root asks for is done as nobody where he is squashed.
+
+    No handler gives its turn away, so that one identity is in force from its beginning to its end.
+    """
 
     @wraps(method)
-    async def wrapper(*args: Any, **kwargs: Any) -> Any:
+    async def wrapper(self: Underlay, *args: Any, **kwargs: Any) -> Any:
+        squashed = self.is_squashed(args[-1] if args else None)
         try:
-            return await method(*args, **kwargs)
+            if squashed:
+                act_as(NOBODY)
+            return await method(self, *args, **kwargs)
         except OSError as error:
             raise pyfuse3.FUSEError(error.errno or errno.EIO) from None
+        finally:
+            if squashed:
+                act_as(0)
 
     return wrapper
+
+
+def act_as(number: int) -> None:
+    """Have the filesystem take this thread for another, who has no rights but his own, and is in no groups."""
+    LIBC.setfsgid(number)
+    LIBC.setfsuid(number)
 
 
 class Underlay(pyfuse3.Operations):
@@ -57,15 +77,27 @@ class Underlay(pyfuse3.Operations):
     enable_writeback_cache = False
 
     def __init__(
-        self, source: Path, *, negative_seconds: float, attr_seconds: float, estale: bool, short_bytes: int
+        self,
+        source: Path,
+        *,
+        negative_seconds: float,
+        attr_seconds: float,
+        estale: bool,
+        short_bytes: int,
+        squash: bool = False,
     ) -> None:
         super().__init__()
+        self._squash = squash
         self._attr = attr_seconds
         self._negative, self._estale, self._short = negative_seconds, estale, short_bytes
         self._nodes = {pyfuse3.ROOT_INODE: os.open(source, os.O_PATH | os.O_DIRECTORY)}
         self._unsynced: set[int] = set()  # nodes
         self._opened: dict[int, int] = {}  # descriptor → node
         self._listings: dict[int, list[bytes]] = {}
+
+    def is_squashed(self, ctx: object) -> bool:
+        """Whether a request with this context is root's; those about open files have none, and need no rights."""
+        return self._squash and isinstance(ctx, pyfuse3.RequestContext) and ctx.uid == 0
 
     def lose_power(self) -> None:
         for node in self._unsynced:
@@ -94,7 +126,10 @@ class Underlay(pyfuse3.Operations):
         return self._attributes(number)
 
     def _made(self, parent: int, name: bytes, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
-        os.chown(name, ctx.uid, ctx.gid, dir_fd=self._nodes[parent], follow_symlinks=False)
+        if not self.is_squashed(ctx):
+            inherits = os.fstat(self._nodes[parent]).st_mode & stat.S_ISGID
+            gid = -1 if inherits else ctx.gid
+            os.chown(name, ctx.uid, gid, dir_fd=self._nodes[parent], follow_symlinks=False)
         return self._found(parent, name)
 
     @handled
@@ -301,14 +336,17 @@ def main() -> None:
     parser.add_argument("--attr", type=float, default=3)
     parser.add_argument("--estale", action="store_true")
     parser.add_argument("--short", type=int, default=0)
+    parser.add_argument("--squash", action="store_true")
     options = parser.parse_args()
     os.umask(0)
+    os.setgroups([])
     filesystem = Underlay(
         options.source,
         negative_seconds=options.negative,
         attr_seconds=options.attr,
         estale=options.estale,
         short_bytes=options.short,
+        squash=options.squash,
     )
     settings = {*pyfuse3.default_options, "fsname=underlay", "allow_other", "default_permissions"}
     pyfuse3.init(filesystem, os.fspath(options.mountpoint), settings)

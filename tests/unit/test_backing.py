@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from safefs import backing
 from safefs.backing import HIDDEN_PREFIX, Backing, identity_of
+from safefs.identity import Identities
 
 HIDDEN = HIDDEN_PREFIX + b"0~r~1"
 TEMPS = pytest.mark.parametrize("temp", ["auto", "hidden"])
@@ -48,7 +49,7 @@ def directory(tmp_path: Path, keep: Callable[[int], int]) -> int:
 @pytest.fixture
 def make_store(tmp_path: Path, stack: ExitStack) -> Callable[[str], Backing]:
     def make(temp: str = "auto") -> Backing:
-        store = Backing(tmp_path, impersonate=False, max_threads=2, temp=temp)
+        store = Backing(tmp_path, Identities(impersonate=False), max_threads=2, temp=temp)
         stack.callback(os.close, store.root_fd)
         return store
 

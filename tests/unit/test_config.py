@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from safefs.config import (
     parse_options,
 )
 from safefs.errors import ConfigError
+from safefs.model import Caller
 from safefs.rules import NameClass
 
 
@@ -140,6 +142,11 @@ def test_fusermount_options() -> None:
         ("max_threads=four", ["whole number"]),
         ("temp=disk", ["auto, tmpfile, hidden"]),
         ("state=here", ["absolute"]),
+        ("service_user=no-such-user", ["'no-such-user' is no user of this host"]),
+        ("service_user=4294967294", ["is no user"]),
+        ("service_user=99999999999", ["is no user"]),
+        ("service_user=root", ["is root", "leave it out"]),
+        ("service_user=0", ["is root"]),
         ("fsname=", ["empty"]),
         ("subtype=ext4", ["safefs"]),
     ],
@@ -153,6 +160,20 @@ def test_refused_options(option: str, fragments: list[str]) -> None:
 def test_options_that_need_root(option: str) -> None:
     assert f"'{option}' needs root" in refusal(option, privileged=False)
     settings(option, privileged=True)
+
+
+@pytest.mark.parametrize("text", ["nobody", "65534"])
+def test_a_service_user(text: str) -> None:
+    groups = tuple(os.getgrouplist("nobody", 65534))
+    assert settings(f"service_user={text}").service == Caller(65534, 65534, groups=groups)
+    assert "'service_user' needs root" in refusal(f"service_user={text}", privileged=False)
+    assert settings().service is None
+
+
+def test_a_state_directory_is_looked_up_once(tmp_path: Path) -> None:
+    """Where a link in its path leads to later is somebody else's affair."""
+    (tmp_path / "link").symlink_to("target")
+    assert settings(f"state={tmp_path}/link/state").state == tmp_path / "target" / "state"
 
 
 def test_precedence(tmp_path: Path, no_default_config: Path) -> None:

@@ -16,6 +16,8 @@ from safefs import backing
 from safefs import state as state_files
 from safefs.backing import Backing
 from safefs.events import EventLog
+from safefs.identity import DAEMON, Identities, read_back
+from safefs.model import Caller
 from safefs.recovery import DEAD_AFTER_SECONDS, Recovery
 from safefs.state import RECORD_VERSION, DaemonRecord, StateDirectory, host_identity
 
@@ -87,8 +89,8 @@ def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Node]:
     me = {**host_identity(), "machine": "0123456789abcdef"}  # a test machine need not have a machine-id
     monkeypatch.setattr(state_files, "host_identity", lambda: dict(me))
     monkeypatch.setitem(globals(), "host_identity", lambda: dict(me))
-    store = Backing(tmp_path, impersonate=False, max_threads=2)
-    state = StateDirectory(tmp_path / ".safefs")
+    store = Backing(tmp_path, Identities(impersonate=False), max_threads=2)
+    state = StateDirectory(tmp_path / ".safefs", store.identities)
     record = DaemonRecord(state, store.node_id)
     yield Node(tmp_path, state, record, Recovery(store, state, record, EventLog(state.events, store.node_id)), me)
     record.remove()
@@ -334,13 +336,16 @@ def test_a_partial_file_that_was_published_again_is_not_missed(node: Node) -> No
 
 
 def test_what_a_daemon_notes_is_what_its_successor_reads(node: Node) -> None:
-    node.record.note_directory(b"a")
-    node.record.note_directory(b"a")
-    node.record.note_partial(b"", b"hid\xffden", b"name")
+    writer = Caller(7, 8, groups=(9, 10))
+    node.record.note_directory(b"a", DAEMON)
+    node.record.note_directory(b"a", DAEMON)
+    node.record.note_partial(b"", b"hid\xffden", b"name", writer)
     assert Recovery._journal(node.record.path / "journal") == [
-        {"directory": "", "hidden": os.fsdecode(b"hid\xffden"), "name": "name"},
-        {"directory": "a"},
+        {"directory": "", "hidden": os.fsdecode(b"hid\xffden"), "name": "name", "writer": [7, 8, [9, 10]]},
+        {"directory": "a", "writer": [0, 0, []]},
     ]
+    assert read_back([7, 8, [9, 10]]) == (writer,)
+    assert read_back(None) == read_back([7, 8]) == read_back(["x", 8, []]) == ()  # of another version
     assert backing.HIDDEN_PREFIX.decode() in HIDDEN
 
 
