@@ -16,7 +16,7 @@ from safefs.backing import DAEMON, AttributeChange
 from safefs.digest import Written
 from safefs.draft import Base, Draft, DraftEvent, DraftState
 from safefs.filesystem import Entry, FileSystem, Handle, failure
-from safefs.gate import Gate
+from safefs.gate import Gate, KeyedLocks
 from safefs.model import Caller, Process
 from safefs.namespace import Node, Ticket
 from safefs.native import native
@@ -81,6 +81,7 @@ class Files:
 
     def __init__(self, filesystem: FileSystem) -> None:
         self.fs = filesystem
+        self._staging = KeyedLocks()  # names for which a draft is being made
 
     # --------------------------------------------------------------- open
 
@@ -282,7 +283,7 @@ class Files:
             if flags & os.O_EXCL or not stat.S_ISREG(staged.st_mode):
                 # ESTALE: what is not a regular file appeared a moment ago; a new walk of the path will find it.
                 raise failure(errno.EEXIST if flags & os.O_EXCL else errno.ESTALE)
-            draft = await self.stage(directory, name, caller)
+            draft = await self._draft_upon(directory, name, caller)
             return draft, await self._open_draft(draft, flags, caller)
         draft = self._new_draft(directory, name, caller, staged)
         draft.created = draft.fresh = draft.prepared = draft.modified = True
@@ -331,7 +332,13 @@ class Files:
         fs.list_draft(draft)
         return draft
 
-    async def stage(self, directory: Node, name: bytes, caller: Caller) -> Draft:
+    async def _draft_upon(self, directory: Node, name: bytes, caller: Caller) -> Draft:
+        """The family's draft of a name, or a new one: threads that open a file at the same moment get the same."""
+        async with self._staging.holding((directory.nodeid, name)):
+            draft = await self.fs.family_draft(directory, name, caller.pid)
+            return draft or await self._stage(directory, name, caller)
+
+    async def _stage(self, directory: Node, name: bytes, caller: Caller) -> Draft:
         """A draft on top of the version that a name shows; `directory` is pinned by the caller.
 
         Nothing is copied yet: reads go to the version until the first write.
@@ -613,7 +620,7 @@ class Files:
 
     async def draft_for_ticket(self, directory: Node, name: bytes, caller: Caller, ticket: Ticket) -> Draft:
         """The draft that a redirected open finds under its name; kept for it until its OPEN comes."""
-        draft = await self.stage(directory, name, caller)
+        draft = await self._draft_upon(directory, name, caller)
         self.reserve(draft, ticket)
         return draft
 
