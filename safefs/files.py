@@ -11,6 +11,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
+import trio
+
 from safefs import backing, processes
 from safefs.backing import DAEMON, AttributeChange
 from safefs.digest import Written
@@ -97,16 +99,16 @@ class Files:
         if name_class.in_place:
             return await self._open_in_place(node, flags, caller)
         if wants_write(flags):
-            raise self._redirect_writer(node, caller)
+            raise await self._redirect_writer(node, caller)
         return await self._open_version(node, parent, flags, caller)
 
-    def _redirect_writer(self, node: Node, caller: Caller) -> OSError:
+    async def _redirect_writer(self, node: Node, caller: Caller) -> OSError:
         """A version is never written to: the kernel is sent through the path again, to find a draft there."""
         fs = self.fs
         if not fs.accepting:
             return failure(errno.ESHUTDOWN)
         ticket = fs.tickets.take(caller.pid) if caller.pid else None
-        fs.end_ticket(ticket)
+        await fs.end_ticket(ticket)
         if caller.pid and (ticket is None or ticket.walked or ticket.nodeid != node.nodeid):
             return fs.redirect(node, caller, write=True)
         # The same thread came back without a walk: a magic link (/proc/self/fd/N), which has no name to publish.
@@ -115,10 +117,11 @@ class Files:
     async def _open_version(self, node: Node, parent: Node | None, flags: int, caller: Caller) -> Opened:
         fs = self.fs
         returning = fs.tickets.take(caller.pid) if caller.pid else None
-        fs.end_ticket(returning)
+        await fs.end_ticket(returning)
         check = not (returning and returning.answers(node)) and caller.pid != 0 and parent is not None
         if check and node.doubtful_until > time.monotonic():
             raise fs.redirect(node, caller, write=False)  # which of its names is opened cannot be told
+        fs.backing.require_room()
         run = fs.backing.run_or_daemon if flags & FMODE_EXEC else fs.backing.run
         flags &= os.O_NOATIME | os.O_NONBLOCK  # the kernel's side of O_DIRECT is its own affair
         where = parent if parent is not None else node
@@ -137,6 +140,7 @@ class Files:
         fs = self.fs
         if wants_write(flags) and not fs.accepting:
             raise failure(errno.ESHUTDOWN)
+        fs.backing.require_room()
         kept = flags & (os.O_ACCMODE | os.O_APPEND | os.O_TRUNC | os.O_NOATIME | os.O_SYNC | os.O_DSYNC)
         async with fs.pinned(node):
             fd = await fs.backing.run(caller, backing.reopen, node.fd, kept)
@@ -150,7 +154,6 @@ class Files:
 
     async def _open_draft(self, draft: Draft, flags: int, caller: Caller, candidate: int = 0) -> Opened:
         fs = self.fs
-        fs.end_ticket(fs.tickets.take(caller.pid))
         writable = wants_write(flags)
         if writable and flags & os.O_APPEND:
             draft.appends = True
@@ -159,6 +162,7 @@ class Files:
         draft.handles += 1
         draft.writers += writable
         try:
+            await fs.end_ticket(fs.tickets.take(caller.pid))
             if flags & os.O_TRUNC:
                 await self._truncate(draft, 0)
             process = await self._process_of(draft, caller) if writable else None
@@ -167,6 +171,8 @@ class Files:
         except BaseException:
             draft.handles -= 1
             draft.writers -= writable
+            with trio.CancelScope(shield=True):
+                await fs.end_draft(draft)
             raise
         handle = fs.add_handle(draft.node, -1, caller, writable=writable, backing_id=candidate)
         handle.draft = draft
@@ -215,7 +221,7 @@ class Files:
             raise failure(errno.EPERM)
         if not fs.accepting:
             raise failure(errno.ESHUTDOWN)
-        fs.end_ticket(fs.tickets.take(caller.pid))
+        await fs.end_ticket(fs.tickets.take(caller.pid))
         await fs.wait_turn(caller)
         await fs.ordering.wait_name(directory, name)
         async with fs.pinned(directory):
@@ -229,6 +235,7 @@ class Files:
         fs = self.fs
         if flags & os.O_EXCL and fs.drafts.claims(directory, name):
             raise failure(errno.EEXIST)
+        fs.backing.require_room()
         name_class = fs.classify(directory, name).name_class
         in_place = name_class.in_place
         kept = flags & (os.O_ACCMODE | os.O_APPEND | os.O_TRUNC | os.O_EXCL)
@@ -286,12 +293,15 @@ class Files:
             draft = await self._draft_upon(directory, name, caller)
             return draft, await self._open_draft(draft, flags, caller)
         draft = self._new_draft(directory, name, caller, staged)
-        draft.created = draft.fresh = draft.prepared = draft.modified = True
-        return draft, await self._open_draft(draft, flags & ~os.O_TRUNC, caller, staged.backing_id)
+        draft.created = draft.fresh = draft.prepared = True
+        opened = await self._open_draft(draft, flags & ~os.O_TRUNC, caller, staged.backing_id)
+        draft.modified = True  # an open that fails leaves nothing to publish
+        return draft, opened
 
     async def _stage_missing(self, directory: Node, name: bytes, mode: int, caller: Caller) -> Staged | os.stat_result:
         """The beginning of a draft for a name that does not exist; what the name shows where it does."""
         fs = self.fs
+        fs.backing.require_room()
         await fs.publisher.announce_temp(directory)
         hidden = fs.backing.hidden_name(b"d")
         return await fs.backing.run(caller, self._make_missing, directory.fd, name, mode, hidden, caller.pid)
@@ -344,6 +354,7 @@ class Files:
         Nothing is copied yet: reads go to the version until the first write.
         """
         fs = self.fs
+        fs.backing.require_room()
         await fs.publisher.announce_temp(directory)
         hidden = fs.backing.hidden_name(b"d")
         staged = await fs.backing.run_or_daemon(caller, self._make_upon, directory.fd, name, hidden, caller.pid)
@@ -590,14 +601,14 @@ class Files:
         else:
             parent = fs.nodes.get(node.parent)
             if parent is None or not fs.classify(parent, node.name).name_class.in_place:
-                raise self._redirect_writer(node, caller)
+                raise await self._redirect_writer(node, caller)
             async with fs.pinned(node):
                 await fs.backing.run(caller, os.truncate, backing.proc_path(node.fd), size)
 
     async def _truncate_draft(self, draft: Draft, size: int, by_handle: bool, caller: Caller) -> None:
         fs = self.fs
         async with fs.held(draft):
-            fs.end_ticket(fs.tickets.take(caller.pid))
+            await fs.end_ticket(fs.tickets.take(caller.pid))
             await self._truncate(draft, size)
             if not by_handle and not draft.writers:
                 await fs.publish(draft)
@@ -621,13 +632,13 @@ class Files:
     async def draft_for_ticket(self, directory: Node, name: bytes, caller: Caller, ticket: Ticket) -> Draft:
         """The draft that a redirected open finds under its name; kept for it until its OPEN comes."""
         draft = await self._draft_upon(directory, name, caller)
-        self.reserve(draft, ticket)
+        await self.reserve(draft, ticket)
         return draft
 
-    @staticmethod
-    def reserve(draft: Draft, ticket: Ticket) -> None:
-        if ticket.draft is not draft:
-            if ticket.draft is not None:
-                ticket.draft.reserved -= 1
-            draft.reserved += 1
-            ticket.draft = draft
+    async def reserve(self, draft: Draft, ticket: Ticket) -> None:
+        """Keep a draft until the ticket's open comes; the one that was kept for it before need not wait any more."""
+        before, ticket.draft = ticket.draft, draft
+        draft.reserved += 1
+        if before is not None:
+            before.reserved -= 1
+            await self.fs.end_draft(before)
