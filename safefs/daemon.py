@@ -63,8 +63,8 @@ MAX_TASKS = 100_000
 CLOSING_DESCRIPTORS = 16  # of this many parts of the limit one can wait to be closed
 MOST_CLOSING = 65_536
 CLOSING_SECONDS = 1.0  # for those that wait at the end; the process closes what is left
-# Of this many parts of the limit one goes to Python's nodes, as much to those of the C extension, the rest to open files
-# and, of that many, one to the daemon's own work.
+# Of this many parts of the limit one goes to the nodes of Python, as much to those of the C extension, the rest to open
+# files and, of the other number of parts, one to the daemon's own work.
 DESCRIPTORS_FOR_NODES = 4
 DESCRIPTORS_FOR_WORK = 8
 SMALLEST_NODE_CACHE = 32
