@@ -74,6 +74,7 @@ def hot_configure(
     impersonate: bool,
     believes_misses: bool,
     max_born: int,
+    ceiling: int,
     hidden: bytes,
     state: bytes,
     doubtful: tuple[bytes, ...],

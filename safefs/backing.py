@@ -43,6 +43,8 @@ FICLONE = 0x40049409  # linux/fs.h
 COPY_CHUNK_BYTES = 1 << 20
 ProbeKey = tuple[Identity, int, int]  # directory, owner and group
 MAX_PROBES = 32
+NO_CEILING = (1 << 31) - 1
+FREE_NUMBERS = 8
 SPACE_BYTES = 1 << 17  # less than this is no space: a write of that size is what programs do
 OTHER_FILESYSTEM = (errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS)
 POSIX_ACL = "system.posix_acl_access"
@@ -58,16 +60,35 @@ def proc_path(fd: int) -> bytes:
 class Backing:
     """The backing directory, and the threads that work on it."""
 
-    def __init__(self, root: Path, identities: Identities, *, max_threads: int, temp: str = "auto") -> None:
+    def __init__(
+        self, root: Path, identities: Identities, *, max_threads: int, temp: str = "auto", ceiling: int = NO_CEILING
+    ) -> None:
         self.root_path = os.fsencode(root)
         self.root_fd = os.open(root, os.O_PATH | os.O_DIRECTORY)
         self.identities = identities
+        self.ceiling = ceiling
         self.workers = Workers(max_threads)
         self.node_id = secrets.token_hex(4)
         self._tmpfile = temp != "hidden"
         self._serial = 0
         self._probes_lock = threading.Lock()
         self._probes: dict[ProbeKey, int] = {}  # nameless inodes to ask for space with
+
+    def require_room(self) -> None:
+        """Raise ENFILE where nothing more may be opened for clients: what is left is for the daemon's own work.
+
+        To close and publish files takes descriptors, too.  The kernel gives out the lowest numbers that are free
+        (open(2)), and a descriptor that was closed for another a moment ago does not make room.
+        """
+        numbers: list[int] = []
+        try:
+            while len(numbers) < FREE_NUMBERS:
+                numbers.append(os.dup(self.root_fd))
+        finally:
+            for fd in numbers:
+                os.close(fd)
+        if numbers[-1] >= self.ceiling:
+            raise OSError(errno.ENFILE, os.strerror(errno.ENFILE))
 
     async def run(self, caller: Caller, function: Callable[..., T], *args: object) -> T:
         """Call `function(*args)` in a thread, as the caller."""

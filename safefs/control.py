@@ -34,6 +34,7 @@ MAX_CONNECTIONS = 16
 SERVER_SECONDS = 10.0
 CLIENT_SECONDS = 5.0
 RETRY_SECONDS = 0.02
+ACCEPT_SECONDS = 0.5  # before the next try where no descriptor is to be had
 
 Answer = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
 
@@ -137,10 +138,20 @@ async def serve_control(
             task_status.started()
             while True:
                 await limit.acquire()
-                connection, _ = await listener.accept()
+                connection = await _accept(listener)
                 nursery.start_soon(_serve_connection, connection, answer, limit)
     finally:
         _stop_listening(listener, socket_path)
+
+
+async def _accept(listener: trio.socket.SocketType) -> trio.socket.SocketType:
+    """The next client.  One that cannot be had waits: the mount does not end for want of a descriptor or memory."""
+    while True:
+        try:
+            return (await listener.accept())[0]
+        except OSError as error:
+            _log.warning("a control connection cannot be accepted at the moment: %s", error)
+            await trio.sleep(ACCEPT_SECONDS)
 
 
 def _stop_listening(listener: trio.socket.SocketType, socket_path: Path) -> None:

@@ -65,7 +65,10 @@ MAX_TASKS = 100_000
 CLOSING_DESCRIPTORS = 16  # of this many parts of the limit one can wait to be closed
 MOST_CLOSING = 65_536
 CLOSING_SECONDS = 1.0  # for those that wait at the end; the process closes what is left
-DESCRIPTORS_FOR_HANDLES = 2  # of this many parts of the limit one goes to nodes, the rest to open files
+# Of this many parts of the limit one goes to the nodes of Python, as much to those of the C extension, the rest to open
+# files and, of the other number of parts, one to the daemon's own work.
+DESCRIPTORS_FOR_NODES = 4
+DESCRIPTORS_FOR_WORK = 8
 SMALLEST_NODE_CACHE = 32
 LARGEST_NODE_CACHE = 262_144
 WANTED_DESCRIPTORS = 1_048_576
@@ -100,7 +103,7 @@ def node_cache_size(settings: Settings, limit: int) -> int:
     """How many descriptors nodes may keep; the rest of the limit is for open files."""
     if settings.max_descriptors is not None:
         return settings.max_descriptors
-    return max(SMALLEST_NODE_CACHE, min(LARGEST_NODE_CACHE, limit // DESCRIPTORS_FOR_HANDLES))
+    return max(SMALLEST_NODE_CACHE, min(LARGEST_NODE_CACHE, limit // DESCRIPTORS_FOR_NODES))
 
 
 def has_posix_acl(path: Path) -> bool:
@@ -129,6 +132,7 @@ class Daemon:
             self.identities,
             max_threads=settings.max_threads,
             temp=settings.temp,
+            ceiling=limit - limit // DESCRIPTORS_FOR_WORK,
         )
         with self.identities.acting(SERVICE):
             self.state = StateDirectory(self._scratch() if settings.read_only else settings.state, self.identities)
@@ -209,7 +213,7 @@ class Daemon:
         self.events.note(EventKind.LEASE_LOST, "", reason=reason, files=len(fenced))
 
     def _configure_hot(self, cache_size: int) -> Hot:
-        """Tell the C extension what its answers depend on; it may use half as many descriptors as Python's nodes."""
+        """Tell the C extension what its answers depend on."""
         settings = self.settings
         native.hot_configure(
             settings.entry_timeout_seconds,
@@ -217,7 +221,8 @@ class Daemon:
             max(settings.attr_timeout_seconds, DIRECTORY_ATTR_SECONDS),
             settings.privileged,
             not self._refreshes_misses(),
-            cache_size // 2,
+            cache_size,
+            self.backing.ceiling,
             backing.HIDDEN_PREFIX,
             backing.STATE_NAME,
             doubtful_globs(settings.rules),

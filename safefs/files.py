@@ -11,12 +11,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
+import trio
+
 from safefs import backing, processes
 from safefs.backing import AttributeChange
 from safefs.digest import Written
 from safefs.draft import Base, Draft, DraftEvent, DraftState
 from safefs.filesystem import Entry, FileSystem, Handle, failure
-from safefs.gate import Gate
+from safefs.gate import Gate, KeyedLocks
 from safefs.identity import DAEMON
 from safefs.model import Caller, Process
 from safefs.namespace import Node, Ticket
@@ -82,6 +84,7 @@ class Files:
 
     def __init__(self, filesystem: FileSystem) -> None:
         self.fs = filesystem
+        self._staging = KeyedLocks()  # names for which a draft is being made
 
     # --------------------------------------------------------------- open
 
@@ -97,16 +100,16 @@ class Files:
         if name_class.in_place:
             return await self._open_in_place(node, flags, caller)
         if wants_write(flags):
-            raise self._redirect_writer(node, caller)
+            raise await self._redirect_writer(node, caller)
         return await self._open_version(node, parent, flags, caller)
 
-    def _redirect_writer(self, node: Node, caller: Caller) -> OSError:
+    async def _redirect_writer(self, node: Node, caller: Caller) -> OSError:
         """A version is never written to: the kernel is sent through the path again, to find a draft there."""
         fs = self.fs
         if not fs.accepting:
             return failure(errno.ESHUTDOWN)
         ticket = fs.tickets.take(caller.pid) if caller.pid else None
-        fs.end_ticket(ticket)
+        await fs.end_ticket(ticket)
         if caller.pid and (ticket is None or ticket.walked or ticket.nodeid != node.nodeid):
             return fs.redirect(node, caller, write=True)
         # The same thread came back without a walk: a magic link (/proc/self/fd/N), which has no name to publish.
@@ -115,10 +118,11 @@ class Files:
     async def _open_version(self, node: Node, parent: Node | None, flags: int, caller: Caller) -> Opened:
         fs = self.fs
         returning = fs.tickets.take(caller.pid) if caller.pid else None
-        fs.end_ticket(returning)
+        await fs.end_ticket(returning)
         check = not (returning and returning.answers(node)) and caller.pid != 0 and parent is not None
         if check and node.doubtful_until > time.monotonic():
             raise fs.redirect(node, caller, write=False)  # which of its names is opened cannot be told
+        fs.backing.require_room()
         execute = flags & FMODE_EXEC
         flags &= os.O_NOATIME | os.O_NONBLOCK  # the kernel's side of O_DIRECT is its own affair
         where = parent if parent is not None else node
@@ -140,6 +144,7 @@ class Files:
         fs = self.fs
         if wants_write(flags) and not fs.accepting:
             raise failure(errno.ESHUTDOWN)
+        fs.backing.require_room()
         kept = flags & (os.O_ACCMODE | os.O_APPEND | os.O_TRUNC | os.O_NOATIME | os.O_SYNC | os.O_DSYNC)
         async with fs.pinned(node):
             fd = await fs.backing.run(caller, backing.reopen, node.fd, kept)
@@ -153,7 +158,6 @@ class Files:
 
     async def _open_draft(self, draft: Draft, flags: int, caller: Caller, candidate: int = 0) -> Opened:
         fs = self.fs
-        fs.end_ticket(fs.tickets.take(caller.pid))
         writable = wants_write(flags)
         if writable and flags & os.O_APPEND:
             draft.appends = True
@@ -162,6 +166,7 @@ class Files:
         draft.handles += 1
         draft.writers += writable
         try:
+            await fs.end_ticket(fs.tickets.take(caller.pid))
             if flags & os.O_TRUNC:
                 await self._truncate(draft, 0)
             process = await self._process_of(draft, caller) if writable else None
@@ -170,6 +175,8 @@ class Files:
         except BaseException:
             draft.handles -= 1
             draft.writers -= writable
+            with trio.CancelScope(shield=True):
+                await fs.end_draft(draft)
             raise
         handle = fs.add_handle(draft.node, -1, caller, writable=writable, backing_id=candidate)
         handle.draft = draft
@@ -218,7 +225,7 @@ class Files:
             raise failure(errno.EPERM)
         if not fs.accepting:
             raise failure(errno.ESHUTDOWN)
-        fs.end_ticket(fs.tickets.take(caller.pid))
+        await fs.end_ticket(fs.tickets.take(caller.pid))
         await fs.wait_turn(caller)
         await fs.ordering.wait_name(directory, name)
         async with fs.pinned(directory):
@@ -232,6 +239,7 @@ class Files:
         fs = self.fs
         if flags & os.O_EXCL and fs.drafts.claims(directory, name):
             raise failure(errno.EEXIST)
+        fs.backing.require_room()
         name_class = fs.classify(directory, name).name_class
         in_place = name_class.in_place
         kept = flags & (os.O_ACCMODE | os.O_APPEND | os.O_TRUNC | os.O_EXCL)
@@ -286,15 +294,18 @@ class Files:
             if flags & os.O_EXCL or not stat.S_ISREG(staged.st_mode):
                 # ESTALE: what is not a regular file appeared a moment ago; a new walk of the path will find it.
                 raise failure(errno.EEXIST if flags & os.O_EXCL else errno.ESTALE)
-            draft = await self.stage(directory, name, caller)
+            draft = await self._draft_upon(directory, name, caller)
             return draft, await self._open_draft(draft, flags, caller)
         draft = self._new_draft(directory, name, caller, staged)
-        draft.created = draft.fresh = draft.prepared = draft.modified = True
-        return draft, await self._open_draft(draft, flags & ~os.O_TRUNC, caller, staged.backing_id)
+        draft.created = draft.fresh = draft.prepared = True
+        opened = await self._open_draft(draft, flags & ~os.O_TRUNC, caller, staged.backing_id)
+        draft.modified = True  # an open that fails leaves nothing to publish
+        return draft, opened
 
     async def _stage_missing(self, directory: Node, name: bytes, mode: int, caller: Caller) -> Staged | os.stat_result:
         """The beginning of a draft for a name that does not exist; what the name shows where it does."""
         fs = self.fs
+        fs.backing.require_room()
         await fs.publisher.announce_temp(directory, caller)
         hidden = fs.backing.hidden_name(b"d")
         return await fs.backing.run(caller, self._make_missing, directory.fd, name, mode, hidden, caller.pid)
@@ -335,12 +346,19 @@ class Files:
         fs.list_draft(draft)
         return draft
 
-    async def stage(self, directory: Node, name: bytes, caller: Caller) -> Draft:
+    async def _draft_upon(self, directory: Node, name: bytes, caller: Caller) -> Draft:
+        """The family's draft of a name, or a new one: threads that open a file at the same moment get the same."""
+        async with self._staging.holding((directory.nodeid, name)):
+            draft = await self.fs.family_draft(directory, name, caller.pid)
+            return draft or await self._stage(directory, name, caller)
+
+    async def _stage(self, directory: Node, name: bytes, caller: Caller) -> Draft:
         """A draft on top of the version that a name shows; `directory` is pinned by the caller.
 
         Nothing is copied yet: reads go to the version until the first write.
         """
         fs = self.fs
+        fs.backing.require_room()
         await fs.publisher.announce_temp(directory, caller)
         hidden = fs.backing.hidden_name(b"d")
         home = directory.fd
@@ -590,14 +608,14 @@ class Files:
         else:
             parent = fs.nodes.get(node.parent)
             if parent is None or not fs.classify(parent, node.name).name_class.in_place:
-                raise self._redirect_writer(node, caller)
+                raise await self._redirect_writer(node, caller)
             async with fs.pinned(node):
                 await fs.backing.run(caller, os.truncate, backing.proc_path(node.fd), size)
 
     async def _truncate_draft(self, draft: Draft, size: int, by_handle: bool, caller: Caller) -> None:
         fs = self.fs
         async with fs.held(draft):
-            fs.end_ticket(fs.tickets.take(caller.pid))
+            await fs.end_ticket(fs.tickets.take(caller.pid))
             await self._truncate(draft, size)
             if not by_handle and not draft.writers:
                 await fs.publish(draft)
@@ -620,14 +638,14 @@ class Files:
 
     async def draft_for_ticket(self, directory: Node, name: bytes, caller: Caller, ticket: Ticket) -> Draft:
         """The draft that a redirected open finds under its name; kept for it until its OPEN comes."""
-        draft = await self.stage(directory, name, caller)
-        self.reserve(draft, ticket)
+        draft = await self._draft_upon(directory, name, caller)
+        await self.reserve(draft, ticket)
         return draft
 
-    @staticmethod
-    def reserve(draft: Draft, ticket: Ticket) -> None:
-        if ticket.draft is not draft:
-            if ticket.draft is not None:
-                ticket.draft.reserved -= 1
-            draft.reserved += 1
-            ticket.draft = draft
+    async def reserve(self, draft: Draft, ticket: Ticket) -> None:
+        """Keep a draft until the ticket's open comes; the one that was kept for it before need not wait any more."""
+        before, ticket.draft = ticket.draft, draft
+        draft.reserved += 1
+        if before is not None:
+            before.reserved -= 1
+            await self.fs.end_draft(before)

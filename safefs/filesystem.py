@@ -557,7 +557,11 @@ class FileSystem:
         if self._is_done(draft):
             fd, draft.version_fd = draft.version_fd, -1
             if fd < 0:
-                fd = await self._version_fd(draft)
+                try:
+                    fd = await self._version_fd(draft)
+                except OSError as error:
+                    log.warning("%r is kept as a draft until it is opened again: %s", draft.name, error)
+                    return
             if self._is_done(draft):
                 self._become_version(draft, fd)
             else:
@@ -611,9 +615,12 @@ class FileSystem:
         self.tickets.issue(caller.pid, node.nodeid, write=write, now=time.monotonic())
         return failure(errno.ESTALE)
 
-    def end_ticket(self, ticket: Ticket | None) -> None:
+    async def end_ticket(self, ticket: Ticket | None) -> None:
+        """Give back what was kept for a redirected open; a draft that nobody came for ends."""
         if ticket is not None and ticket.draft is not None:
-            ticket.draft.reserved -= 1
+            draft, ticket.draft = ticket.draft, None
+            draft.reserved -= 1
+            await self.end_draft(draft)
 
     async def sweep_gathered(self) -> None:
         """What was gathered does not stay with the daemon alone: it may be killed."""
@@ -627,6 +634,4 @@ class FileSystem:
         while True:
             await trio.sleep(TICKET_SWEEP_SECONDS)
             for ticket in self.tickets.expire(time.monotonic()):
-                self.end_ticket(ticket)
-                if ticket.draft is not None:
-                    await self.end_draft(ticket.draft)
+                await self.end_ticket(ticket)

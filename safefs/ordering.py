@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import trio
 
 from safefs.draft import Draft
@@ -12,9 +14,10 @@ from safefs.namespace import Node
 class Publishing:
     """One publish on its way."""
 
-    __slots__ = ("directory", "done", "name", "process")
+    __slots__ = ("directory", "done", "name", "number", "process")
 
-    def __init__(self, directory: Node, name: bytes, process: Process | None) -> None:
+    def __init__(self, number: int, directory: Node, name: bytes, process: Process | None) -> None:
+        self.number = number
         self.directory = directory
         self.name = name
         self.process = process
@@ -37,6 +40,7 @@ class Ordering:
 
     def __init__(self) -> None:
         self._publishing: dict[Publishing, None] = {}
+        self._last = 0
 
     def __bool__(self) -> bool:
         return bool(self._publishing)
@@ -46,7 +50,8 @@ class Ordering:
 
     def begin(self, draft: Draft) -> Publishing:
         """To be called when the RELEASE is received, before any later request is."""
-        publishing = Publishing(draft.directory, draft.name, draft.opener)
+        self._last += 1
+        publishing = Publishing(self._last, draft.directory, draft.name, draft.opener)
         self._publishing[publishing] = None
         return publishing
 
@@ -56,19 +61,25 @@ class Ordering:
 
     async def wait_name(self, directory: Node | None, name: bytes) -> None:
         """Until no earlier publish of this name is on its way."""
-        for publishing in list(self._publishing):
-            if publishing.directory is directory and publishing.name == name:
-                await publishing.done.wait()
+        await self._wait(lambda publishing: publishing.directory is directory and publishing.name == name)
 
     async def wait_directory(self, directory: Node) -> None:
-        for publishing in list(self._publishing):
-            if publishing.directory is directory:
-                await publishing.done.wait()
+        await self._wait(lambda publishing: publishing.directory is directory)
 
     async def wait_process(self, process: Process | None, before: Publishing | None = None) -> None:
         """Until everything that the process (or its session) closed before is visible."""
-        for publishing in list(self._publishing):
-            if publishing is before:
-                return
-            if process is None or publishing.concerns(process):
-                await publishing.done.wait()
+        await self._wait(lambda publishing: process is None or publishing.concerns(process), before)
+
+    async def _wait(self, concerns: Callable[[Publishing], bool], before: Publishing | None = None) -> None:
+        """For the newest first: the others are done by then as a rule.
+
+        With the oldest first each publish would wake all that wait; a process that dies with thousands of open files
+        makes as many wait for each other.
+        """
+        last = self._last if before is None else before.number - 1
+        while (publishing := self._newest(concerns, last)) is not None:
+            await publishing.done.wait()
+
+    def _newest(self, concerns: Callable[[Publishing], bool], last: int) -> Publishing | None:
+        earlier = (publishing for publishing in reversed(self._publishing) if publishing.number <= last)
+        return next(filter(concerns, earlier), None)

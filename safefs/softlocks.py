@@ -182,6 +182,7 @@ class SoftLocks:
         self._creators: dict[int, _Creator] = {}
         self._nursery: trio.Nursery | None = None
         self._noting = False
+        self._writing = trio.Lock()
         self._looks = trio.CapacityLimiter(4)  # threads that look at /proc
         self.node = ""  # this node's name in the cluster; empty: there is none
 
@@ -324,14 +325,15 @@ class SoftLocks:
 
     async def _note(self) -> None:
         await trio.sleep(NOTE_SECONDS)
-        self._noting = False
-        locks = list(self._locks.values())
-        for lock in locks:
-            lock.noted = True
-        try:
-            await self._backing.run(SERVICE, self._write, locks)
-        except OSError as error:
-            log.warning("lock files could not be put on record: %s", error)
+        async with self._writing:  # one after the other: the last one has to be the one that stays
+            self._noting = False
+            locks = list(self._locks.values())
+            for lock in locks:
+                lock.noted = True
+            try:
+                await self._backing.run(SERVICE, self._write, locks)
+            except OSError as error:
+                log.warning("lock files could not be put on record: %s", error)
 
     def _write(self, locks: list[SoftLock]) -> None:
         entries = []

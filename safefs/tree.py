@@ -97,7 +97,7 @@ class Tree:
 
     async def _show_draft(self, draft: Draft, ticket: Ticket | None) -> Entry:
         if ticket is not None:
-            self.files.reserve(draft, ticket)
+            await self.files.reserve(draft, ticket)
         draft.node.lookups += 1
         return await self.getattr(draft.node.nodeid)
 
@@ -355,6 +355,7 @@ class Tree:
     async def opendir(self, nodeid: int, caller: Caller) -> int:
         fs = self.fs
         node = fs.node(nodeid)
+        fs.backing.require_room()
         async with fs.pinned(node):
             fd = await fs.backing.run(caller, backing.reopen, node.fd, os.O_RDONLY | os.O_DIRECTORY)
         await fs.ordering.wait_directory(node)

@@ -31,6 +31,7 @@ struct hot_settings {
 	bool impersonate; /* act with the caller's filesystem identity */
 	bool believes_misses; /* a name that the backing does not find is answered with ENOENT */
 	size_t max_born; /* descriptors of nodes that Python has not heard of */
+	int ceiling;	 /* descriptors from this number on are for the daemon's own work, not for clients */
 	char hidden[32], state[32]; /* prefix of names that are never shown; such a name in the root */
 };
 extern struct hot_settings hot_settings;

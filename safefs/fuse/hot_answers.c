@@ -296,6 +296,13 @@ static int open_checked(const struct node *node, int directory, int flags, struc
 	return -1;
 }
 
+/* Whether the numbers below the ceiling have been used up: the kernel gives out the lowest one.  Then Python looks how
+ * many are left, and refuses what clients want to open where too few are. */
+static bool is_scarce(void)
+{
+	return fcntl(hot_settings.ceiling, F_GETFD) >= 0;
+}
+
 static bool answer_open(struct reader *reader, const struct fuse_in_header *in, int flags)
 {
 	struct node *node = table_use(in->nodeid);
@@ -306,7 +313,7 @@ static bool answer_open(struct reader *reader, const struct fuse_in_header *in, 
 	int fd = -1;
 	if (S_ISREG(node->mode) && !name_marked(node->parent, node->name))
 		directory = table_use(node->parent);
-	if (directory && act_as_caller(reader, in))
+	if (directory && !is_scarce() && act_as_caller(reader, in))
 		fd = open_checked(node, directory->fd, flags, &st);
 	bool unchanged = fd >= 0 && table_seen(node, &st);
 	if (directory)
@@ -365,7 +372,7 @@ static bool answer_opendir(struct reader *reader, const struct fuse_in_header *i
 	if (!node)
 		return false;
 	int fd = -1;
-	if (S_ISDIR(node->mode) && act_as_caller(reader, in))
+	if (S_ISDIR(node->mode) && !is_scarce() && act_as_caller(reader, in))
 		fd = openat(node->fd, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
 	table_done(node);
 	if (fd >= 0 && !reply_open(in, fd, 0, 0))

@@ -20,16 +20,16 @@ static PyObject *hot_configure(PyObject *module, PyObject *args)
 {
 	(void)module;
 	double entry, attr, directory;
-	int impersonate, believes_misses;
+	int impersonate, believes_misses, ceiling;
 	Py_ssize_t max_born;
 	const char *hidden, *state;
 	PyObject *globs;
-	if (!PyArg_ParseTuple(args, "dddppnyyO!", &entry, &attr, &directory, &impersonate, &believes_misses, &max_born,
-			      &hidden, &state, &PyTuple_Type, &globs))
+	if (!PyArg_ParseTuple(args, "dddppniyyO!", &entry, &attr, &directory, &impersonate, &believes_misses, &max_born,
+			      &ceiling, &hidden, &state, &PyTuple_Type, &globs))
 		return NULL;
 	hot_settings = (struct hot_settings){timespec_of(entry), timespec_of(attr), timespec_of(directory),
 					     impersonate,        believes_misses,   (size_t)max_born,
-					     "",                 ""};
+					     ceiling,            "",                ""};
 	strncpy(hot_settings.hidden, hidden, sizeof hot_settings.hidden - 1);
 	strncpy(hot_settings.state, state, sizeof hot_settings.state - 1);
 	for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(globs); i++) {

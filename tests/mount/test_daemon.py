@@ -18,7 +18,7 @@ import pytest
 from tests.conftest import MountFactory
 from tests.mount.actors import Actor, actor
 from tests.mount.places import A, B, content, in_quarantine, leftovers
-from tests.support.mounting import Mount, abort_connection, safefs, wait_until
+from tests.support.mounting import Mount, abort_connection, safefs, status, wait_until
 
 CREATE = os.O_CREAT | os.O_TRUNC | os.O_WRONLY
 MANY_OPENS = int(os.environ.get("SAFEFS_MANY_OPENS", "20000"))
@@ -446,6 +446,59 @@ def test_many_open_files(make_mount: MountFactory, backing: Path) -> None:
         )
         user.result(200)
     assert all(content(backing / f"f{number}") == b"%d" % number for number in range(1500))
+
+
+# A daemon that cannot raise its limit, whoever starts it.
+FEW_DESCRIPTORS = ["setpriv", "--bounding-set=-sys_resource", "prlimit", "--nofile=512:512"]
+OPEN_ALL_ONE_CAN = """
+files = []
+try:
+    while len(files) < 8000:
+        files.append(os.open(base + '/' + name % len(files), flags))
+        if data: os.write(files[-1], data)
+except OSError as error:
+    number = error.errno
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "data"),
+    [
+        ("f%d", os.O_CREAT | os.O_RDWR, b"data"),
+        ("f%d", os.O_CREAT | os.O_EXCL | os.O_WRONLY, b"data"),
+        ("%d.lock", os.O_CREAT | os.O_EXCL | os.O_RDWR, b"data"),
+        ("%d.log", os.O_CREAT | os.O_WRONLY, b"data"),
+        ("old%d", os.O_RDONLY, b""),
+        ("old%d", os.O_RDWR, b"data"),
+        ("dir%d", os.O_RDONLY | os.O_DIRECTORY, b""),
+    ],
+)
+def test_open_files_leave_the_daemon_descriptors(
+    name: str, flags: int, data: bytes, make_mount: MountFactory, backing: Path
+) -> None:
+    """More than the daemon can have open: the open fails with ENFILE, what is open is published, and all goes on."""
+    if not flags & os.O_CREAT:
+        for number in range(600):
+            (backing / f"old{number}").write_bytes(b"0123456789")
+            (backing / f"dir{number}").mkdir()
+    mount = make_mount(prefix=FEW_DESCRIPTORS)
+    assert status(mount)["descriptor_limit"] == 512
+    with actor() as greedy, actor() as other:
+        greedy("import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (8192, 20000))")
+        greedy.start(OPEN_ALL_ONE_CAN, base=str(mount.path), name=name, flags=flags, data=data)
+        greedy.result(200)
+        count = greedy("len(files)")
+        assert greedy("number") == errno.ENFILE
+        assert 64 <= count < 512
+        assert other.errno("os.stat(p)", p=str(mount.path)) == 0
+        assert status(mount)["descriptor_limit"] == 512
+        greedy("for fd in files: os.close(fd)")
+        if data:
+            expected = data if flags & os.O_CREAT else b"data456789"
+            assert all(content(backing / (name % number)) == expected for number in range(count))
+        other("open(p, 'w').write('x')", p=str(mount / "after"))
+        assert content(backing / "after") == b"x"
+        assert wait_until(lambda: status(mount)["drafts"] == 0)
 
 
 def test_bad_requests_do_not_end_the_mount(mount: Mount) -> None:

@@ -13,7 +13,7 @@ import pytest
 from tests.mount.actors import Actor, actor
 from tests.mount.conftest import both_temps, both_temps_exact
 from tests.mount.places import A, B, content, in_quarantine, leftovers, quarantined
-from tests.support.mounting import Mount, wait_until
+from tests.support.mounting import Mount, status, wait_until
 
 CREATE = os.O_CREAT | os.O_TRUNC | os.O_WRONLY
 OLD = b"0123456789" * 2000
@@ -219,6 +219,31 @@ def test_out_of_order_pieces_through_many_handles(mount: Mount, writer: Actor) -
     assert content(mount / "file") is None
     writer("base.close()")
     assert content(mount / "file") == b"".join(b"%d" % n * 5000 for n in range(8))
+
+
+OPEN_AT_ONCE = """
+def piece(n):
+    ready.wait()
+    fd = os.open(p, flags)
+    os.pwrite(fd, b'%d' % n * 5000, n * 5000)
+    ready.wait()
+    os.close(fd)
+for turn in range(turns):
+    with open(p, 'wb') as file: file.write(b'-' * 40000)
+    ready = threading.Barrier(8)
+    threads = [threading.Thread(target=piece, args=(n,)) for n in range(8)]
+    for thread in threads: thread.start()
+    for thread in threads: thread.join()
+    with open(p, 'rb') as file: assert file.read() == b''.join(b'%d' % n * 5000 for n in range(8)), turn
+"""
+
+
+@pytest.mark.parametrize("flags", [os.O_RDWR, os.O_WRONLY, os.O_WRONLY | os.O_CREAT])
+def test_threads_that_open_at_once_share_one_draft(flags: int, mount: Mount, writer: Actor) -> None:
+    """Also where none of them finds the draft of another: what each wrote is there once all have closed."""
+    writer(OPEN_AT_ONCE, p=str(mount / "file"), flags=flags, turns=10)
+    assert not any(quarantined(mount.backing))
+    assert wait_until(lambda: status(mount)["drafts"] == 0)
 
 
 @both_temps

@@ -10,6 +10,7 @@ It runs with the interpreter of the environment that has the tool, on its own: i
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import os
 import random
@@ -51,19 +52,19 @@ def weak_file_lock(path: str) -> AbstractContextManager[Any]:
 
 @contextmanager
 def file_baton(path: str) -> Iterator[None]:
-    """The protocol of torch's FileBaton: who makes the file works, the others wait until it does not exist."""
-    while True:
-        try:
-            descriptor = os.open(path, os.O_CREAT | os.O_EXCL)
-            break
-        except FileExistsError:
-            while os.path.exists(path):
-                time.sleep(POLL_SECONDS)
+    """torch's FileBaton: who makes the file works, the others wait until it does not exist."""
+    spec = importlib.util.spec_from_file_location("file_baton", os.environ["FILE_BATON"])
+    assert spec is not None
+    assert spec.loader is not None
+    module: Any = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    baton = module.FileBaton(path, POLL_SECONDS)
+    while not baton.try_acquire():
+        baton.wait()
     try:
         yield
     finally:
-        os.close(descriptor)
-        os.remove(path)
+        baton.release()
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.support.torch import file_baton
 from tests.support.venvs import Venv, hub_venv
 from tests.tools.lock_client import GIT_HOOK
 from tests.tools.processes import ending
@@ -31,6 +32,11 @@ class Tool:
     @property
     def venv(self) -> Venv:
         return hub_venv(self.hub)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What its client runs with."""
+        return {**ENVIRONMENT, "FILE_BATON": str(file_baton())} if self.name == "FileBaton" else ENVIRONMENT
 
 
 # Locks of the kernel, which end with their holder.
@@ -97,7 +103,7 @@ def contend(tool: Tool, places: Sequence[Path], marker: Path, *, turns: int) -> 
                 ending(
                     subprocess.Popen(
                         command(tool, place, marker, str(turns)),
-                        env=ENVIRONMENT,
+                        env=tool.environment,
                         cwd="/",
                         stdin=subprocess.DEVNULL,
                         stdout=subprocess.PIPE,
@@ -135,7 +141,7 @@ def holding(tool: Tool, place: Path, node: str | None = None) -> Iterator[Holder
     """A process of its own session that is inside when the block begins."""
     with subprocess.Popen(
         command(tool, place, Path(os.devnull), "hold", node),
-        env=ENVIRONMENT,
+        env=tool.environment,
         cwd="/",
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -156,7 +162,7 @@ def waiting(tool: Tool, place: Path, marker: Path, node: str | None = None) -> I
     """A process that takes the lock once and ends; `inside` awaits that."""
     process = subprocess.Popen(
         command(tool, place, marker, "1", node),
-        env=ENVIRONMENT,
+        env=tool.environment,
         cwd="/",
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,

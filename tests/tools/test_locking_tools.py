@@ -86,10 +86,11 @@ def test_control_without_a_lock(nodes: Nodes, tmp_path: Path) -> None:
 
 
 @kernel_locks
-def test_a_killed_holders_lock_is_free(tool: Tool, make_mount: MountFactory, tmp_path: Path) -> None:
+@pytest.mark.parametrize("waits", [0, 1], ids=["same-node", "other-node"])
+def test_a_killed_holders_lock_is_free(tool: Tool, waits: int, make_mount: MountFactory, tmp_path: Path) -> None:
     """At once: no lease of a node has ended, and none ends here."""
     nodes = make_nodes(make_mount, LONG_LEASE_SECONDS)
-    with holding(tool, nodes[0].path) as holder, waiting(tool, nodes[1].path, tmp_path / "marker") as waiter:
+    with holding(tool, nodes[0].path) as holder, waiting(tool, nodes[waits].path, tmp_path / "marker") as waiter:
         assert not got_it(waiter, 2)
         holder.kill()
         assert got_it(waiter, RECOVERY_SECONDS)

@@ -19,29 +19,42 @@ from tests.tools.locking import LOCKFILE, SOFT_LOCKS, Tool, got_it, holding, wai
 LEASE_SECONDS = 3
 # Lease, the delay after it, and what a starting interpreter takes where many share the processor.
 RECOVERY_SECONDS = LEASE_SECONDS + 3 + 20
+# A file that is gone within the time for a start was not removed because this lease ended.
+LONG_LEASE_SECONDS = 600
 
 FILES = {"SoftFileLock": "x.lock", "FileBaton": "lock", "git": "repository/.git/index.lock"}
 
 soft_locks = pytest.mark.parametrize("tool", SOFT_LOCKS.values(), ids=SOFT_LOCKS)
 
 
-@pytest.fixture
-def nodes(make_mount: MountFactory) -> tuple[Mount, Mount]:
-    """Two mounts of one directory, which share their locks."""
-    options = f"locks=leasefile,lease_seconds={LEASE_SECONDS}"
+def make_nodes(make_mount: MountFactory, lease_seconds: int) -> tuple[Mount, Mount]:
+    options = f"locks=leasefile,lease_seconds={lease_seconds}"
     return make_mount("-o", options), make_mount("-o", options)
 
 
+@pytest.fixture
+def nodes(make_mount: MountFactory) -> tuple[Mount, Mount]:
+    """Two mounts of one directory, which share their locks."""
+    return make_nodes(make_mount, LEASE_SECONDS)
+
+
 @soft_locks
-@pytest.mark.parametrize("died", ["process", "node"])
-def test_a_killed_holders_file_is_removed(tool: Tool, died: str, nodes: tuple[Mount, Mount], tmp_path: Path) -> None:
-    """Of a process that a signal ended, and of one whose daemon was killed with it."""
+@pytest.mark.parametrize(
+    ("died", "waits"),
+    [("process", 0), ("process", 1), ("node", 1)],
+    ids=["process-same-node", "process-other-node", "node"],
+)
+def test_a_killed_holders_file_is_removed(
+    tool: Tool, died: str, waits: int, make_mount: MountFactory, tmp_path: Path
+) -> None:
+    """Of a process that a signal ended, at once; of one whose daemon was killed with it, within the lease."""
+    nodes = make_nodes(make_mount, LEASE_SECONDS if died == "node" else LONG_LEASE_SECONDS)
     locking.prepare(tool, nodes[0].path, tmp_path / "hooks")
     file = nodes[1] / FILES[tool.name]
     # Under different host names: SoftFileLock itself removes files of dead processes of its own host.
     with (
         holding(tool, nodes[0].path, "node-a") as holder,
-        waiting(tool, nodes[1].path, tmp_path / "marker", "node-b") as waiter,
+        waiting(tool, nodes[waits].path, tmp_path / "marker", "node-b") as waiter,
     ):
         assert not got_it(waiter, 2)
         assert file.exists()

@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import os
+import resource
 import socket
 import stat
 from collections.abc import Callable
@@ -18,6 +19,7 @@ import trio
 from safefs import control
 from safefs.control import control_socket, daemon_pid, request, sd_notify, serve_control
 from safefs.errors import SafefsError
+from tests.support.mounting import wait_until
 
 
 async def answer(message: dict[str, Any]) -> dict[str, Any]:
@@ -70,6 +72,26 @@ def test_an_error_answer_raises(path: Path) -> None:
         return raised.value.errno
 
     assert serving(path, client) == errno.ENOENT
+
+
+def test_a_lack_of_descriptors_is_survived(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A client that connects when the server can open nothing more is served later."""
+
+    def client() -> bytes:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with socket.socket(socket.AF_UNIX) as connection:
+            free = os.dup(0)
+            os.close(free)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
+            try:
+                connection.connect(os.fspath(path))
+                assert wait_until(lambda: "cannot be accepted" in caplog.text)
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            connection.sendall(b'{"op": "hello"}\n')
+            return connection.recv(1000)
+
+    assert serving(path, client) == b'{"echo": "hello"}\n'
 
 
 def test_a_bug_in_an_answer_is_logged_and_survived(path: Path, caplog: pytest.LogCaptureFixture) -> None:

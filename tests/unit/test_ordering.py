@@ -68,6 +68,31 @@ def waits(ordering: Ordering, wait: Callable[[], Awaitable[None]], *ending: Publ
     return observed
 
 
+def test_an_end_wakes_one_of_many() -> None:
+    """A process that ends with many files open: each publish waits for the one before it, not for all of them."""
+    ordering = Ordering()
+    publishings = [ordering.begin(make_draft(name=b"%d" % number)) for number in range(50)]
+    order: list[int] = []
+
+    async def publish(number: int) -> None:
+        await ordering.wait_process(WRITER, before=publishings[number])
+        order.append(number)
+        ordering.end(publishings[number])
+
+    async def main() -> None:
+        with trio.fail_after(10):
+            async with trio.open_nursery() as nursery:
+                for number in range(1, 50):
+                    nursery.start_soon(publish, number)
+                await wait_all_tasks_blocked()
+                waiting = [publishing.done.statistics().tasks_waiting for publishing in publishings]
+                assert waiting == [1] * 49 + [0]
+                ordering.end(publishings[0])
+
+    trio.run(main)
+    assert order == list(range(1, 50))
+
+
 def test_begin_and_end_are_counted() -> None:
     ordering = Ordering()
     assert not ordering
@@ -100,7 +125,7 @@ def test_a_publish_is_about_the_name_the_draft_had_when_it_was_closed() -> None:
     ],
 )
 def test_whom_a_publish_concerns(mine: Process | None, theirs: Process, concerned: bool) -> None:
-    assert Publishing(HERE, b"name", mine).concerns(theirs) == concerned
+    assert Publishing(1, HERE, b"name", mine).concerns(theirs) == concerned
 
 
 def test_a_name_waits_for_all_its_publishes_and_no_others() -> None:
