@@ -37,10 +37,12 @@ def lock_backend(
 
         prefix = settings.etcd_prefix or f"/safefs/{cluster}"
         return EtcdBackend(etcd_access(settings), prefix, terms, identity, has_died)
+    mounted = mounted_at(directory.parent)
+    stale = mounted.caches_listings
     if settings.locks == "native":
-        client = Client.here(mounted_at(directory.parent))
-        return NativeBackend(os.fspath(directory), terms, identity, has_died, client.id)
-    return LeasefileBackend(os.fspath(directory), terms, identity, has_died)
+        client = Client.here(mounted)
+        return NativeBackend(os.fspath(directory), terms, identity, has_died, client.id, stale_listings=stale)
+    return LeasefileBackend(os.fspath(directory), terms, identity, has_died, stale_listings=stale)
 
 
 def etcd_access(settings: Settings) -> Access:

@@ -31,6 +31,7 @@ import re
 import secrets
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext, suppress
+from functools import partial
 from typing import Any, TypeVar
 
 import trio
@@ -46,7 +47,9 @@ LIST_ATTEMPTS = 5  # a listing can miss a file that is renamed meanwhile
 POLL_SECONDS = (0.002, 0.25)  # for changes of a record, at first and at most;
 POLL_SHARE = 0.01  # in between, this part of the time that they have been waited for: so much longer it takes at most
 NOTICE_SECONDS = (0.01, 0.5)  # for what others want, after something came and at most
-REFRESH_SECONDS = 0.5  # who waits makes a file in the directory so often, for clients that cache listings
+# Who waits makes a file in the directory now and then, for clients that cache listings: where they are known or free to
+# do so, after this part of the time that has been waited for, else only in case; at least and at most after so long.
+REFRESH_SHARE, REFRESH_SECONDS = 0.05, (0.01, 0.5)
 
 STATE = re.compile(r"(\d+)~([0-9a-f]+|none)")
 NONE = "none"  # the id of an empty record
@@ -113,7 +116,8 @@ class Files:
                 with open(self._path("names", directory_of(name), f"data~{token}"), encoding="utf-8") as file:
                     data = json.load(file)
             except FileNotFoundError:
-                continue  # it has just been replaced
+                self.refresh(name)  # it has been replaced, just now or behind a cached listing
+                continue
             if data["name"] != name:
                 raise ValueError(f"{directory_of(name)} is about another name")
             return Stored(version, NameRecord.from_json(data["record"]), token)
@@ -155,6 +159,7 @@ class Files:
             self._clear(fresh)
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.EPERM, errno.EACCES):
                 raise
+            self._look_anew(home)  # there is something that this client may not list yet
             if self._state(name) == (stored.version, stored.token):
                 return stored  # ours: the answer was lost, and the client has repeated the rename
             self._bury(home)
@@ -177,8 +182,13 @@ class Files:
             json.dump({"name": name, "record": stored.record.to_json()}, file)
 
     def refresh(self, name: str) -> None:
-        """Have this node's client look at a directory anew."""
-        probe = self._path("names", directory_of(name), f"look~{secrets.token_hex(4)}")
+        """Have this node's client look anew at the directory of a name."""
+        self._look_anew(self._path("names", directory_of(name)))
+
+    @staticmethod
+    def _look_anew(directory: str) -> None:
+        """Have this node's client forget what it knows of a directory: it changes it."""
+        probe = f"{directory}/look~{secrets.token_hex(4)}"
         with suppress(OSError):
             _touch(probe)
             os.unlink(probe)
@@ -290,6 +300,7 @@ class Files:
             try:
                 os.rename(f"{home}/{heartbeat}", f"{home}/{ENDED}")
             except FileNotFoundError:
+                self._look_anew(home)  # another's end of it must not stay hidden
                 return self.heartbeat(node) in (ENDED, None)
         return True
 
@@ -303,14 +314,16 @@ class Files:
                 file.write(name)
             os.rename(path + ".new", path)
 
-    def notices(self, node: str) -> list[str]:
+    def notices(self, node: str, *, anew: bool = False) -> list[str]:
         """Names that others want of a node; each is given once."""
         home, names = self._path("nodes", node, "wanted"), []
         entries: list[str] = []
+        if anew:
+            self._look_anew(home)
         with suppress(FileNotFoundError):
             entries = os.listdir(home)
         for entry in entries:
-            if not entry.endswith(".new"):
+            if not entry.endswith(".new") and not entry.startswith("look~"):
                 with suppress(FileNotFoundError):
                     with open(f"{home}/{entry}", encoding="utf-8", errors="surrogateescape") as file:
                         names.append(file.read())
@@ -321,10 +334,14 @@ class Files:
 class LeasefileBackend:
     """One node's view (backend.LockBackend)."""
 
-    def __init__(self, root: str, terms: Terms, identity: ProcessIdentity, has_died: HasDied) -> None:
+    def __init__(
+        self, root: str, terms: Terms, identity: ProcessIdentity, has_died: HasDied, *, stale_listings: bool = False
+    ) -> None:
+        """`stale_listings`: clients may go on listing what a directory had before."""
         self._root = root
         self._identity = identity
         self._has_died = has_died
+        self._stale_listings = stale_listings
         self._terms = terms
         self._limiter = trio.CapacityLimiter(MAX_THREADS)
         self._sightings = Sightings(self._terms)
@@ -332,7 +349,8 @@ class LeasefileBackend:
         self._files: Files | None = None
         self._count = 0
         self._wanted: list[str] = []
-        self._since: dict[str, tuple[int, float]] = {}  # versions that were waited for in vain, and since when
+        # Versions that were waited for in vain, since when, and when the client was last made to look anew.
+        self._since: dict[str, tuple[int, float, float]] = {}
         self.node = ""
 
     def _open(self) -> Files:
@@ -412,19 +430,23 @@ class LeasefileBackend:
 
     async def wait_for_change(self, name: str, seen: Stored, seconds: float) -> None:
         shortest, longest = POLL_SECONDS
-        looked = trio.current_time()
-        version, since = self._since.pop(name, (0, 0.0))
+        now = trio.current_time()
+        version, since, looked = self._since.pop(name, (0, now, now))
         if version != seen.version:
-            since = looked
+            since = looked = now
         with trio.move_on_after(seconds) as timeout:
             while (await self.read(name)).version == seen.version:
                 waited = trio.current_time() - since
                 await trio.sleep(min(max(shortest, POLL_SHARE * waited), longest))
-                if trio.current_time() - looked > REFRESH_SECONDS:
+                if trio.current_time() - looked > self._refresh_seconds(waited):
                     await self._call(self.files.refresh, name)
                     looked = trio.current_time()
         if timeout.cancelled_caught:
-            self._since[name] = seen.version, since
+            self._since[name] = seen.version, since, looked
+
+    def _refresh_seconds(self, waited: float) -> float:
+        shortest, longest = REFRESH_SECONDS
+        return min(max(shortest, REFRESH_SHARE * waited), longest) if self._stale_listings else longest
 
     async def all_names(self) -> list[str]:
         return await self._call(self.files.all_names)
@@ -443,7 +465,7 @@ class LeasefileBackend:
     async def next_notice(self) -> str:
         pause, longest = NOTICE_SECONDS
         while not self._wanted:
-            self._wanted = await self._call(self.files.notices, self.node)
+            self._wanted = await self._call(partial(self.files.notices, self.node, anew=self._stale_listings))
             if not self._wanted:
                 await trio.sleep(pause)
                 pause = min(1.5 * pause, longest)

@@ -210,9 +210,18 @@ class NativeBackend(LeasefileBackend):
 
     _locked: LockedFiles
 
-    def __init__(self, root: str, terms: Terms, identity: ProcessIdentity, has_died: HasDied, client: str) -> None:
+    def __init__(
+        self,
+        root: str,
+        terms: Terms,
+        identity: ProcessIdentity,
+        has_died: HasDied,
+        client: str,
+        *,
+        stale_listings: bool = False,
+    ) -> None:
         """`client` is which client of the backing this is: the same for all nodes on it, and no other's."""
-        super().__init__(root, terms, identity, has_died)
+        super().__init__(root, terms, identity, has_died, stale_listings=stale_listings)
         self._client = client
 
     def _open(self) -> Files:
