@@ -250,10 +250,14 @@ class Files:
             try:
                 entries = os.listdir(self._path("nodes", node))
             except FileNotFoundError:
-                return None
+                self._look_anew(self._path("nodes"))
+                continue
             counts = [entry for entry in entries if entry.isdigit() or entry == ENDED]
             if counts:
                 return max(counts, key=lambda entry: (entry == ENDED, int(entry) if entry.isdigit() else 0))
+            # It may have been listed while it was being made, and be kept so for longer than a lease: that must not
+            # pass for a node without one.
+            self._look_anew(self._path("nodes", node))
         return None
 
     def process_of(self, node: str) -> ProcessIdentity:

@@ -25,7 +25,7 @@ SECONDS = 60.0
 COHERENT = ("--negative", "0", "--attr", "0")
 LISTING_SECONDS = 60.0
 KINDS = {
-    "bytes that are kept": ("--keep",),
+    "bytes that are kept": ("--keep", "--attr", "20"),
     "numbers of their own": ("--numbers",),
     "listings that are kept": ("--listing", f"{LISTING_SECONDS:g}"),
     "attributes that are kept": ("--attr", "20"),
