@@ -1,6 +1,6 @@
 # Everything here sets up what it needs first, asks nothing and can be run again.
 
-.PHONY: setup demo test test-modes test-nightly check bench clean
+.PHONY: setup demo test test-modes test-nightly test-labs check bench clean
 
 setup:
 	@scripts/setup build
@@ -37,6 +37,17 @@ check:
 	.venv/bin/ruff check .
 	.venv/bin/mypy
 	.venv/bin/lint-imports
+
+# The locks of several nodes on real shared filesystems, each with two clients on this machine: an hour.  LABS=gluster:
+# on that one alone.
+LABS = sshfs gluster juicefs moosefs moosefs-nolocks
+test-labs:
+	@scripts/setup labs
+	@.venv/bin/python -m pytest -q tests/labs/rclone_probe.py
+	@for lab in $(LABS); do \
+		SAFEFS_CLUSTER_LAB=$$lab SAFEFS_CLUSTER_HOLDS=1200 .venv/bin/python -m pytest -q -k "not etcd" \
+			tests/cluster/test_labs.py tests/cluster/test_exclusion.py tests/cluster/test_faults.py || exit 1; \
+	done
 
 # make bench BENCH=--quick: other options of `python -m benchmarks`.
 bench:

@@ -50,6 +50,7 @@ OTHER_FILESYSTEM = (errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTTY, e
 POSIX_ACL = "system.posix_acl_access"
 CAPABILITY = "security.capability"
 NO_TMPFILE = (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT)  # open(2), O_TMPFILE
+REOPENED_FLAGS = os.O_ACCMODE | os.O_APPEND | os.O_NOATIME | os.O_SYNC | os.O_DSYNC
 
 
 def proc_path(fd: int) -> bytes:
@@ -296,9 +297,49 @@ def reopen(fd: int, flags: int) -> int:
     return os.open(proc_path(fd), flags | os.O_CLOEXEC)
 
 
-def create_in_place(directory: int, name: bytes, flags: int, mode: int) -> tuple[int, os.stat_result]:
-    """open(2) with O_CREAT on the backing itself."""
+def reopen_current(fd: int, flags: int) -> int:
+    """The same on a filesystem that others write to as well: what it shows is what they have left."""
+    opened = reopen(fd, flags)
+    make_current(opened)
+    return opened
+
+
+def make_current(fd: int) -> None:
+    """Have the client of a shared filesystem forget what it remembers of a file that has just been opened.
+
+    Clients in user space take attributes from the reply to fsync(2).  The kernel asks them and servers for attributes
+    when it is forced to, and lets go of bytes when it is told that nobody needs them.
+    """
+    with suppress(OSError):
+        os.fsync(fd)
+    with suppress(OSError):
+        native.link_count(fd)
+    with suppress(OSError):
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def open_anew(fd: int) -> None:
+    """Put a new open of the same file in the place of a descriptor, which others may be reading and writing by."""
+    fresh = reopen(fd, fcntl.fcntl(fd, fcntl.F_GETFL) & REOPENED_FLAGS)
+    try:
+        make_current(fresh)
+        os.dup2(fresh, fd, inheritable=False)
+    finally:
+        os.close(fresh)
+
+
+def send(fd: int) -> None:
+    """Have a client send what was written: each close(2) of a descriptor does, and says whether it could."""
+    os.close(os.dup(fd))
+
+
+def create_in_place(
+    directory: int, name: bytes, flags: int, mode: int, *, current: bool = False
+) -> tuple[int, os.stat_result]:
+    """open(2) with O_CREAT on the backing itself; `current`: others write to it as well."""
     fd = os.open(name, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, mode, dir_fd=directory)
+    if current and not flags & os.O_EXCL:
+        make_current(fd)
     return fd, os.fstat(fd)
 
 

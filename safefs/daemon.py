@@ -34,13 +34,14 @@ from safefs.control import control_socket, find_mount, sd_notify, serve_control
 from safefs.custody import name_of, warn_of_renames
 from safefs.errors import SafefsError
 from safefs.events import EventKind, EventLog
-from safefs.family import Reach, mounted_at
+from safefs.family import Mounted, Reach, mounted_at
 from safefs.files import Files
 from safefs.filesystem import DIRECTORY_ATTR_SECONDS, FileSystem
 from safefs.fuse import mount
 from safefs.fuse.operations import Operations
 from safefs.hot import Cold, Hot, doubtful_globs
 from safefs.identity import DAEMON, SERVICE, Identities
+from safefs.inplace import InPlace
 from safefs.lease import Terms
 from safefs.locking import Locking
 from safefs.locks import Alone, Locks
@@ -106,6 +107,15 @@ def node_cache_size(settings: Settings, limit: int) -> int:
     return max(SMALLEST_NODE_CACHE, min(LARGEST_NODE_CACHE, limit // DESCRIPTORS_FOR_NODES))
 
 
+def temp_kind(wanted: str, mounted: Mounted) -> str:
+    """Which inodes drafts are.
+
+    Shared filesystems that have O_TMPFILE at all are not relied on: JuiceFS 1.4 removes what was linked from such an
+    inode as soon as its descriptor is closed, and says nothing.
+    """
+    return "hidden" if wanted == "auto" and not mounted.is_local else wanted
+
+
 def has_posix_acl(path: Path) -> bool:
     """Whether the backing answers for POSIX ACLs (ENODATA is an answer)."""
     try:
@@ -131,7 +141,7 @@ class Daemon:
             settings.backing,
             self.identities,
             max_threads=settings.max_threads,
-            temp=settings.temp,
+            temp=temp_kind(settings.temp, self.mounted),
             ceiling=limit - limit // DESCRIPTORS_FOR_WORK,
         )
         with self.identities.acting(SERVICE):
@@ -153,10 +163,12 @@ class Daemon:
         self.fs = FileSystem(settings, self.backing, self.publisher, self.locks, self.soft_locks, cache_size, hot)
         self.locking = Locking(self.fs)
         if self.names is not None:
-            self.names.resolve = self.locks.resolve
+            self.names.resolve = self.locks.answer
             self.fs.can_lose_locks = True
+            self.fs.is_shared = not self.mounted.is_local
+            self.fs.numbers_are_shared = self.mounted.shares_numbers
             if self._as_service(mounted_at, self.state.path).reach()[0] not in EXCLUDING:
-                self.publisher.lock_name = self.locks.publishing
+                self.publisher.lock_name = self.fs.publishing
         self.connection: mount.Connection | None = None
         self.stopping = False
         self.serving = False
@@ -257,7 +269,7 @@ class Daemon:
                 locking = self.locking
                 files, closing = Files(self.fs), Closing(self.fs, requests, locking.released)
                 tree = Tree(self.fs, files, refresh_misses=self._refreshes_misses())
-                self._mount(Operations(self.fs, tree, files, closing, locking, requests))
+                self._mount(Operations(self.fs, tree, files, InPlace(self.fs), closing, locking, requests))
                 await helpers.start(serve_control, control_socket(self.settings.mountpoint), self._answer)
                 helpers.start_soon(self._await_signals, closing)
                 ready()

@@ -18,6 +18,15 @@ from pathlib import Path
 LOCAL = frozenset(("ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "zfs", "bcachefs", "tmpfs", "ramfs", "overlay"))
 
 
+# Filesystems on which a rename is not decided in one place.
+REFUSED = {
+    "fuse.rclone": "both of two nodes win a race for one name",
+    "fuse.s3fs": "a rename is a copy and a deletion",
+    "fuse.goofys": "a rename is a copy and a deletion",
+    "fuse.mountpoint-s3": "it has no rename",
+}
+
+
 class Reach(StrEnum):
     """Whom an fcntl lock keeps out."""
 
@@ -55,6 +64,23 @@ class Mounted:
                 return self._reach_in(family)
         return Reach.UNKNOWN, f"{self.kind or 'a filesystem without a name'} is not known to safefs"
 
+    @property
+    def shares_numbers(self) -> bool:
+        """Whether a file or directory has the same st_ino on all nodes.
+
+        Clients of FUSE filesystems number for themselves where they are told nothing else: of others it is not known.
+        """
+        if self.is_local:
+            return True
+        numbered = any(self.kind in family.kinds and family.numbers for family in FAMILIES)
+        return numbered and self.option("noserverino") is None
+
+    @property
+    def caches_listings(self) -> bool:
+        """Whether its clients may go on listing what a directory had before another one changed it."""
+        shown = any(self.kind in family.kinds and family.listings for family in FAMILIES)
+        return not (self.is_local or shown)
+
     def _reach_in(self, family: Family) -> tuple[Reach, str]:
         for name, value, reach in family.options:
             found = self.option(name)
@@ -71,6 +97,8 @@ class Family:
     reach: Reach
     why: str
     options: tuple[tuple[str, str | None, Reach], ...] = ()
+    numbers: bool = True  # of inodes, that are the same for all clients
+    listings: bool = False  # that show at once what another client has changed
 
 
 FAMILIES = (
@@ -95,17 +123,31 @@ FAMILIES = (
             ("localflock", None, Reach.CLIENT),
             ("flock", None, Reach.CLUSTER),
         ),
+        listings=True,
     ),
-    Family(("gpfs",), Reach.CLUSTER, "its token manager keeps the locks"),
-    Family(("ceph", "fuse.ceph", "fuse.ceph-fuse"), Reach.CLUSTER, "the metadata server keeps the locks"),
-    Family(("gfs2",), Reach.CLUSTER, "its lock manager keeps the locks", (("localflocks", None, Reach.CLIENT),)),
+    Family(("gpfs",), Reach.CLUSTER, "its token manager keeps the locks", listings=True),
+    Family(
+        ("ceph", "fuse.ceph", "fuse.ceph-fuse"), Reach.CLUSTER, "the metadata server keeps the locks", listings=True
+    ),
+    Family(
+        ("gfs2",),
+        Reach.CLUSTER,
+        "its lock manager keeps the locks",
+        (("localflocks", None, Reach.CLIENT),),
+        listings=True,
+    ),
     Family(("cifs", "smb3"), Reach.CLUSTER, "the server keeps the locks", (("nobrl", None, Reach.CLIENT),)),
-    Family(("fuse.glusterfs",), Reach.CLUSTER, "the bricks keep the locks"),
-    Family(("fuse.juicefs",), Reach.CLUSTER, "the metadata engine keeps the locks"),
-    Family(("fuse.sshfs",), Reach.CLIENT, "the protocol has no locks"),
+    Family(("fuse.glusterfs",), Reach.CLUSTER, "the bricks keep the locks", listings=True),
+    Family(("fuse.juicefs",), Reach.CLUSTER, "the metadata engine keeps the locks", listings=True),
+    Family(("fuse.sshfs",), Reach.CLIENT, "the protocol has no locks", numbers=False),
     Family(("afs",), Reach.CLIENT, "the server locks files as a whole, and ranges stay with the client"),
     Family(("beegfs",), Reach.UNKNOWN, "tuneUseGlobalFileLocks of its client decides, which mount options do not show"),
-    Family(("fuse.mfs", "fuse.moosefs"), Reach.UNKNOWN, "mfsnoposixlocks of its client decides, which is not shown"),
+    Family(
+        ("fuse.mfs", "fuse.moosefs"),
+        Reach.UNKNOWN,
+        "mfsnoposixlocks of its client decides, which is not shown",
+        listings=True,
+    ),
     Family(("9p", "virtiofs"), Reach.UNKNOWN, "options of the server decide, which are not shown"),
 )
 
@@ -117,8 +159,14 @@ def parse(lines: Iterable[str], mount_id: int) -> Mounted:
         fields, rest = before.split(" "), after.split(" ")
         if separator and fields[0] == str(mount_id) and len(rest) >= 2:
             options = (*fields[5].split(","), *(rest[2].split(",") if len(rest) > 2 else ()))
-            return Mounted(rest[0], _unescaped(rest[1]), fields[2], options)
+            source = _unescaped(rest[1])
+            return Mounted(_kind(rest[0], source), source, fields[2], options)
     return Mounted()
+
+
+def _kind(kind: str, source: str) -> str:
+    """MooseFS gives its type in the source alone."""
+    return "fuse.mfs" if kind == "fuse" and source.startswith("mfs#") else kind
 
 
 def _unescaped(field: str) -> str:

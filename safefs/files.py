@@ -7,8 +7,8 @@ import os
 import secrets
 import stat
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 
 import trio
@@ -53,6 +53,15 @@ class Staged:
     opener: tuple[Process | None, int]  # and a pidfd, -1 where it cannot be had
     base: Base | None = None
     backing_id: int = 0
+
+
+@contextmanager
+def changing(handle: Handle) -> Iterator[None]:
+    """Around a change in place: once it is made, or has failed half-way, it has to be sent (safefs/inplace.py)."""
+    try:
+        yield
+    finally:
+        handle.unsent = handle.in_place
 
 
 def wants_write(flags: int) -> bool:
@@ -147,9 +156,11 @@ class Files:
         fs.backing.require_room()
         kept = flags & (os.O_ACCMODE | os.O_APPEND | os.O_TRUNC | os.O_NOATIME | os.O_SYNC | os.O_DSYNC)
         async with fs.pinned(node):
-            fd = await fs.backing.run(caller, backing.reopen, node.fd, kept)
+            open_it = backing.reopen_current if fs.is_shared else backing.reopen
+            fd = await fs.backing.run(caller, open_it, node.fd, kept)
         candidate = await self._backing_id_in_place(node, fd, caller)
         handle = fs.add_handle(node, fd, caller, writable=bool(flags & os.O_ACCMODE), backing_id=candidate)
+        handle.in_place = True
         return Opened(handle, direct_io=True)
 
     async def _backing_id_in_place(self, node: Node, fd: int, caller: Caller) -> int:
@@ -252,14 +263,14 @@ class Files:
         node.lookups += 1
         candidate = await (self._backing_id_in_place if in_place else fs.backing_id)(node, fd, caller)
         handle = fs.add_handle(node, fd, caller, writable=bool(flags & os.O_ACCMODE), backing_id=candidate)
+        handle.in_place = in_place
         opened = Opened(handle, keep_cache=not in_place, direct_io=in_place)
         return opened, fs.entry(node, status)
 
-    @staticmethod
     def _make_in_place(
-        directory: int, name: bytes, flags: int, mode: int, _tid: int
+        self, directory: int, name: bytes, flags: int, mode: int, _tid: int
     ) -> tuple[int, os.stat_result, Maker | None]:
-        return *backing.create_in_place(directory, name, flags, mode), None
+        return *backing.create_in_place(directory, name, flags, mode, current=self.fs.is_shared), None
 
     @staticmethod
     def _make_lock(
@@ -434,7 +445,8 @@ class Files:
         handle = self.fs.changeable(number)
         draft = handle.draft
         if draft is None:
-            return await self.fs.backing.run(handle.caller, backing.write_all, handle.fd, data, offset)
+            with changing(handle):
+                return await self.fs.backing.run(handle.caller, backing.write_all, handle.fd, data, offset)
         async with draft.gate.passing():
             await self._prepare(draft)
             async with draft.gate.writing:
@@ -554,7 +566,8 @@ class Files:
         handle = self.fs.changeable(number)
         draft = handle.draft
         if draft is None:
-            await self.fs.backing.run(handle.caller, backing.allocate, handle.fd, mode, offset, length)
+            with changing(handle):
+                await self.fs.backing.run(handle.caller, backing.allocate, handle.fd, mode, offset, length)
             return
         async with draft.gate.passing():
             await self._prepare(draft)
@@ -577,9 +590,10 @@ class Files:
         draft = writing.draft
         if draft is None:
             async with fs.readable(reading) as fd_in:
-                return await fs.backing.run(
-                    writing.caller, os.copy_file_range, fd_in, writing.fd, length, source_offset, target_offset
-                )
+                with changing(writing):
+                    return await fs.backing.run(
+                        writing.caller, os.copy_file_range, fd_in, writing.fd, length, source_offset, target_offset
+                    )
         async with draft.gate.passing():
             await self._prepare(draft)
             await fs.write_out(draft)
@@ -604,7 +618,8 @@ class Files:
         if node.draft is not None:
             await self._truncate_draft(node.draft, size, handle is not None, caller)
         elif handle is not None and handle.draft is None:
-            await fs.backing.run(caller, os.ftruncate, handle.fd, size)
+            with changing(handle):
+                await fs.backing.run(caller, os.ftruncate, handle.fd, size)
         else:
             parent = fs.nodes.get(node.parent)
             if parent is None or not fs.classify(parent, node.name).name_class.in_place:

@@ -12,7 +12,7 @@ import os
 import stat
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -47,6 +47,19 @@ GATHERED_SECONDS = 1.0  # between looks for small writes that the backing has no
 # Every change of a name would be preceded by a GETATTR of its directory otherwise.  The kernel drops a directory's
 # attributes itself when a change goes through this mount.
 DIRECTORY_ATTR_SECONDS = 1.0
+
+
+BY_PATH = ":"
+
+
+def number_key(ino: int) -> str:
+    """A directory as all nodes call it where clients agree on inode numbers (st_dev is each node's own)."""
+    return f"{ino:x}"
+
+
+def path_key(path: bytes) -> str:
+    """The same where they do not: a rename of the directory splits the locks of what is in it then."""
+    return BY_PATH + os.fsdecode(path)
 
 
 def failure(number: int) -> OSError:
@@ -85,6 +98,9 @@ class Handle:
     opener_tgid: int = 0
     released: bool = False  # its RELEASE has come
     fenced: bool = False  # what was locked through it may be another node's by now
+    in_place: bool = False  # what is written goes into the version itself
+    unsent: bool = False  # something was written in place that the backing's client may still keep to itself
+    error: int = 0  # of sending it, for the next close
 
 
 class FileSystem:
@@ -114,6 +130,8 @@ class FileSystem:
         self.locks = locks
         self.soft_locks = soft_locks
         self.can_lose_locks = False  # they are shared with other nodes
+        self.is_shared = False  # the backing filesystem has other clients, on other nodes
+        self.numbers_are_shared = True  # those of inodes: clients on all nodes see the same
         self.accepting = True  # False while the daemon drains: no new writers
         self.looks = Workers(LOOKS)
         self._last_handle = 0
@@ -268,6 +286,11 @@ class FileSystem:
             parts.append(node.name)
             node = self.nodes.get(node.parent)
         return b"/".join(reversed(parts))
+
+    def directory_key(self, directory: Node) -> str:
+        """A directory as all nodes call it."""
+        ino = directory.identity.ino
+        return number_key(ino) if self.numbers_are_shared else path_key(self._path(directory))
 
     # -------------------------------------------------------- attributes
 
@@ -437,9 +460,13 @@ class FileSystem:
             if draft.claim is not None:
                 draft.error = errno.EIO
 
+    def publishing(self, directory: Node, name: bytes) -> AbstractAsyncContextManager[bool]:
+        """Keep other nodes from changing what a name shows; yields False where that is not had."""
+        return self.locks.publishing(self.directory_key(directory), name)
+
     async def claim(self, directory: Node, name: bytes) -> Callable[[], object]:
         """Take a name that is to be made with O_EXCL, on all nodes; how to give it up.  OSError: EEXIST."""
-        claim = await self.locks.claim(directory.identity, name)
+        claim = await self.locks.claim(self.directory_key(directory), name)
         if claim is None:
             raise failure(errno.EEXIST)
         return claim

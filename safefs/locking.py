@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import trio
 
 from safefs import backing, processes
-from safefs.filesystem import FileSystem, failure
+from safefs.filesystem import BY_PATH, FileSystem, failure, number_key, path_key
 from safefs.hot import MODE_TYPES, TYPE_MODES
 from safefs.identity import DAEMON
 from safefs.locks import Waiting, name_key
@@ -68,11 +68,11 @@ class Locking:
         fs = self.fs
         handle = fs.handles.get(number)
         if handle is not None and handle.draft is not None:
-            return name_key(handle.draft.directory.identity, handle.draft.name)
+            return name_key(fs.directory_key(handle.draft.directory), handle.draft.name)
         node = fs.node(nodeid)
         parent = fs.nodes.get(node.parent)
         # The kernel keeps the directories above a file that is open; only of a name that is gone there is none.
-        return name_key(parent.identity, node.name) if parent is not None else name_key(node.identity, b"")
+        return name_key(fs.directory_key(node if parent is None else parent), b"" if parent is None else node.name)
 
     def _owner(self, wanted: Wanted) -> Owner:
         return Owner(self.locks.node, wanted.owner)
@@ -160,11 +160,14 @@ class Locking:
         """Every holder and waiter on all nodes, with its path as far as this node knows the directory."""
         entries = await self.locks.report()
         for entry in entries:
-            directory, _, name = entry.pop("key").partition("/")
-            entry["path"] = os.path.join(self._directory_text(int(directory, 16)), name)
+            directory, _, name = entry.pop("key").rpartition("/")
+            entry["path"] = os.path.join(self._directory_text(directory), name)
         return entries
 
-    def _directory_text(self, ino: int) -> str:
+    def _directory_text(self, key: str) -> str:
+        if key.startswith(BY_PATH):
+            return key.removeprefix(BY_PATH)
+        ino = int(key, 16)
         node = self.fs.nodes.find(Identity(self.fs.root.identity.dev, ino))
         try:
             if node is None or node.fd < 0:
@@ -176,13 +179,15 @@ class Locking:
     async def break_locks(self, path: bytes) -> int:
         """Take all locks on a path below the root from their holders; how many there were.  OSError: no such path."""
         directory, name = os.path.split(path)
-        identity = await self.fs.backing.run(DAEMON, self._identity_below, directory)
-        return await self.locks.break_locks(name_key(identity, name))
+        key = await self.fs.backing.run(DAEMON, self._key_of_path, directory)
+        return await self.locks.break_locks(name_key(key, name))
 
-    def _identity_below(self, path: bytes) -> Identity:
-        fd = self.fs.backing.open_below(path)
+    def _key_of_path(self, directory: bytes) -> str:
+        fd = self.fs.backing.open_below(directory)
         try:
-            return backing.identity_of(os.fstat(fd))
+            if self.fs.numbers_are_shared:
+                return number_key(os.fstat(fd).st_ino)
+            return path_key(backing.path_below(self.fs.backing.root_path, fd))
         finally:
             os.close(fd)
 

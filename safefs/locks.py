@@ -28,16 +28,15 @@ import xxhash
 from safefs.cluster.names import TakeBack
 from safefs.cluster.record import Acquire, Break, GiveUp, LetPass, Release, Step, carry_out
 from safefs.locktable import OFFSET_MAX, Held, Kind, Lock, LockTable, Mode, NameLocks, Owner, Wait
-from safefs.model import Identity
 
 NAME_SECONDS = 30.0  # for the daemon's own locks of names
 
 Use = tuple[str, Kind, Owner]
 
 
-def name_key(directory: Identity, name: bytes) -> str:
-    """A name as all nodes call it (st_dev is each node's own).  Not an inode: a publish would split its locks."""
-    return f"{directory.ino:x}/{os.fsdecode(name)}"
+def name_key(directory: str, name: bytes) -> str:
+    """A name as all nodes call it, in a directory as they do.  Not an inode: a publish would split its locks."""
+    return f"{directory}/{os.fsdecode(name)}"
 
 
 class NameService(Protocol):
@@ -134,6 +133,7 @@ class Waiting:
     submitted: bool = False  # on its way to a shared record, which answers in any case
     settled: trio.Event = field(default_factory=trio.Event)
     held: bool = False  # once settled: its lock is held, or it was refused
+    elsewhere: bool = False  # once held: it may have been another node's before
 
     @property
     def use(self) -> Use:
@@ -266,7 +266,7 @@ class Locks:
 
     # ------------------------------------------------------------ changes
 
-    async def claim(self, directory: Identity, name: bytes) -> Callable[[], object] | None:
+    async def claim(self, directory: str, name: bytes) -> Callable[[], object] | None:
         """Claim a name for whoever makes it with O_EXCL: how to give the claim up; None where another has it.
 
         Raises OSError (ETIMEDOUT) where the lock backend does not answer for `NAME_SECONDS`.
@@ -278,7 +278,7 @@ class Locks:
         return partial(self.release, waiting.key, Kind.CLAIM, waiting.wait.lock.owner) if waiting.held else None
 
     @asynccontextmanager
-    async def publishing(self, directory: Identity, name: bytes) -> AsyncIterator[bool]:
+    async def publishing(self, directory: str, name: bytes) -> AsyncIterator[bool]:
         """Keep other nodes from changing what a name shows; yields False where that is not had in `NAME_SECONDS`."""
         waiting = self._ask_for_name(Kind.PUBLISH, directory, name, may_wait=True)
         await self._settle(waiting)
@@ -288,7 +288,7 @@ class Locks:
             if waiting.held:
                 self.release(waiting.key, Kind.PUBLISH, waiting.wait.lock.owner)
 
-    def _ask_for_name(self, kind: Kind, directory: Identity, name: bytes, *, may_wait: bool) -> Waiting:
+    def _ask_for_name(self, kind: Kind, directory: str, name: bytes, *, may_wait: bool) -> Waiting:
         """Lock one name for the daemon itself.
 
         All names of a directory are on one record, so that making many files costs a message for the first alone.
@@ -409,6 +409,13 @@ class Locks:
             if not self._recorded[use[2]]:
                 del self._recorded[use[2]]
         return True
+
+    def answer(self, ticket: int, held: bool) -> bool:
+        """The same as `resolve`, for what has been asked of a record that nodes share."""
+        waiting = self._waiting.get(ticket)
+        if waiting is not None:
+            waiting.elsewhere = held
+        return self.resolve(ticket, held)
 
     def resolve(self, ticket: int, held: bool) -> bool:
         """A request has its lock, or is refused; returns whether anybody still wants to know."""

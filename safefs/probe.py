@@ -26,28 +26,21 @@ from typing import Any, TypeVar
 
 from safefs import verdict
 from safefs.errors import SafefsError
-from safefs.family import Mounted
+from safefs.family import REFUSED, Mounted
 from safefs.verdict import OFD_EXCLUDES, Client, Verdict
 
 CALL_SECONDS = 10.0
 MEET_SECONDS = 120.0
 STEP_SECONDS = 90.0  # a client of NFS can go on missing a new file for half a minute
+RACES_SECONDS, MOST_PACED_SECONDS = 60.0, 30.0
 POLL_SECONDS = 0.02
-RACES = 20
+RACES, PEER_RACES = 20, 100
 MEETING = ".safefs-probe"
 
 F_OFD_SETLK = 37
 _WRITE_LOCK = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
 
 T = TypeVar("T")
-
-# Filesystems on which a rename is not decided in one place.
-REFUSED = {
-    "fuse.rclone": "both of two nodes win a race for one name",
-    "fuse.s3fs": "a rename is a copy and a deletion",
-    "fuse.goofys": "a rename is a copy and a deletion",
-    "fuse.mountpoint-s3": "it has no rename",
-}
 
 
 @dataclass(frozen=True)
@@ -239,10 +232,14 @@ class Meeting:
 
     def _entries(self) -> list[str]:
         """As the server has them: a file that is made here has this client look anew."""
-        look = f"{self.path}/look-{self.name}"
-        bounded(_touch, look)
-        bounded(os.unlink, look)
-        return bounded(os.listdir, self.path)
+        return bounded(self._look)
+
+    def _look(self) -> list[str]:
+        look = f"{self.path}/look-{self.name}-{secrets.token_hex(4)}"  # some go on seeing a name that is removed
+        _touch(look)
+        with suppress(OSError):
+            os.unlink(look)
+        return os.listdir(self.path)
 
     def say(self, word: str = "") -> None:
         """Something that the other waits for; `word` is without a dash."""
@@ -262,6 +259,15 @@ class Meeting:
         if not until(said, STEP_SECONDS):
             raise SafefsError("the other probe does not go on", errno.ETIMEDOUT)
         return words[0]
+
+    def word_seconds(self) -> float:
+        """Both wait for each other, and agree on how long the one who waited longer has waited."""
+        start = time.monotonic()
+        self.say()
+        self.hear()
+        waited = min(time.monotonic() - start, MOST_PACED_SECONDS / 2)
+        self.say(f"{waited:.6f}")
+        return max(waited, float(self.hear()))
 
     def close(self) -> None:
         """The second leaves last, and takes everything away."""
@@ -306,6 +312,8 @@ def probe_with_peer(directory: Path, mounted: Mounted) -> tuple[list[Finding], V
         findings.append(_race(meeting, "O_EXCL", _touch))
         findings.append(_race(meeting, "rename", _rename_away))
         findings += [_new_file(meeting), _replaced_file(meeting)]
+    except OSError as error:
+        raise SafefsError(f"{meeting.path}: {error.strerror}", error.errno or errno.EIO) from None
     finally:
         meeting.close()
     excludes = any(finding.what == OFD_EXCLUDES and finding.good is True for finding in findings)
@@ -380,34 +388,51 @@ def _rename_away(source: str) -> None:
 
 
 def _race(meeting: Meeting, what: str, attempt: Callable[[str], None]) -> Finding:
-    """Both do the same at the same time, again and again: how often one, both or none of them did it."""
-    won = []
-    for race in range(RACES):
-        path = f"{meeting.path}/{what}.{race}"
-        if meeting.first and attempt is _rename_away:
-            bounded(_touch, f"{path}.source")
-        meeting.say()
-        meeting.hear()
-        try:
-            bounded(attempt, path)
-            won.append("1")
-        except OSError:
-            won.append("0")
-    meeting.say("".join(won))
-    sums = [int(mine) + int(others) for mine, others in zip(won, meeting.hear(), strict=True)]
-    both, none = sums.count(2), sums.count(0)
-    result = "yes" if both == none == 0 else f"of {RACES} races, both won {both} and nobody {none}"
+    """Both do the same to the same names, one after the other: how often one, both or none of them did it.
+
+    First as fast as they can: they begin about at the same time, and as a rule losing takes less time than winning, so
+    who is behind catches up.  Then towards each other, over twice the time that a word takes between them: so they meet
+    at names that the other has made or taken too lately to be seen by a client that does not ask its server.
+    """
+    paths = [f"{meeting.path}/{what}.{race}" for race in range(PEER_RACES)]
+    if meeting.first and attempt is _rename_away:
+        bounded(_make_all, [f"{path}.source" for path in paths], seconds=RACES_SECONDS)
+    pause = 2 * meeting.word_seconds() / (PEER_RACES // 2)
+    half = PEER_RACES // 2
+    later = list(enumerate(paths))[half:]
+    won = bounded(_wins, attempt, list(enumerate(paths))[:half], 0.0, seconds=RACES_SECONDS)
+    won |= bounded(_wins, attempt, later if meeting.first else later[::-1], pause, seconds=RACES_SECONDS)
+    meeting.say(f"{won:x}")
+    other = int(meeting.hear(), 16)
+    both, none = (won & other).bit_count(), PEER_RACES - (won | other).bit_count()
+    result = "yes" if both == none == 0 else f"of {PEER_RACES} races, both won {both} and nobody {none}"
     return Finding(f"{what} has one winner", result, both == 0)
+
+
+def _make_all(paths: list[str]) -> None:
+    for path in paths:
+        _touch(path)
+
+
+def _wins(attempt: Callable[[str], None], paths: list[tuple[int, str]], pause: float) -> int:
+    """Which attempts succeeded, as bits."""
+    won = 0
+    for number, path in paths:
+        with suppress(OSError):
+            attempt(path)
+            won |= 1 << number
+        time.sleep(pause)
+    return won
 
 
 def _new_file(meeting: Meeting) -> Finding:
     """How long a node that has seen a name missing goes on missing it."""
-    return _delay(meeting, "a new file is seen after", "new", None)
+    return _delay(meeting, "a new file is seen within", "new", None)
 
 
 def _replaced_file(meeting: Meeting) -> Finding:
     """How long a node that has read a file goes on reading what another has renamed onto it."""
-    return _delay(meeting, "a replaced file is seen after", "old", b"before")
+    return _delay(meeting, "a replaced file is seen within", "old", b"before")
 
 
 def _delay(meeting: Meeting, what: str, name: str, before: bytes | None) -> Finding:

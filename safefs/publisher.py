@@ -113,7 +113,7 @@ class Publisher:
         self.on_publish: Callable[[Node, Identity | None], None] | None = None
         self.policy_of: Callable[[Node, bytes], Policy] = lambda _directory, _name: Policy()
         self.lease: Callable[[], str] = lambda: "for ever"
-        self.lock_name: Callable[[Identity, bytes], AbstractAsyncContextManager[bool]] | None = None
+        self.lock_name: Callable[[Node, bytes], AbstractAsyncContextManager[bool]] | None = None
 
     async def publish(
         self,
@@ -223,7 +223,7 @@ class Publisher:
             if self.lock_name is None:
                 yield True
                 return
-            async with self.lock_name(directory.identity, name) as alone:
+            async with self.lock_name(directory, name) as alone:
                 yield alone
 
     def keeper_of(self, directory: Node, name: bytes) -> Keeper:

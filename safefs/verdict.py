@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from safefs.errors import SafefsError
-from safefs.family import Mounted, Reach
+from safefs.family import REFUSED, Mounted, Reach
 
 FORMAT = 1
 FILE = "probe.json"
@@ -127,6 +127,8 @@ def why_native(state: Path, mounted: Mounted, command: str) -> str:
     def refusal(reason: str, remedy: str = f"run `{command}` on two nodes at once") -> SafefsError:
         return SafefsError(f"-o locks=native cannot be had: {reason}; {remedy}", errno.EOPNOTSUPP)
 
+    if mounted.kind in REFUSED:
+        raise refusal(f"{mounted.kind}: {REFUSED[mounted.kind]}", "use -o locks=etcd://HOST:PORT")
     reach, by = mounted.reach()
     if reach in (Reach.CLIENT, Reach.NOBODY):
         raise refusal(f"{by}, so its locks keep out {reach.value}", "use -o locks=leasefile or etcd://HOST:PORT")

@@ -42,10 +42,12 @@ def lock_backend(
 
         prefix = settings.etcd_prefix or f"/safefs/{cluster}"
         return EtcdBackend(etcd_access(settings), prefix, terms, identity, has_died)
+    mounted = act(mounted_at, directory.parent)
+    stale = mounted.caches_listings
     if settings.locks == "native":
-        client = Client.here(act(mounted_at, directory.parent))
-        return NativeBackend(os.fspath(directory), terms, identity, has_died, client.id, act)
-    return LeasefileBackend(os.fspath(directory), terms, identity, has_died, act)
+        client = Client.here(mounted)
+        return NativeBackend(os.fspath(directory), terms, identity, has_died, client.id, act, stale_listings=stale)
+    return LeasefileBackend(os.fspath(directory), terms, identity, has_died, act, stale_listings=stale)
 
 
 def etcd_access(settings: Settings) -> Access:

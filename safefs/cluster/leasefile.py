@@ -33,6 +33,7 @@ import re
 import secrets
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext, suppress
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import trio
@@ -51,7 +52,9 @@ POLL_SECONDS = (0.001, 0.25)
 POLL_SHARE = 0.005  # in between, this part of the time that they have been waited for: so much longer it takes at most
 NOTICE_SECONDS = (0.02, 0.5)  # for what others want, at first and at most;
 NOTICE_SHARE = 0.1  # in between, this part of the time since a name that others can want was used
-REFRESH_SECONDS = 0.5  # who waits makes a file in the directory so often, for clients that cache listings
+# Who waits makes a file in the directory now and then, for clients that cache listings: where they are known or free to
+# do so, after this part of the time that has been waited for, else only in case; at least and at most after so long.
+REFRESH_SHARE, REFRESH_SECONDS = 0.05, (0.01, 0.5)
 
 STATE = re.compile(r"(\d+)~([0-9a-f]+|none)")
 NONE = "none"  # the id of an empty record
@@ -119,7 +122,8 @@ class Files:
                 with open(self._path("names", directory_of(name), DATA + token), encoding="utf-8") as file:
                     data = json.load(file)
             except FileNotFoundError:
-                continue  # it has just been replaced
+                self.refresh(name)  # it has been replaced, just now or behind a cached listing
+                continue
             if data["name"] != name:
                 raise ValueError(f"{directory_of(name)} is about another name")
             return Stored(version, NameRecord.from_json(data["record"]), token)
@@ -171,6 +175,7 @@ class Files:
             self._clear(fresh)
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.EPERM, errno.EACCES):
                 raise
+            self._look_anew(home)  # there is something that this client may not list yet
             if self._state(name) == (stored.version, stored.token):
                 return stored  # ours: the answer was lost, and the client has repeated the rename
             self._bury(home)
@@ -211,8 +216,13 @@ class Files:
             json.dump({"name": name, "record": stored.record.to_json()}, file)
 
     def refresh(self, name: str) -> None:
-        """Have this node's client look at a directory anew."""
-        probe = self._path("names", directory_of(name), LOOK + secrets.token_hex(4))
+        """Have this node's client look anew at the directory of a name."""
+        self._look_anew(self._path("names", directory_of(name)))
+
+    @staticmethod
+    def _look_anew(directory: str) -> None:
+        """Have this node's client forget what it knows of a directory: it changes it."""
+        probe = f"{directory}/{LOOK}{secrets.token_hex(4)}"
         with suppress(OSError):
             _touch(probe)
             os.unlink(probe)
@@ -274,10 +284,14 @@ class Files:
             try:
                 entries = os.listdir(self._path("nodes", node))
             except FileNotFoundError:
-                return None
+                self._look_anew(self._path("nodes"))
+                continue
             counts = [entry for entry in entries if entry.isdigit() or entry == ENDED]
             if counts:
                 return max(counts, key=lambda entry: (entry == ENDED, int(entry) if entry.isdigit() else 0))
+            # It may have been listed while it was being made, and be kept so for longer than a lease: that must not
+            # pass for a node without one.
+            self._look_anew(self._path("nodes", node))
         return None
 
     def process_of(self, node: str) -> ProcessIdentity:
@@ -324,6 +338,7 @@ class Files:
             try:
                 os.rename(f"{home}/{heartbeat}", f"{home}/{ENDED}")
             except FileNotFoundError:
+                self._look_anew(home)  # another's end of it must not stay hidden
                 return self.heartbeat(node) in (ENDED, None)
         return True
 
@@ -337,14 +352,16 @@ class Files:
                 file.write(name)
             os.rename(path + ".new", path)
 
-    def notices(self, node: str) -> list[str]:
+    def notices(self, node: str, *, anew: bool = False) -> list[str]:
         """Names that others want of a node; each is given once."""
         home, names = self._path("nodes", node, "wanted"), []
         entries: list[str] = []
+        if anew:
+            self._look_anew(home)
         with suppress(FileNotFoundError):
             entries = os.listdir(home)
         for entry in entries:
-            if not entry.endswith(".new"):
+            if not entry.endswith(".new") and not entry.startswith("look~"):
                 with suppress(FileNotFoundError):
                     with open(f"{home}/{entry}", encoding="utf-8", errors="surrogateescape") as file:
                         names.append(file.read())
@@ -364,11 +381,15 @@ class LeasefileBackend:
         identity: ProcessIdentity,
         has_died: HasDied,
         act: Act = plainly,
+        *,
+        stale_listings: bool = False,
     ) -> None:
+        """`stale_listings`: clients may go on listing what a directory had before."""
         self._root = root
         self._act = act
         self._identity = identity
         self._has_died = has_died
+        self._stale_listings = stale_listings
         self._terms = terms
         self._limiter = trio.CapacityLimiter(MAX_THREADS)
         self._sightings = Sightings(self._terms)
@@ -474,7 +495,7 @@ class LeasefileBackend:
         return await self._call(self.files.is_current, name, stored)
 
     def follow(self, name: str) -> Following:
-        return Following(name, self.files, self._call)
+        return Following(name, self.files, self._call, stale_listings=self._stale_listings)
 
     async def all_names(self) -> list[str]:
         return await self._call(self.files.all_names)
@@ -497,7 +518,7 @@ class LeasefileBackend:
     async def next_notice(self) -> str:
         while not self._wanted:
             self._expecting = trio.Event()
-            self._wanted = await self._call(self.files.notices, self.node)
+            self._wanted = await self._call(partial(self.files.notices, self.node, anew=self._stale_listings))
             if not self._wanted:
                 await self._pause_for_notices()
         return self._wanted.pop(0)
@@ -516,18 +537,20 @@ class LeasefileBackend:
 class Following:
     """Looks for changes of one record (backend.Follower)."""
 
-    def __init__(self, name: str, files: Files, call: Callable[..., Awaitable[Any]]) -> None:
+    def __init__(self, name: str, files: Files, call: Callable[..., Awaitable[Any]], *, stale_listings: bool) -> None:
         self._name = name
         self._files = files
         self._call = call
+        self._stale_listings = stale_listings
         self._version = -1  # that has been waited for the end of,
-        self._since = 0.0  # so long
+        self._since = 0.0  # so long,
+        self._refreshed = 0.0  # and when the client was last made to look anew
 
     async def next_change(self, seen: Stored, seconds: float, turns: int = 0) -> Stored | None:
         shortest, longest = POLL_SECONDS
-        refreshed = trio.current_time()
         if self._version != seen.version:
-            self._version, self._since = seen.version, refreshed
+            self._version, self._since = seen.version, trio.current_time()
+            self._refreshed = self._since
         with trio.move_on_after(seconds):
             while True:
                 looks = trio.current_time()
@@ -537,10 +560,14 @@ class Following:
                 now = trio.current_time()
                 pause = max(shortest, POLL_SHARE * (now - self._since), now - looks)
                 await trio.sleep(min((1 + turns) * pause, longest))
-                if trio.current_time() - refreshed > REFRESH_SECONDS:
+                if trio.current_time() - self._refreshed > self._refresh_seconds(now - self._since):
                     await self._call(self._files.refresh, self._name)
-                    refreshed = trio.current_time()
+                    self._refreshed = trio.current_time()
         return None
+
+    def _refresh_seconds(self, waited: float) -> float:
+        shortest, longest = REFRESH_SECONDS
+        return min(max(shortest, REFRESH_SHARE * waited), longest) if self._stale_listings else longest
 
     async def aclose(self) -> None:
         await trio.lowlevel.checkpoint()

@@ -218,9 +218,11 @@ class NativeBackend(LeasefileBackend):
         has_died: HasDied,
         client: str,
         act: Act = plainly,
+        *,
+        stale_listings: bool = False,
     ) -> None:
         """`client` is which client of the backing this is: the same for all nodes on it, and no other's."""
-        super().__init__(root, terms, identity, has_died, act)
+        super().__init__(root, terms, identity, has_died, act, stale_listings=stale_listings)
         self._client = client
 
     def _open(self) -> Files:

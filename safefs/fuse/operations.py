@@ -24,6 +24,7 @@ from safefs.errors import SafefsError
 from safefs.files import Files, Opened
 from safefs.filesystem import Entry, FileSystem, Handle
 from safefs.fuse.mount import forget_pages
+from safefs.inplace import InPlace
 from safefs.locking import Locking, Wanted, flock_lock, record_lock
 from safefs.locks import Waiting
 from safefs.model import Caller
@@ -136,6 +137,7 @@ class Operations(pyfuse3.Operations):
         filesystem: FileSystem,
         tree: Tree,
         files: Files,
+        in_place: InPlace,
         closing: Closing,
         locking: Locking,
         nursery: trio.Nursery,
@@ -144,6 +146,7 @@ class Operations(pyfuse3.Operations):
         self._fs = filesystem
         self._tree = tree
         self._files = files
+        self._in_place = in_place
         self._closing = closing
         self._locking = locking
         self._nursery = nursery
@@ -336,6 +339,8 @@ class Operations(pyfuse3.Operations):
             self._start(request, self._flush, handle, owner)
         elif handle is not None and self._fs.is_fenced(handle):
             request.reply_err(errno.EIO)
+        elif handle is not None and handle.in_place and (handle.error or self._in_place.unsent(number)):
+            self._start(request, self._flush_in_place, number, owner)
         elif unlocking := self._locking.flushed(number, owner):
             self._start(request, self._await_unlocking, unlocking)
         else:
@@ -347,6 +352,13 @@ class Operations(pyfuse3.Operations):
         finally:  # whoever gets the lock sees what was written under it
             unlocking = self._locking.flushed(handle.number, owner)
         await self._await_unlocking(request, unlocking)
+
+    async def _flush_in_place(self, request: native.Request, number: int, owner: int) -> None:
+        await self._in_place.send(self._in_place.unsent(number))
+        for event in self._locking.flushed(number, owner):
+            await event.wait()
+        self._in_place.require_sent(number)
+        request.reply_err(0)
 
     async def _await_unlocking(self, request: native.Request, unlocking: Sequence[trio.Event]) -> None:
         for event in unlocking:
@@ -407,6 +419,10 @@ class Operations(pyfuse3.Operations):
 
     def _ask(self, request: native.Request, wanted: Wanted) -> None:
         if wanted.mode is None:
+            unsent = self._in_place.unsent(wanted.handle)
+            if unsent:
+                self._start(request, self._send_and_unlock, unsent, wanted)
+                return
             unlocking = self._locking.unlock(wanted)
             if unlocking is not None:
                 self._start(request, self._await_unlocking, [unlocking])
@@ -419,11 +435,18 @@ class Operations(pyfuse3.Operations):
             return
         request.reply_err(0)
 
+    async def _send_and_unlock(self, request: native.Request, unsent: list[Handle], wanted: Wanted) -> None:
+        await self._in_place.send(unsent)
+        unlocking = self._locking.unlock(wanted)
+        await self._await_unlocking(request, [] if unlocking is None else [unlocking])
+
     async def _wait_for_lock(self, request: native.Request, waiting: Waiting, number: int) -> None:
         with trio.CancelScope() as scope:
             request.await_interrupt(scope.cancel)
             await self._locking.wait(waiting, request.pid)
         if waiting.held:
+            if waiting.elsewhere:
+                await self._in_place.look_anew(number)
             await self._locked(request, number)
         else:
             request.reply_err(errno.EINTR)

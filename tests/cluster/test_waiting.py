@@ -59,7 +59,7 @@ def outage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Outage]:
 
 @pytest.fixture
 def etcd_cluster(tmp_path: Path, backing: Path) -> Iterator[Cluster]:
-    with etcd_of(tmp_path, backing, 1) as cluster:
+    with etcd_of(tmp_path, [backing], 1) as cluster:
         yield cluster
 
 
@@ -73,7 +73,7 @@ def hanging_backing(place: Path) -> Iterator[Outage]:
         fresh = ("--negative", "0", "--attr", "0")
         views = [place / f"view{number}" for number in range(2)]
         clients = [stack.enter_context(underlay(source, view, *fresh)) for view in views]
-        cluster = Cluster(source, "locks=leasefile", stack)
+        cluster = Cluster(place, [source], "locks=leasefile", stack)
         nodes = [cluster.node(cluster.host(), backing=view) for view in views]
         stack.callback(clients[0].send_signal, signal.SIGCONT)
         yield Outage(

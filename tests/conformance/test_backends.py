@@ -592,3 +592,18 @@ def test_a_record_that_is_damaged(tmp_path: Path) -> None:
             await one.read("name")
 
     trio.run(scenario)
+
+
+def test_a_node_that_was_listed_while_it_was_being_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that keeps what it has listed, until it changes the directory itself, does not take it for gone."""
+    mine, other = (module.Files(str(tmp_path), {}, lambda _identity: False) for _ in range(2))
+    other.join("node")
+    kept, real_list, real_anew = {str(tmp_path / "nodes" / "node"): ["process"]}, module.os.listdir, mine._look_anew
+
+    def look_anew(directory: str) -> None:
+        kept.pop(directory, None)
+        real_anew(directory)
+
+    monkeypatch.setattr(module.os, "listdir", lambda path: kept.get(path) or real_list(path))
+    monkeypatch.setattr(mine, "_look_anew", look_anew)
+    assert mine.heartbeat("node") == "0"

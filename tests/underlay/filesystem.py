@@ -1,12 +1,15 @@
 """A shared filesystem as bad as the real ones: one process of this for each node, all on one directory.
 
-    python -m tests.underlay.filesystem SOURCE MOUNTPOINT [--negative SECONDS] [--attr SECONDS] [--estale] [--short N]
-        [--squash]
+    python -m tests.underlay.filesystem SOURCE MOUNTPOINT [--negative SECONDS] [--attr SECONDS] [--listing SECONDS]
+        [--estale] [--short N] [--keep] [--numbers] [--squash]
 
 - flock and fcntl locks succeed for everybody and exclude nobody on another node: the kernel keeps them for each mount,
   as Lustre does with -o localflock;
 - a name that was missing stays missing for `negative` seconds, as on NFS; size and times that another node changes show
   `attr` seconds later;
+- what a directory had is listed for `listing` seconds, unless this node changes it, as on sshfs;
+- with `keep` the kernel goes on showing what it has read of a file, also to who opens it anew, as on Gluster;
+- with `numbers` each node has inode numbers of its own, as on sshfs;
 - a file that lost its name cannot be read any more (ESTALE), as on Gluster;
 - a write takes at most `short` bytes;
 - root is nobody (`squash`), as on servers that do not trust the roots of their clients: what he asks for is done, or
@@ -23,9 +26,11 @@ import argparse
 import ctypes
 import errno
 import os
+import secrets
 import signal
 import stat
 import sys
+import time
 from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
@@ -82,13 +87,19 @@ class Underlay(pyfuse3.Operations):
         *,
         negative_seconds: float,
         attr_seconds: float,
+        listing_seconds: float,
         estale: bool,
         short_bytes: int,
-        squash: bool = False,
+        keep: bool,
+        numbers: bool,
+        squash: bool,
     ) -> None:
         super().__init__()
         self._squash = squash
         self._attr = attr_seconds
+        self._listing, self._keep = listing_seconds, keep
+        self._mask = secrets.randbelow(1 << 40) if numbers else 0  # between st_ino here and on the disk
+        self._listed: dict[int, tuple[float, list[bytes]]] = {}  # by node: until when, and what
         self._negative, self._estale, self._short = negative_seconds, estale, short_bytes
         self._nodes = {pyfuse3.ROOT_INODE: os.open(source, os.O_PATH | os.O_DIRECTORY)}
         self._unsynced: set[int] = set()  # nodes
@@ -118,12 +129,17 @@ class Underlay(pyfuse3.Operations):
 
     def _found(self, parent: int, name: bytes) -> pyfuse3.EntryAttributes:
         fd = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=self._nodes[parent])
-        number = os.fstat(fd).st_ino
+        number = os.fstat(fd).st_ino ^ self._mask
         if number in self._nodes:
             os.close(fd)
         else:
             self._nodes[number] = fd
         return self._attributes(number)
+
+    def _changes(self, parent: int) -> int:
+        """The descriptor of a directory that this node changes: it is listed anew from then on."""
+        self._listed.pop(parent, None)
+        return self._nodes[parent]
 
     def _made(self, parent: int, name: bytes, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
         if not self.is_squashed(ctx):
@@ -178,36 +194,36 @@ class Underlay(pyfuse3.Operations):
     async def mkdir(
         self, parent_inode: int, name: bytes, mode: int, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
-        os.mkdir(name, mode & ~ctx.umask, dir_fd=self._nodes[parent_inode])
+        os.mkdir(name, mode & ~ctx.umask, dir_fd=self._changes(parent_inode))
         return self._made(parent_inode, name, ctx)
 
     @handled
     async def symlink(
         self, parent_inode: int, name: bytes, target: bytes, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
-        os.symlink(target, name, dir_fd=self._nodes[parent_inode])
+        os.symlink(target, name, dir_fd=self._changes(parent_inode))
         return self._made(parent_inode, name, ctx)
 
     @handled
     async def link(
         self, inode: int, new_parent_inode: int, new_name: bytes, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
-        os.link(proc(self._nodes[inode]), new_name, dst_dir_fd=self._nodes[new_parent_inode], follow_symlinks=True)
+        os.link(proc(self._nodes[inode]), new_name, dst_dir_fd=self._changes(new_parent_inode), follow_symlinks=True)
         return self._found(new_parent_inode, new_name)
 
     @handled
     async def unlink(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
-        os.unlink(name, dir_fd=self._nodes[parent_inode])
+        os.unlink(name, dir_fd=self._changes(parent_inode))
 
     @handled
     async def rmdir(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
-        os.rmdir(name, dir_fd=self._nodes[parent_inode])
+        os.rmdir(name, dir_fd=self._changes(parent_inode))
 
     @handled
     async def rename(
         self, old_id: int, name: bytes, new_id: int, new_name: bytes, flags: int, ctx: pyfuse3.RequestContext
     ) -> None:
-        if RENAME(self._nodes[old_id], name, self._nodes[new_id], new_name, flags) < 0:
+        if RENAME(self._changes(old_id), name, self._changes(new_id), new_name, flags) < 0:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
     # ---------------------------------------------------------------- files
@@ -217,7 +233,7 @@ class Underlay(pyfuse3.Operations):
         self._opened[fd] = number
         if flags & os.O_TRUNC:
             self._unsynced.add(number)
-        return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(fd), keep_cache=False)
+        return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(fd), keep_cache=self._keep)
 
     @handled
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
@@ -228,7 +244,7 @@ class Underlay(pyfuse3.Operations):
         self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: pyfuse3.RequestContext
     ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
         made = os.O_CREAT | os.O_EXCL | os.O_WRONLY
-        os.close(os.open(name, made, mode & ~ctx.umask, dir_fd=self._nodes[parent_inode]))
+        os.close(os.open(name, made, mode & ~ctx.umask, dir_fd=self._changes(parent_inode)))
         entry = self._made(parent_inode, name, ctx)
         return self._open(entry.st_ino, flags), entry
 
@@ -266,7 +282,7 @@ class Underlay(pyfuse3.Operations):
     @handled
     async def readdir(self, fh: int, start_id: int, token: Any) -> None:
         if start_id == 0:
-            self._listings[fh] = sorted(map(os.fsencode, os.listdir(fh)))
+            self._listings[fh] = self._list(self._opened[fh], fh)
         for number, name in enumerate(self._listings[fh][start_id:], start_id + 1):
             try:
                 entry = self._found(self._opened[fh], name)
@@ -274,6 +290,13 @@ class Underlay(pyfuse3.Operations):
                 continue
             if not pyfuse3.readdir_reply(token, name, entry, number):
                 return
+
+    def _list(self, node: int, fh: int) -> list[bytes]:
+        until, names = self._listed.get(node, (0.0, []))
+        if time.monotonic() > until:
+            names = sorted(map(os.fsencode, os.listdir(fh)))
+            self._listed[node] = time.monotonic() + self._listing, names
+        return names
 
     @handled
     async def releasedir(self, fh: int) -> None:
@@ -334,6 +357,9 @@ def main() -> None:
     parser.add_argument("mountpoint", type=Path)
     parser.add_argument("--negative", type=float, default=30)
     parser.add_argument("--attr", type=float, default=3)
+    parser.add_argument("--listing", type=float, default=0)
+    parser.add_argument("--keep", action="store_true")
+    parser.add_argument("--numbers", action="store_true")
     parser.add_argument("--estale", action="store_true")
     parser.add_argument("--short", type=int, default=0)
     parser.add_argument("--squash", action="store_true")
@@ -344,8 +370,11 @@ def main() -> None:
         options.source,
         negative_seconds=options.negative,
         attr_seconds=options.attr,
+        listing_seconds=options.listing,
         estale=options.estale,
         short_bytes=options.short,
+        keep=options.keep,
+        numbers=options.numbers,
         squash=options.squash,
     )
     settings = {*pyfuse3.default_options, "fsname=underlay", "allow_other", "default_permissions"}

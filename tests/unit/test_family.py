@@ -98,6 +98,33 @@ def test_a_line() -> None:
     assert mounted.option("max_read") == "131072" and mounted.option("nosuid") == "" and mounted.option("no") is None
 
 
+def test_moosefs_as_its_own_client_mounts_it() -> None:
+    line = f"48 27 0:45 / /mnt/m rw,relatime - fuse mfs\\04310.0.0.1:9421 {FUSE}"
+    assert parse([line], 48).kind == "fuse.mfs"
+    assert parse([line.replace("mfs", "xfs")], 48).kind == "fuse"
+
+
+@pytest.mark.parametrize("name", ["ext4", "nfs4", "lustre", "glusterfs", "juicefs", "moosefs", "ceph", "cifs"])
+def test_filesystems_whose_clients_agree_on_inode_numbers(name: str) -> None:
+    assert described(name).shares_numbers
+
+
+@pytest.mark.parametrize("name", ["sshfs", "bindfs", "unheard of"])
+def test_filesystems_whose_clients_may_not(name: str) -> None:
+    assert not described(name).shares_numbers
+
+
+def test_numbers_of_cifs_are_an_option() -> None:
+    line = LINES["cifs"].replace("vers=", "noserverino,vers=")
+    assert not parse([line], 106).shares_numbers
+
+
+@pytest.mark.parametrize(("name", "keep"), [("nfs4", True), ("sshfs", True), ("unheard of", True), ("ext4", False)])
+def test_listings_that_clients_keep(name: str, keep: bool) -> None:
+    assert described(name).caches_listings is keep
+    assert not described("glusterfs").caches_listings
+
+
 def test_what_is_not_in_the_list_is_unknown() -> None:
     assert parse(LINES.values(), 4711).reach()[0] is Reach.UNKNOWN
     assert parse(["", "nonsense", "29 1"], 29) == Mounted()

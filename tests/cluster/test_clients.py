@@ -1,0 +1,138 @@
+"""Nodes that are clients of a shared filesystem: they number files for themselves, and remember what they have seen.
+
+The filesystem is our own bad one (tests/underlay/filesystem.py), with what sshfs, Gluster and JuiceFS were seen to do
+(docs/decisions/0007); `make test-labs` has the same tried on them.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.conftest import CALM_LEASE, Cluster
+from tests.cluster.counting import Count
+from tests.mount.actors import Actor
+from tests.mount.test_locks import BLOCK, BLOCKED, RELEASE, TRY, opened
+from tests.support.mounting import status, wait_until
+from tests.underlay.test_bad_underlay import underlay
+
+SECONDS = 60.0
+COHERENT = ("--negative", "0", "--attr", "0")
+LISTING_SECONDS = 60.0
+KINDS = {
+    "bytes that are kept": ("--keep", "--attr", "20"),
+    "numbers of their own": ("--numbers",),
+    "listings that are kept": ("--listing", f"{LISTING_SECONDS:g}"),
+    "attributes that are kept": ("--attr", "20"),
+}
+
+Make = Callable[[], Actor]
+
+
+@pytest.fixture
+def views(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Path, ...]]:
+    """A directory below the roots of two clients."""
+    (tmp_path / "disk" / "shared").mkdir(parents=True)
+    places = [tmp_path / f"client{number}" for number in range(2)]
+    with ExitStack() as stack:
+        for place in places:
+            stack.enter_context(underlay(tmp_path / "disk", place, *COHERENT, *KINDS[request.param]))
+        yield tuple(place / "shared" for place in places)
+
+
+@pytest.fixture
+def nodes_of(views: tuple[Path, ...], tmp_path: Path) -> Iterator[Cluster]:
+    with ExitStack() as stack:
+        yield Cluster(tmp_path, views, "locks=leasefile", stack)
+
+
+everywhere = pytest.mark.parametrize("views", list(KINDS), indirect=True)
+
+
+def of(kind: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("views", [kind], indirect=True)
+
+
+@everywhere
+def test_a_count(nodes_of: Cluster, parties: Make, tmp_path: Path) -> None:
+    """What is written in place under a lock is what the next one who gets the lock reads."""
+    (tmp_path / "notes").mkdir()
+    nodes = nodes_of.make(2, lease=CALM_LEASE)
+    count = Count(tmp_path / "notes", nodes_of.backing, parties)
+    for node in nodes:
+        for kind in ("fcntl", "ofd"):
+            count.add(node, kind)
+    for _ in range(5):
+        assert count.goes_on(nodes, SECONDS)
+    count.stop()
+    noted = count.noted()
+    assert len(noted) == len(set(noted))
+    assert int((tmp_path / "disk" / "shared" / "count.db").read_bytes()) == max(noted)
+
+
+@everywhere
+def test_a_lock_of_another_node(nodes_of: Cluster, parties: Make) -> None:
+    """It is seen in a directory of any depth, and handed over soon."""
+    nodes = nodes_of.make(2, lease=CALM_LEASE)
+    (nodes[0] / "a").mkdir()
+    (nodes[0] / "a/b").mkdir()
+    one, two = parties(), parties()
+    opened(one, nodes[0] / "a/b/data")
+    opened(two, nodes[1] / "a/b/data")
+    one(TRY["flock"])
+    assert two.errno(TRY["flock"]) in BLOCKED
+    for holder, waiter, node in ((one, two, nodes[1]), (two, one, nodes[0]), (one, two, nodes[1])):
+        waiter.start(BLOCK["flock"])
+        assert wait_until(lambda node=node: status(node.mount)["locks"]["waiting"] == 1, SECONDS)
+        holder(RELEASE["flock"])
+        waiter.result(LISTING_SECONDS / 3)
+
+
+@everywhere
+def test_what_grows_under_a_lock(nodes_of: Cluster, parties: Make) -> None:
+    """Two processes that keep the file open, each on its node, see all that the other has added."""
+    nodes = nodes_of.make(2, lease=CALM_LEASE)
+    writers = [parties() for _ in nodes]
+    for writer, node in zip(writers, nodes, strict=True):
+        opened(writer, node / "log.jsonl")
+    for turn in range(1, 7):
+        writer = writers[turn % 2]
+        writer(BLOCK["fcntl"])
+        seen = writer("os.pread(fd, 1000, 0)")
+        assert seen == b"line\n" * (turn - 1)
+        assert writer("os.fstat(fd).st_size") == len(seen)
+        writer("os.pwrite(fd, b'line\\n', os.fstat(fd).st_size)")
+        writer(RELEASE["fcntl"])
+
+
+# What the filesystem does by itself.
+
+
+@of("bytes that are kept")
+def test_control_bytes(views: tuple[Path, ...]) -> None:
+    """By a descriptor that stays open."""
+    (views[0] / "x").write_bytes(b"before")
+    with open(views[1] / "x", "rb", 0) as held:
+        assert held.read() == b"before"
+        with open(views[0] / "x", "r+b") as file:
+            file.write(b"behind")
+        assert os.pread(held.fileno(), 6, 0) == b"before"
+
+
+@of("numbers of their own")
+def test_control_numbers(views: tuple[Path, ...]) -> None:
+    assert os.stat(views[0]).st_ino != os.stat(views[1]).st_ino
+
+
+@of("listings that are kept")
+def test_control_listings(views: tuple[Path, ...]) -> None:
+    assert os.listdir(views[1]) == []
+    (views[0] / "x").touch()
+    time.sleep(0.1)
+    assert os.listdir(views[1]) == []
+    assert (views[1] / "x").exists()

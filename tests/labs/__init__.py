@@ -1,0 +1,1 @@
+"""Real shared filesystems for tests (filesystems.py)."""
