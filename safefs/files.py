@@ -55,15 +55,6 @@ class Staged:
     backing_id: int = 0
 
 
-@contextmanager
-def changing(handle: Handle) -> Iterator[None]:
-    """Around a change in place: once it is made, or has failed half-way, it has to be sent (safefs/inplace.py)."""
-    try:
-        yield
-    finally:
-        handle.unsent = handle.in_place
-
-
 def wants_write(flags: int) -> bool:
     return bool(flags & os.O_ACCMODE) or bool(flags & os.O_TRUNC)
 
@@ -441,11 +432,19 @@ class Files:
         async with self.fs.readable(self.fs.handle(number)) as fd:
             return await self.fs.backing.run(DAEMON, backing.read_full, fd, size, offset)
 
+    @contextmanager
+    def _changing(self, handle: Handle) -> Iterator[None]:
+        """Around a change in place: once it is made, or has failed half-way, it has to be sent."""
+        try:
+            yield
+        finally:
+            self.fs.note_unsent(handle)
+
     async def write(self, number: int, offset: int, data: bytes) -> int:
         handle = self.fs.changeable(number)
         draft = handle.draft
         if draft is None:
-            with changing(handle):
+            with self._changing(handle):
                 return await self.fs.backing.run(handle.caller, backing.write_all, handle.fd, data, offset)
         async with draft.gate.passing():
             await self._prepare(draft)
@@ -566,7 +565,7 @@ class Files:
         handle = self.fs.changeable(number)
         draft = handle.draft
         if draft is None:
-            with changing(handle):
+            with self._changing(handle):
                 await self.fs.backing.run(handle.caller, backing.allocate, handle.fd, mode, offset, length)
             return
         async with draft.gate.passing():
@@ -590,7 +589,7 @@ class Files:
         draft = writing.draft
         if draft is None:
             async with fs.readable(reading) as fd_in:
-                with changing(writing):
+                with self._changing(writing):
                     return await fs.backing.run(
                         writing.caller, os.copy_file_range, fd_in, writing.fd, length, source_offset, target_offset
                     )
@@ -618,7 +617,7 @@ class Files:
         if node.draft is not None:
             await self._truncate_draft(node.draft, size, handle is not None, caller)
         elif handle is not None and handle.draft is None:
-            with changing(handle):
+            with self._changing(handle):
                 await fs.backing.run(caller, os.ftruncate, handle.fd, size)
         else:
             parent = fs.nodes.get(node.parent)

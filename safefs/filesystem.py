@@ -11,6 +11,7 @@ import logging
 import os
 import stat
 import time
+from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -99,7 +100,6 @@ class Handle:
     released: bool = False  # its RELEASE has come
     fenced: bool = False  # what was locked through it may be another node's by now
     in_place: bool = False  # what is written goes into the version itself
-    unsent: bool = False  # something was written in place that the backing's client may still keep to itself
     error: int = 0  # of sending it, for the next close
 
 
@@ -131,6 +131,8 @@ class FileSystem:
         self.soft_locks = soft_locks
         self.can_lose_locks = False  # they are shared with other nodes
         self.is_shared = False  # the backing filesystem has other clients, on other nodes
+        # By node: handles through which something was written in place that the client may still keep to itself.
+        self.unsent: defaultdict[int, set[int]] = defaultdict(set)
         self.numbers_are_shared = True  # those of inodes: clients on all nodes see the same
         self.accepting = True  # False while the daemon drains: no new writers
         self.looks = Workers(LOOKS)
@@ -434,6 +436,19 @@ class FileSystem:
         """
         return handle.fenced or self.locks.is_stale(handle.number)
 
+    def note_unsent(self, handle: Handle) -> None:
+        """Something was written in place: Python has to see who gives up a lock of the file (safefs/inplace.py)."""
+        if self.is_shared and handle.in_place:
+            self.unsent[handle.node.nodeid].add(handle.number)
+            self.locks.end_loans(lambda number: number in self.handles and self.handles[number].node is handle.node)
+
+    def note_sent(self, handle: Handle) -> None:
+        """The server has what was written through this handle, or never gets it."""
+        numbers = self.unsent.get(handle.node.nodeid, set())
+        numbers.discard(handle.number)
+        if not numbers:
+            self.unsent.pop(handle.node.nodeid, None)
+
     async def backing_id(self, node: Node, fd: int, caller: Caller) -> int:
         """A backing id for the first open handle of a node, whose file `fd` has open; 0 where there can be none."""
         # The kernel will do its I/O with the rights of the thread that registers.
@@ -487,6 +502,7 @@ class FileSystem:
 
     def remove_handle(self, handle: Handle) -> None:
         self.handles.pop(handle.number, None)
+        self.note_sent(handle)
         handle.node.opens -= 1
         native.opens_leave(handle.node.nodeid)
         if handle.fd >= 0:

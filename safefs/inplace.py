@@ -28,14 +28,13 @@ class InPlace:
     def unsent(self, number: int) -> list[Handle]:
         """All through which was written to the file that is open here, and whose client may not have sent it."""
         handle = self.fs.handles.get(number)
-        if handle is None or not (handle.in_place and self.fs.is_shared):
-            return []
-        return [other for other in self.fs.handles.values() if other.node is handle.node and other.unsent]
+        numbers = () if handle is None else self.fs.unsent.get(handle.node.nodeid, ())
+        return [self.fs.handles[each] for each in numbers]
 
     async def send(self, handles: list[Handle]) -> None:
         """Have the server get what was written; a failure is kept for the handle's next close."""
         for handle in handles:
-            handle.unsent = False  # before: what is written meanwhile has to be sent again
+            self.fs.note_sent(handle)  # before: what is written meanwhile has to be sent again
             try:
                 await self.fs.backing.run(DAEMON, backing.send, handle.fd)
             except OSError as error:

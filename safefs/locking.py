@@ -123,10 +123,12 @@ class Locking:
     def _lend(self, wanted: Wanted, key: str) -> None:
         """From now on the extension answers, until somebody else comes.
 
-        Not where a lock means more than that it is held: a draft is moved by it, and is published before it is free.
+        Not where a lock means more than that it is held: a draft is moved by it, and is published before it is free;
+        and what was written in place is sent before.
         """
         handle = self.fs.handles.get(wanted.handle)
-        if wanted.kind is Kind.FLOCK and (handle is None or handle.draft is None):
+        means_more = handle is not None and (handle.draft is not None or handle.node.nodeid in self.fs.unsent)
+        if wanted.kind is Kind.FLOCK and not means_more:
             self.locks.lend(key, wanted.owner, wanted.handle)
 
     async def wait(self, waiting: Waiting, tid: int) -> None:

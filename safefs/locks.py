@@ -479,6 +479,10 @@ class Locks:
             table.request(wait)
             self._hold(use, wait)
 
+    def end_loans(self, concerns: Callable[[int], bool]) -> None:
+        """Take back what is lent to those file handles of which this is true."""
+        self._settle_loans([key for key, (_, handle) in self._lent.items() if concerns(handle)])
+
     def _settle_loans(self, keys: Iterable[str]) -> None:
         for key in self._lent.keys() & set(keys):
             self._names.known(key)

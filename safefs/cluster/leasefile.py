@@ -471,7 +471,13 @@ class LeasefileBackend:
     # -------------------------------------------------------------- records
 
     async def read(self, name: str) -> Stored:
-        return await self._call(self.files.read, name)
+        return await self._call(self._read, name)
+
+    def _read(self, name: str) -> Stored:
+        """Not an older record than this node has seen or written: what is missing there would be taken for granted."""
+        if self._stale_listings:
+            self.files.refresh(name)
+        return self.files.read(name)
 
     async def swap(self, name: str, old: Stored, new: NameRecord) -> Stored | None:
         before = boottime()

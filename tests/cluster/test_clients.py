@@ -16,6 +16,7 @@ import pytest
 
 from tests.cluster.conftest import CALM_LEASE, Cluster
 from tests.cluster.counting import Count
+from tests.cluster.hosts import Node
 from tests.mount.actors import Actor
 from tests.mount.test_locks import BLOCK, BLOCKED, RELEASE, TRY, opened
 from tests.support.mounting import status, wait_until
@@ -94,7 +95,8 @@ def test_a_lock_of_another_node(nodes_of: Cluster, parties: Make) -> None:
 
 
 @everywhere
-def test_what_grows_under_a_lock(nodes_of: Cluster, parties: Make) -> None:
+@pytest.mark.parametrize("kind", ["fcntl", "flock"])
+def test_what_grows_under_a_lock(nodes_of: Cluster, parties: Make, kind: str) -> None:
     """Two processes that keep the file open, each on its node, see all that the other has added."""
     nodes = nodes_of.make(2, lease=CALM_LEASE)
     writers = [parties() for _ in nodes]
@@ -102,12 +104,38 @@ def test_what_grows_under_a_lock(nodes_of: Cluster, parties: Make) -> None:
         opened(writer, node / "log.jsonl")
     for turn in range(1, 7):
         writer = writers[turn % 2]
-        writer(BLOCK["fcntl"])
+        for step in (BLOCK, RELEASE, BLOCK):  # the second time it is this node's
+            writer(step[kind])
         seen = writer("os.pread(fd, 1000, 0)")
         assert seen == b"line\n" * (turn - 1)
         assert writer("os.fstat(fd).st_size") == len(seen)
         writer("os.pwrite(fd, b'line\\n', os.fstat(fd).st_size)")
-        writer(RELEASE["fcntl"])
+        writer(RELEASE[kind])
+
+
+@of("attributes that are kept")
+def test_python_unlocks_what_was_written_under_a_lock(nodes_of: Cluster, parties: Make) -> None:
+    """It has the client send it before, which the extension, that nobody contends with otherwise, does not know of."""
+    nodes_of.options += ",hot=on"
+    (node,) = nodes_of.make(1, lease=CALM_LEASE)
+    writer, other = parties(), parties()
+    opened(other, node / "x.db")
+    opened(writer, node / "x.db")
+    for step in (BLOCK, RELEASE, BLOCK):  # the first time the name has to be taken, and waited for
+        writer(step["flock"])
+    for party, passed in ((None, 0), (writer, 1), (None, 0), (other, 1)):
+        before = unlocks_in_python(node)
+        if party is not None:
+            party("os.pwrite(fd, b'x', 0)")
+        writer(RELEASE["flock"])
+        assert unlocks_in_python(node) - before == passed
+        writer(BLOCK["flock"])
+
+
+def unlocks_in_python(node: Node) -> int:
+    """Lock requests that the extension has left (FUSE_SETLK and FUSE_SETLKW)."""
+    passed = status(node.mount)["hot"]["passed"]
+    return sum(int(passed.get(opcode, 0)) for opcode in ("32", "33"))
 
 
 # What the filesystem does by itself.
