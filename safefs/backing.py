@@ -310,10 +310,20 @@ def make_link(fd: int, directory: int, name: bytes) -> tuple[int, os.stat_result
 
 
 def rename(source: int, name: bytes, target: int, new_name: bytes, flags: int) -> None:
-    if flags:
-        native.renameat2(source, name, target, new_name, flags)
-    else:
-        os.rename(name, new_name, src_dir_fd=source, dst_dir_fd=target)
+    """renameat2(2).
+
+    A client of NFS says ETXTBSY, which rename(2) has no other use for, of one who has no right to it, where the file
+    that would be replaced is open.
+    """
+    try:
+        if flags:
+            native.renameat2(source, name, target, new_name, flags)
+        else:
+            os.rename(name, new_name, src_dir_fd=source, dst_dir_fd=target)
+    except OSError as error:
+        if error.errno != errno.ETXTBSY:
+            raise
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES)) from None
 
 
 def unlink(directory: int, name: bytes) -> None:

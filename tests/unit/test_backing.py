@@ -623,3 +623,16 @@ def test_a_copy_without_the_right_to_a_reflink(tmp_path: Path, monkeypatch: pyte
     with open(tmp_path / "source", "rb") as source, open(tmp_path / "target", "wb") as target:
         backing.copy_contents(source.fileno(), target.fileno())
     assert (tmp_path / "target").read_bytes() == b"x" * 100_000
+
+
+def test_a_rename_that_nfs_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says so in another way where the file that would be replaced is open: somebody else may have the right."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.ETXTBSY, os.strerror(errno.ETXTBSY))
+
+    monkeypatch.setattr(os, "rename", refuse)
+    directory = os.open(tmp_path, os.O_PATH)
+    with pytest.raises(PermissionError):
+        backing.rename(directory, b"a", directory, b"b", 0)
+    os.close(directory)
