@@ -25,7 +25,7 @@ from typing import TypeVar
 
 from safefs.digest import PROVENANCE
 from safefs.draft import Draft
-from safefs.identity import SERVICE, Identities, root_or
+from safefs.identity import REFUSED, SERVICE, Identities, root_or
 from safefs.model import Caller, Identity
 from safefs.native import native
 from safefs.workers import Workers
@@ -372,10 +372,20 @@ def make_link(fd: int, directory: int, name: bytes) -> tuple[int, os.stat_result
 
 
 def rename(source: int, name: bytes, target: int, new_name: bytes, flags: int) -> None:
-    if flags:
-        native.renameat2(source, name, target, new_name, flags)
-    else:
-        os.rename(name, new_name, src_dir_fd=source, dst_dir_fd=target)
+    """renameat2(2).
+
+    A client of NFS says ETXTBSY, which rename(2) has no other use for, of one who has no right to it, where the file
+    that would be replaced is open.
+    """
+    try:
+        if flags:
+            native.renameat2(source, name, target, new_name, flags)
+        else:
+            os.rename(name, new_name, src_dir_fd=source, dst_dir_fd=target)
+    except OSError as error:
+        if error.errno != errno.ETXTBSY:
+            raise
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES)) from None
 
 
 def unlink(directory: int, name: bytes) -> None:
@@ -515,13 +525,14 @@ def copy_times(source: int, target: int) -> None:
 def copy_contents(source: int, target: int) -> None:
     """Fill an empty draft with its base: by reflink, else by reading and writing.
 
-    Not by copy_file_range: pages that it leaves in the cache map at half the speed.
+    Not by copy_file_range: pages that it leaves in the cache map at half the speed.  Who may read and write by these
+    descriptors need not have the right to more: a server of NFS 4.2 asks for it anew at a reflink and a look for holes.
     """
     try:
         fcntl.ioctl(target, FICLONE, source)
         return
     except OSError as error:
-        if error.errno not in OTHER_FILESYSTEM:
+        if error.errno not in (*OTHER_FILESYSTEM, *REFUSED):
             raise
     offset, end = 0, os.fstat(source).st_size
     while offset < end:
@@ -532,7 +543,7 @@ def copy_contents(source: int, target: int) -> None:
         except OSError as error:
             if error.errno == errno.ENXIO:
                 break
-            if error.errno != errno.EINVAL:
+            if error.errno not in (errno.EINVAL, *REFUSED):
                 raise
             data_end = end
         while offset < data_end:

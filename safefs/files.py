@@ -518,8 +518,8 @@ class Files:
 
     def _fill_from_base(self, draft: Draft, base: Base, fresh: bool) -> None:
         call_for = self.fs.backing.call_for
-        if not fresh:
-            call_for(draft, backing.copy_contents, base.fd, draft.fd)
+        if not fresh:  # as who has both open: root, squashed, would get no reflink and find no holes
+            self.fs.backing.identities.call(draft.caller, backing.copy_contents, base.fd, draft.fd)
         call_for(draft, backing.copy_metadata, base.fd, draft.fd)
         if draft.caller.uid != 0:
             call_for(draft, backing.strip_privileges, draft.fd)

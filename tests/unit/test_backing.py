@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import stat
 import struct
@@ -608,3 +609,30 @@ def test_entries_say_what_they_are(tmp_path: Path, directory: int, keep: Callabl
     fd = keep(backing.open_directory(directory))
     kinds = {name: kind for name, _, kind in parse(backing.read_directory(fd, 0, 1 << 16, b""))}
     assert (kinds[b"file"], kinds[b"directory"], kinds[b"link"]) == (8, 4, 10)
+
+
+def test_a_copy_without_the_right_to_a_reflink(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a server of NFS 4.2 refuses it, and the look for holes, to who was handed the descriptors."""
+
+    def refuse(*_: object) -> int:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    (tmp_path / "source").write_bytes(b"x" * 100_000)
+    monkeypatch.setattr(fcntl, "ioctl", refuse)
+    monkeypatch.setattr(os, "lseek", refuse)
+    with open(tmp_path / "source", "rb") as source, open(tmp_path / "target", "wb") as target:
+        backing.copy_contents(source.fileno(), target.fileno())
+    assert (tmp_path / "target").read_bytes() == b"x" * 100_000
+
+
+def test_a_rename_that_nfs_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says so in another way where the file that would be replaced is open: somebody else may have the right."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.ETXTBSY, os.strerror(errno.ETXTBSY))
+
+    monkeypatch.setattr(os, "rename", refuse)
+    directory = os.open(tmp_path, os.O_PATH)
+    with pytest.raises(PermissionError):
+        backing.rename(directory, b"a", directory, b"b", 0)
+    os.close(directory)
