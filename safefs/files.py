@@ -429,7 +429,9 @@ class Files:
     # ------------------------------------------------------ read and write
 
     async def read(self, number: int, offset: int, size: int) -> bytes:
-        async with self.fs.readable(self.fs.handle(number)) as fd:
+        handle = self.fs.handle(number)
+        await self.fs.look_anew(handle)
+        async with self.fs.readable(handle) as fd:
             return await self.fs.backing.run(DAEMON, backing.read_full, fd, size, offset)
 
     @contextmanager
@@ -444,6 +446,7 @@ class Files:
         handle = self.fs.changeable(number)
         draft = handle.draft
         if draft is None:
+            await self.fs.look_anew(handle)
             with self._changing(handle):
                 return await self.fs.backing.run(handle.caller, backing.write_all, handle.fd, data, offset)
         async with draft.gate.passing():

@@ -100,6 +100,7 @@ class Handle:
     released: bool = False  # its RELEASE has come
     fenced: bool = False  # what was locked through it may be another node's by now
     in_place: bool = False  # what is written goes into the version itself
+    stale: bool = False  # the client may show through it what was there before a lock was another node's
     error: int = 0  # of sending it, for the next close
 
 
@@ -435,6 +436,16 @@ class FileSystem:
         Asked for each change: a daemon that was stopped is sent changes before it has noticed that its lease is over.
         """
         return handle.fenced or self.locks.is_stale(handle.number)
+
+    async def look_anew(self, handle: Handle) -> None:
+        """Have a handle that may be stale show what other nodes have left; within a request on it, so that it lives."""
+        if not handle.stale:
+            return
+        handle.stale = False
+        try:
+            await self.backing.run_or_daemon(handle.caller, backing.open_anew, handle.fd, owned=handle.fd)
+        except OSError as error:  # such as ESTALE, when it was removed: there is nothing newer to see
+            log.info("%r could not be opened anew: %s", handle.node.name, error)
 
     def note_unsent(self, handle: Handle) -> None:
         """Something was written in place: Python has to see who gives up a lock of the file (safefs/inplace.py)."""

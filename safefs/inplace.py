@@ -10,13 +10,9 @@ Not guaranteed: anything about a file that stays open while another file's lock 
 
 from __future__ import annotations
 
-import logging
-
 from safefs import backing
 from safefs.filesystem import FileSystem, Handle, failure
 from safefs.identity import DAEMON
-
-log = logging.getLogger(__name__)
 
 
 class InPlace:
@@ -52,8 +48,6 @@ class InPlace:
         handle = self.fs.handles.get(number)
         if handle is None or not (handle.in_place and self.fs.is_shared):
             return
-        for other in [other for other in self.fs.handles.values() if other.node is handle.node and other.in_place]:
-            try:
-                await self.fs.backing.run_or_daemon(other.caller, backing.open_anew, other.fd, owned=other.fd)
-            except OSError as error:  # such as ESTALE, when it was removed: there is nothing newer to see
-                log.info("%r could not be opened anew: %s", handle.node.name, error)
+        for other in self.fs.handles.values():
+            other.stale |= other.in_place and other.node is handle.node
+        await self.fs.look_anew(handle)  # the others when they are used: by then they may be closed

@@ -99,8 +99,13 @@ class Files:
     # -------------------------------------------------------------- records
 
     def _state(self, name: str) -> tuple[int, str] | None:
-        """Version and id of a record; None when there is none."""
-        for _ in range(LIST_ATTEMPTS):
+        """Version and id of a record; None when there is none.
+
+        A listing can miss a state that is renamed meanwhile, and in one that a client remembers there can be none.
+        """
+        for attempt in range(LIST_ATTEMPTS):
+            if attempt:
+                self.refresh(name)
             try:
                 entries = os.listdir(self._path("names", directory_of(name)))
             except FileNotFoundError:
@@ -132,7 +137,13 @@ class Files:
     def read_later(self, name: str, version: int) -> Stored | None:
         """The record if it is not of that version any more."""
         state = self._state(name)
-        return None if version == (0 if state is None else state[0]) else self.read(name)
+        found = 0 if state is None else state[0]
+        if found == version:
+            return None
+        if found < version:
+            self.refresh(name)  # it began anew; or the client remembers what was there before
+        stored = self.read(name)
+        return None if stored.version == version else stored
 
     def is_current(self, name: str, stored: Stored) -> bool:
         self.refresh(name)
