@@ -518,9 +518,9 @@ class Listener:
     async def listen(self) -> None:
         notices = self.backend.files.notices
 
-        def noted(node: str) -> list[str]:
+        def noted(node: str, *, anew: bool = False) -> list[str]:
             self.looks.append(trio.current_time())
-            return notices(node)
+            return notices(node, anew=anew)
 
         self.backend.files.notices = noted  # type: ignore[method-assign]
         while True:
