@@ -34,7 +34,7 @@ from safefs.control import control_socket, find_mount, sd_notify, serve_control
 from safefs.custody import name_of, warn_of_renames
 from safefs.errors import SafefsError
 from safefs.events import EventKind, EventLog
-from safefs.family import Mounted, Reach, mounted_at
+from safefs.family import REFUSED, Mounted, Reach, mounted_at
 from safefs.files import Files
 from safefs.filesystem import DIRECTORY_ATTR_SECONDS, FileSystem
 from safefs.fuse import mount
@@ -116,6 +116,11 @@ def temp_kind(wanted: str, mounted: Mounted) -> str:
     return "hidden" if wanted == "auto" and not mounted.is_local else wanted
 
 
+def existing(path: Path) -> Path:
+    """The path, or the first of those above it that is there."""
+    return path if path.exists() or path == path.parent else existing(path.parent)
+
+
 def has_posix_acl(path: Path) -> bool:
     """Whether the backing answers for POSIX ACLs (ENODATA is an answer)."""
     try:
@@ -144,12 +149,14 @@ class Daemon:
             temp=temp_kind(settings.temp, self.mounted),
             ceiling=limit - limit // DESCRIPTORS_FOR_WORK,
         )
+        if self._as_service(mounted_at, existing(settings.state)).kind in REFUSED:
+            self._why_locks(existing(settings.state))  # before anything else is found wanting there
         with self.identities.acting(SERVICE):
             self.state = StateDirectory(self._scratch() if settings.read_only else settings.state, self.identities)
             self.record = DaemonRecord(self.state, self.backing.node_id)
             if settings.privileged:
                 warn_of_renames(self.state.path)
-            self.locks_because = self._why_locks()
+            self.locks_because = self._why_locks(self.state.path)
             cluster = self.state.cluster_id()
         self.names, self.keeper = self._lock_backend(cluster)
         self.events = EventLog(self.state.events, self.backing.node_id)
@@ -179,9 +186,9 @@ class Daemon:
             return self.settings.retain_seconds
         return RETAIN_SECONDS if self.type in BREAKS_DESCRIPTORS else 0.0
 
-    def _why_locks(self) -> str:
+    def _why_locks(self, state: Path) -> str:
         """Why locks are kept where they are, in words; SafefsError where they cannot be kept there."""
-        settings, state = self.settings, self.state.path
+        settings = self.settings
         if settings.read_only:
             if not self.mounted.is_local:
                 log.warning("this mount is read-only: other nodes do not see locks that are taken through it")

@@ -36,7 +36,7 @@ NATIVE = ("-o", f"locks=native,lease_seconds={LEASE_SECONDS:g}")
 CALM_NATIVE = ("-o", f"locks=native,lease_seconds={CALM_LEASE:g}")
 FORWARDING = ("--multithreaded", "--enable-lock-forwarding")
 RECOVERY_SECONDS = LEASE_SECONDS + DELAY_SECONDS + 2.0
-CONTROL_HOLDS = 1200
+CONTROL_HOLDS, CONTROL_ROUNDS = 1200, 5  # how they share the processors can keep them apart for a while
 
 
 def held(nodes: Path) -> int:
@@ -205,7 +205,8 @@ def test_control_two_who_share_nothing_overlap(
     places: Places, make_mount: MountFactory, parties: Callable[[], Actor], kind: str, tmp_path: Path
 ) -> None:
     mounts = [make_mount("-o", "locks=memory", backing=view) for view in places(FORWARDING, FORWARDING)]
-    assert overlaps(mounts, parties, kind, tmp_path, CONTROL_HOLDS, together=False) > 0
+    rounds = (overlaps(mounts, parties, kind, tmp_path, CONTROL_HOLDS, together=False) for _ in range(CONTROL_ROUNDS))
+    assert any(rounds)
     for mount in mounts:
         mount.stop()
 

@@ -18,7 +18,7 @@ import pytest
 from tests.conftest import MountFactory
 from tests.mount.actors import actor
 from tests.mount.places import A, B, content, leftovers, quarantined
-from tests.support.mounting import Mount, safefs, wait_until
+from tests.support.mounting import Mount, let_everybody_through, safefs, wait_until
 
 SERVICE = "games"
 CREATE = os.O_CREAT | os.O_TRUNC | os.O_WRONLY
@@ -60,8 +60,7 @@ def test_a_state_directory_that_others_may_read(make_mount: MountFactory, backin
 
 def test_a_service_user_where_root_is_root(make_mount: MountFactory, backing: Path) -> None:
     """Root's rights over users' files stay, and who was there before finds his way: copies are kept, owners stay."""
-    for above in (backing, *backing.parents[:3]):
-        above.chmod(above.stat().st_mode | 0o111)
+    let_everybody_through(backing)
     backing.chmod(0o777)
     mount = make_mount("-o", f"service_user={SERVICE}")
     uid = pwd.getpwnam(SERVICE).pw_uid

@@ -23,6 +23,14 @@ START_SECONDS = 30
 STOP_SECONDS = 30
 
 
+def let_everybody_through(path: Path) -> None:
+    """To a directory of pytest's: it makes those above for their owner alone, one more of them with several workers."""
+    for above in path.parents:
+        mode = above.stat().st_mode
+        if not mode & 0o001:
+            above.chmod(mode | 0o111)
+
+
 def safefs_command(*arguments: str | os.PathLike[str], python: str = sys.executable) -> list[str]:
     """The argv of a safefs command, run by this test's own interpreter or another one."""
     return [python, "-m", "safefs", *(os.fspath(argument) for argument in arguments)]

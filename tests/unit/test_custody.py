@@ -12,6 +12,7 @@ from safefs.custody import take_custody, warn_of_renames
 from safefs.errors import SafefsError
 from safefs.identity import SERVICE, Identities
 from safefs.model import Caller
+from tests.support.mounting import let_everybody_through
 
 USER, SERVICE_UID = 61001, 61002
 PARTS = ("one", "two")
@@ -42,8 +43,7 @@ def test_it_is_made_for_its_owner_alone(state: Path) -> None:
 
 
 def test_a_service_users_is_made_by_it(tmp_path: Path) -> None:
-    for above in (tmp_path, *tmp_path.parents[:2]):
-        above.chmod(above.stat().st_mode | 0o111)
+    let_everybody_through(tmp_path)
     tmp_path.chmod(0o777)
     identities = Identities(impersonate=True, service=Caller(SERVICE_UID, SERVICE_UID, groups=()))
     with identities.acting(SERVICE):
