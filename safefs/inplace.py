@@ -1,7 +1,7 @@
 """Files that are written in place, where each node is another client of the filesystem.
 
 A client keeps to itself what it was told to write, and remembers bytes and sizes that it has read: on NFS until
-close(2) and the next open(2), on others for a second and more, and a lock is no barrier for that (docs/decisions/0007).
+close(2) and the next open(2), on others for a second and more, and a lock is no barrier for that (docs/decisions/0009).
 So what was written is sent before the lock is given up under which it was written, and before close(2) returns; and who
 opens a file, or gets a lock of it that may have been another node's, has everything asked for anew.
 

@@ -1,7 +1,7 @@
 """Nodes that are clients of a shared filesystem: they number files for themselves, and remember what they have seen.
 
 The filesystem is our own bad one (tests/underlay/filesystem.py), with what sshfs, Gluster and JuiceFS were seen to do
-(docs/decisions/0007); `make test-labs` has the same tried on them.
+(docs/decisions/0009); `make test-labs` has the same tried on them.
 """
 
 from __future__ import annotations
