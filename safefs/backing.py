@@ -702,7 +702,10 @@ def take_over(base: int, identity: Identity, directory: int, name: bytes, hidden
     """Rename a partial file into a draft: a descriptor to write it with, or None when the name shows another."""
     if identity_at(directory, name) != identity:
         return None
-    rename(directory, name, directory, hidden, 0)
+    try:
+        rename(directory, name, directory, hidden, 0)
+    except FileNotFoundError:
+        return None  # another has taken it over since the look
     if identity_at(directory, hidden) != identity:
         # Somebody published between the look and the rename: his file goes back where it was.
         rename(directory, hidden, directory, name, RENAME_NOREPLACE)

@@ -31,6 +31,7 @@ SMALL_BYTES, GATHERED_BYTES = 1 << 16, 1 << 18  # of writes that are gathered, a
 MAX_GATHERING = 256  # drafts; with more their writes go through
 # Right after CREATE the kernel checks permissions, and asks for the attributes again if it may not keep them till then.
 OPENING_SECONDS = 0.01
+CREATE_ATTEMPTS = 10  # of one open(2) with O_CREAT, whose name comes and goes
 FMODE_EXEC = 0x20  # include/linux/fs.h: the open is for execve
 
 
@@ -292,12 +293,18 @@ class Files:
         self, directory: Node, name: bytes, mode: int, flags: int, caller: Caller
     ) -> tuple[Draft, Opened]:
         staged = await self._stage_missing(directory, name, mode & 0o7777, caller)
-        if isinstance(staged, os.stat_result):
-            if flags & os.O_EXCL or not stat.S_ISREG(staged.st_mode):
+        attempts = 1
+        while isinstance(staged, os.stat_result):
+            if flags & os.O_EXCL or not stat.S_ISREG(staged.st_mode) or attempts > CREATE_ATTEMPTS:
                 # ESTALE: what is not a regular file appeared a moment ago; a new walk of the path will find it.
                 raise failure(errno.EEXIST if flags & os.O_EXCL else errno.ESTALE)
-            draft = await self._draft_upon(directory, name, caller)
-            return draft, await self._open_draft(draft, flags, caller)
+            try:
+                draft = await self._draft_upon(directory, name, caller)
+            except FileNotFoundError:  # it is gone again
+                staged = await self._stage_missing(directory, name, mode & 0o7777, caller)
+                attempts += 1
+            else:
+                return draft, await self._open_draft(draft, flags, caller)
         draft = self._new_draft(directory, name, caller, staged)
         draft.created = draft.fresh = draft.prepared = True
         opened = await self._open_draft(draft, flags & ~os.O_TRUNC, caller, staged.backing_id)

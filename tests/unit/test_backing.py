@@ -321,6 +321,28 @@ def test_take_over_puts_back_a_file_that_came_between_look_and_rename(
     assert (tmp_path / "x.part").read_bytes() == b"another's"
 
 
+def test_of_two_that_take_a_file_over_one_has_it(
+    tmp_path: Path, directory: int, keep: Callable[[int], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one is not told that there is no such file: he opens it with O_CREAT."""
+    (tmp_path / "x.part").write_bytes(b"half")
+    base = keep(os.open(tmp_path / "x.part", os.O_RDONLY))
+    identity, real, taken = identity_of(os.fstat(base)), backing.identity_at, list[int | None]()
+
+    def look_and_be_overtaken(where: int, name: bytes) -> object:
+        seen = real(where, name)
+        monkeypatch.setattr(backing, "identity_at", real)
+        taken.append(backing.take_over(base, identity, directory, b"x.part", HIDDEN))
+        return seen
+
+    monkeypatch.setattr(backing, "identity_at", look_and_be_overtaken)
+    assert backing.take_over(base, identity, directory, b"x.part", HIDDEN + b"2") is None
+    (fd,) = taken
+    assert fd is not None
+    assert os.pread(keep(fd), 10, 0) == b"half"
+    assert os.listdir(os.fsencode(tmp_path)) == [HIDDEN]
+
+
 # ---------------------------------------------------------------- contents
 
 
