@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+from functools import partial
 from typing import Any, NamedTuple
 
 import trio
@@ -120,6 +121,19 @@ class Locking:
             self._lend(wanted, key)
         return waiting
 
+    def seconds_to_refusal(self, wanted: Wanted) -> float:
+        """How long a try that is refused now has to wait for its answer.
+
+        Whole locks alone: who is refused one range of a file may hold another that somebody waits for (SQLite).
+        """
+        return self.locks.turns.seconds(self.key(wanted.nodeid, wanted.handle)) if wanted.kind is Kind.FLOCK else 0.0
+
+    async def lock_in_turn(self, wanted: Wanted, seconds: float) -> Waiting | None:
+        """As `lock`, as soon as it is free, or refused after so long."""
+        assert wanted.mode is not None
+        key = self.key(wanted.nodeid, wanted.handle)
+        return await self.locks.turns.attempt(key, seconds, partial(self.lock, wanted, wanted.mode))
+
     def _lend(self, wanted: Wanted, key: str) -> None:
         """From now on the extension answers, until somebody else comes.
 
@@ -147,6 +161,8 @@ class Locking:
         finally:
             self.locks.give_up(waiting)
         if not waiting.held:
+            if waiting.submitted and waiting.kind is Kind.FLOCK:
+                await trio.sleep(self.locks.turns.seconds(waiting.key))
             raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
     async def _is_kin(self, waiting: Waiting, tid: int) -> bool:

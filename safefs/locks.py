@@ -28,6 +28,7 @@ import xxhash
 from safefs.cluster.names import TakeBack
 from safefs.cluster.record import Acquire, Break, GiveUp, LetPass, Release, Step, carry_out
 from safefs.locktable import OFFSET_MAX, Held, Kind, Lock, LockTable, Mode, NameLocks, Owner, Wait
+from safefs.turns import Turns
 
 NAME_SECONDS = 30.0  # for the daemon's own locks of names
 
@@ -155,6 +156,7 @@ class Locks:
         self._held: defaultdict[tuple[str, Kind], dict[Owner, LockTable]] = defaultdict(dict)
         self._recorded: Counter[Owner] = Counter()  # on how many names an owner has record locks
         self._last_ticket = self._last_claim = 0
+        self.turns = Turns()  # of those who try what others have locked, by name
 
     @property
     def node(self) -> str:
@@ -353,7 +355,9 @@ class Locks:
             held[owner].release(owner, first, last)
             if not held[owner]:
                 self._drop((key, kind, owner))
-        return self._do(key, Release(kind, owner, first, last))
+        unlocking = self._do(key, Release(kind, owner, first, last))
+        self.turns.unlocked(key)
+        return unlocking
 
     def let_pass(self, waiting: Waiting) -> None:
         """A request may pass those that came before it, in case they wait for it in a way that is not seen here."""
@@ -457,6 +461,8 @@ class Locks:
         """
         locks, owner = self._names.local(key), Owner(self.node, number)
         if locks is None or self._lender is None or (key, Kind.FLOCK, owner) not in self._by_handle.get(handle, ()):
+            return
+        if self.turns.has_line(key):
             return
         held = locks[Kind.FLOCK].held_alone(owner)
         if held is not None and self._lender.lend_lock(handle, number, held, self._names.lease_ends()):

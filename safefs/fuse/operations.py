@@ -419,37 +419,55 @@ class Operations(pyfuse3.Operations):
 
     def _ask(self, request: native.Request, wanted: Wanted) -> None:
         if wanted.mode is None:
-            unsent = self._in_place.unsent(wanted.handle)
-            if unsent:
-                self._start(request, self._send_and_unlock, unsent, wanted)
-                return
-            unlocking = self._locking.unlock(wanted)
-            if unlocking is not None:
-                self._start(request, self._await_unlocking, [unlocking])
-                return
-        elif (waiting := self._locking.lock(wanted, wanted.mode)) is not None:
-            self._start(request, self._wait_for_lock, waiting, wanted.handle)
+            self._unlock(request, wanted)
             return
+        try:
+            waiting = self._locking.lock(wanted, wanted.mode)
+        except BlockingIOError:
+            seconds = self._locking.seconds_to_refusal(wanted)
+            if not seconds:
+                raise
+            self._start(request, self._wait_for_lock, wanted, None, seconds)
+            return
+        if waiting is not None:
+            self._start(request, self._wait_for_lock, wanted, waiting)
         elif self._files.may_lag(wanted.handle):
             self._start(request, self._locked, wanted.handle)
-            return
-        request.reply_err(0)
+        else:
+            request.reply_err(0)
+
+    def _unlock(self, request: native.Request, wanted: Wanted) -> None:
+        unsent = self._in_place.unsent(wanted.handle)
+        if unsent:
+            self._start(request, self._send_and_unlock, unsent, wanted)
+        elif (unlocking := self._locking.unlock(wanted)) is not None:
+            self._start(request, self._await_unlocking, [unlocking])
+        else:
+            request.reply_err(0)
 
     async def _send_and_unlock(self, request: native.Request, unsent: list[Handle], wanted: Wanted) -> None:
         await self._in_place.send(unsent)
         unlocking = self._locking.unlock(wanted)
         await self._await_unlocking(request, [] if unlocking is None else [unlocking])
 
-    async def _wait_for_lock(self, request: native.Request, waiting: Waiting, number: int) -> None:
+    async def _wait_for_lock(
+        self, request: native.Request, wanted: Wanted, waiting: Waiting | None, seconds: float = 0.0
+    ) -> None:
+        """For what is waited for already, or for a turn that comes in so many seconds."""
+        held = False
         with trio.CancelScope() as scope:
             request.await_interrupt(scope.cancel)
-            await self._locking.wait(waiting, request.pid)
-        if waiting.held:
-            if waiting.elsewhere:
-                await self._in_place.look_anew(number)
-            await self._locked(request, number)
+            if waiting is None:
+                waiting = await self._locking.lock_in_turn(wanted, seconds)
+            if waiting is not None:
+                await self._locking.wait(waiting, request.pid)
+            held = True
+        if waiting is not None and waiting.held and waiting.elsewhere:
+            await self._in_place.look_anew(wanted.handle)
+        if held or (waiting is not None and waiting.held):  # perhaps at the moment when it was interrupted
+            await self._locked(request, wanted.handle)
         else:
-            request.reply_err(errno.EINTR)
+            request.reply_err(errno.EINTR if wanted.may_wait else errno.EAGAIN)
 
     async def _locked(self, request: native.Request, number: int) -> None:
         """A lock is held: what is read under it is what was written under it before."""

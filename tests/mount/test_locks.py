@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from safefs.turns import AT_ONCE, REFUSAL_SECONDS
 from tests.conftest import MountFactory
 from tests.mount.actors import Actor, actor
 from tests.support.mounting import Mount, status, wait_until
@@ -438,6 +439,70 @@ def test_a_child_passes_a_writer_that_waits_for_its_parent(place: Path, party: M
     child.exit()
     parent("os.close(fd)")
     writer.result(SECONDS)
+
+
+def test_those_who_try_again_and_again_take_turns(mount: Mount, party: Make) -> None:
+    """So many refusals a second has a name: a hundred who poll for a lock must not keep from work who has it."""
+    holder, one, two = party(), party(), party()
+    for process in (holder, one, two):
+        opened(process, mount / "x.lock")
+    holder(TRY["flock"])
+    code = """
+for turn in range(tries):
+    try:
+        flock(fd, LOCK_EX | LOCK_NB)
+        raise AssertionError("it was had")
+    except BlockingIOError:
+        pass
+"""
+    start = time.monotonic()
+    for process in (one, two):
+        process.start(code, tries=AT_ONCE)
+    for process in (one, two):
+        process.result(SECONDS)
+    assert time.monotonic() - start > 0.8 * (AT_ONCE - 2) * REFUSAL_SECONDS
+    holder(RELEASE["flock"])
+    one(TRY["flock"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_many_who_poll_as_filelock_does(place: Path, party: Make, name: str, tmp_path: Path) -> None:
+    """Each look opens the file anew.  No two are inside, and all get in."""
+    code = """
+import threading
+def poll(path, marker, turns):
+    overlaps = 0
+    for _ in range(turns):
+        while True:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                flock(fd, LOCK_EX | LOCK_NB)
+                break
+            except BlockingIOError:
+                os.close(fd)
+                time.sleep(0.002)
+        try:
+            os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
+            os.unlink(marker)
+        except FileExistsError:
+            overlaps += 1
+        flock(fd, LOCK_UN)
+        os.close(fd)
+    counts.append(overlaps)
+counts = []
+threads = [threading.Thread(target=poll, args=(path, marker, 5)) for _ in range(8)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+globals()["overlaps"] = counts
+"""
+    processes = [party() for _ in range(3)]
+    for process in processes:
+        process.start(code, path=str(place / name), marker=str(tmp_path / "marker"))
+    for process in processes:
+        process.result(3 * SECONDS)
+    assert [process("overlaps") for process in processes] == [[0] * 8] * 3
 
 
 def counts(mount: Mount) -> tuple[int, int]:
