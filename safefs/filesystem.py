@@ -189,7 +189,7 @@ class FileSystem:
         else:
             close_all(self.nodes.attach(node, fd))
             if node.doubtful_until <= time.monotonic():
-                self.nodes.offer(node)
+                self._offer(node)
 
     async def _open_by_file_handle(self, node: Node) -> int:
         if node.file_handle is None:
@@ -242,12 +242,17 @@ class FileSystem:
             node.doubtful_until = now + self.settings.entry_timeout_seconds
         node.parent, node.name = parent.nodeid, name
         if elsewhere or node.doubtful_until <= now:
-            self.nodes.offer(node)
+            self._offer(node)
+
+    def _offer(self, node: Node) -> None:
+        parent = self.nodes.get(node.parent)
+        in_place = node.is_regular and parent is not None and self.classify(parent, node.name).name_class.in_place
+        self.nodes.offer(node, in_place=in_place)
 
     def moved(self, node: Node, parent: Node, name: bytes) -> None:
         """A rename has given the node another place."""
         node.parent, node.name = parent.nodeid, name
-        self.nodes.offer(node)
+        self._offer(node)
 
     def seen(self, node: Node, status: os.stat_result) -> bool:
         """Note what an open sees; whether the kernel may keep what it has cached since the open before."""
@@ -641,7 +646,7 @@ class FileSystem:
         if draft.state is DraftState.PUBLISHED:
             node.file_handle = self._file_handle(fd)
             self.nodes.show(node, backing.identity_of(os.fstat(fd)))
-            self.nodes.offer(node)
+            self._offer(node)
 
     async def _close_draft(self, draft: Draft) -> None:
         if draft.fd < 0:

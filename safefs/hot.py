@@ -58,8 +58,10 @@ class Cold:
         """Claim an inode for a node, or for a new one (0); its nodeid, 0 when the inode has a node already."""
         return nodeid or self.new_nodeid()
 
-    def offer(self, nodeid: int, mode: int, fd: int, parent: int, name: bytes, stamp: Stamp | None) -> None:
-        """The node has a descriptor, and was found under a name."""
+    def offer(
+        self, nodeid: int, mode: int, fd: int, parent: int, name: bytes, stamp: Stamp | None, *, in_place: bool
+    ) -> None:
+        """The node has a descriptor, and was found under a name; `in_place`: of a class that is written in place."""
 
     def withdraw(self, nodeid: int) -> Settled:
         """The node is about to lose its descriptor."""
@@ -111,8 +113,10 @@ class Hot(Cold):
     def register(self, nodeid: int, identity: Identity) -> int:
         return native.hot_register(nodeid, identity.dev, identity.ino)
 
-    def offer(self, nodeid: int, mode: int, fd: int, parent: int, name: bytes, stamp: Stamp | None) -> None:
-        native.hot_offer(nodeid, mode, fd, parent, name, stamp)
+    def offer(
+        self, nodeid: int, mode: int, fd: int, parent: int, name: bytes, stamp: Stamp | None, *, in_place: bool
+    ) -> None:
+        native.hot_offer(nodeid, mode, fd, parent, name, stamp, in_place)
 
     def withdraw(self, nodeid: int) -> Settled:
         settled = native.hot_withdraw(nodeid)

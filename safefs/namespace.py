@@ -126,10 +126,13 @@ class Namespace:
             self._recent[node.nodeid] = node
         return node
 
-    def offer(self, node: Node) -> None:
-        """Let the C extension answer for a node that has a descriptor and was just found in its place."""
+    def offer(self, node: Node, *, in_place: bool = False) -> None:
+        """Let the C extension answer for a node that has a descriptor and was just found in its place.
+
+        `in_place`: a file whose name has a class that is written in place, of which the kernel keeps nothing.
+        """
         if node.fd >= 0 and self._by_identity.get(node.identity) is node:
-            self.hot.offer(node.nodeid, node.mode, node.fd, node.parent, node.name, node.stamp)
+            self.hot.offer(node.nodeid, node.mode, node.fd, node.parent, node.name, node.stamp, in_place=in_place)
 
     def show(self, node: Node, identity: Identity) -> None:
         """A draft's node becomes the version's node, unless lookups have made one already."""

@@ -73,6 +73,7 @@ struct node {
 	struct handle *handle; /* of BORN nodes, NULL where the backing makes none */
 	unsigned uses; /* threads that work with it right now */
 	uint8_t owner;
+	bool in_place; /* a file that anybody may change at any time: nothing of it is kept, and Python opens it */
 	bool moved; /* Python found it elsewhere: nobody begins to use it before the next offer */
 	bool gone; /* not in the table any more: the last user frees it */
 	bool close_fd; /* ... and closes its descriptor */
@@ -83,7 +84,9 @@ struct node {
 /* Every function of the table takes its lock for a moment and does no I/O under it: descriptors go to the closer. */
 uint64_t table_new_number(void);
 uint64_t table_register(uint64_t nodeid, struct identity identity);
-bool table_offer(uint64_t nodeid, mode_t mode, int fd, uint64_t parent, const char *name, struct stamp stamp);
+/* `in_place`: its name has a class whose files are written in place. */
+bool table_offer(uint64_t nodeid, mode_t mode, int fd, uint64_t parent, const char *name, struct stamp stamp,
+		 bool in_place);
 
 /* What Python gets back when it takes a grant back; `descriptor_kept`: a thread uses the descriptor and closes it. */
 struct settled {

@@ -85,17 +85,17 @@ static void fill_attr(struct fuse_attr *attr, const struct stat *st)
 }
 
 /* Only files are checked when they are opened; and a further name of a file can change what this one shows. */
-static struct timespec entry_validity(const struct stat *st)
+static struct timespec entry_validity(const struct node *node, const struct stat *st)
 {
-	bool kept = S_ISREG(st->st_mode) && st->st_nlink == 1;
+	bool kept = S_ISREG(st->st_mode) && st->st_nlink == 1 && !node->in_place;
 	return kept ? hot_settings.entry_valid : (struct timespec){0, 0};
 }
 
-static struct timespec attr_validity(const struct stat *st)
+static struct timespec attr_validity(const struct node *node, const struct stat *st)
 {
 	if (S_ISDIR(st->st_mode))
 		return hot_settings.directory_valid;
-	return st->st_nlink != 1 ? (struct timespec){0, 0} : hot_settings.attr_valid;
+	return st->st_nlink != 1 || node->in_place ? (struct timespec){0, 0} : hot_settings.attr_valid;
 }
 
 static bool reply_error(const struct fuse_in_header *in, int error)
@@ -114,7 +114,7 @@ static bool reply_data(const struct fuse_in_header *in, const void *data, size_t
 
 static bool reply_entry(const struct fuse_in_header *in, struct node *node, const struct stat *st)
 {
-	struct timespec entry = entry_validity(st), attr = attr_validity(st);
+	struct timespec entry = entry_validity(node, st), attr = attr_validity(node, st);
 	struct fuse_entry_out out = {
 		.nodeid = node->nodeid,
 		.entry_valid = (uint64_t)entry.tv_sec,
@@ -199,7 +199,7 @@ static bool answer_getattr(struct reader *reader, const struct fuse_in_header *i
 	struct stat st;
 	bool answered = !name_marked(node->parent, node->name) && act_as_daemon(reader) && fstat(node->fd, &st) == 0;
 	if (answered) {
-		struct timespec valid = attr_validity(&st);
+		struct timespec valid = attr_validity(node, &st);
 		struct fuse_attr_out out = {.attr_valid = (uint64_t)valid.tv_sec,
 					    .attr_valid_nsec = (uint32_t)valid.tv_nsec};
 		fill_attr(&out.attr, &st);
@@ -311,7 +311,7 @@ static bool answer_open(struct reader *reader, const struct fuse_in_header *in, 
 	struct node *directory = NULL;
 	struct stat st;
 	int fd = -1;
-	if (S_ISREG(node->mode) && !name_marked(node->parent, node->name))
+	if (S_ISREG(node->mode) && !node->in_place && !name_marked(node->parent, node->name))
 		directory = table_use(node->parent);
 	if (directory && !is_scarce() && act_as_caller(reader, in))
 		fd = open_checked(node, directory->fd, flags, &st);

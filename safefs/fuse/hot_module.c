@@ -206,10 +206,10 @@ static PyObject *module_offer(PyObject *module, PyObject *args)
 	(void)module;
 	unsigned long long nodeid, parent;
 	unsigned int mode;
-	int fd;
+	int fd, in_place;
 	const char *name;
 	PyObject *seen;
-	if (!PyArg_ParseTuple(args, "KIiKyO", &nodeid, &mode, &fd, &parent, &name, &seen))
+	if (!PyArg_ParseTuple(args, "KIiKyOp", &nodeid, &mode, &fd, &parent, &name, &seen, &in_place))
 		return NULL;
 	struct stamp stamp = {0};
 	long long size, mtime_ns;
@@ -218,7 +218,7 @@ static PyObject *module_offer(PyObject *module, PyObject *args)
 			return NULL;
 		stamp = (struct stamp){true, size, mtime_ns};
 	}
-	return PyBool_FromLong(table_offer(nodeid, mode, fd, parent, name, stamp));
+	return PyBool_FromLong(table_offer(nodeid, mode, fd, parent, name, stamp, in_place));
 }
 
 static PyObject *settled_object(const struct settled *settled)

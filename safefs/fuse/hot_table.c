@@ -225,9 +225,10 @@ uint64_t table_register(uint64_t nodeid, struct identity identity)
 /* Python has a descriptor for the node, and says where the node was found.  Threads read name and descriptor without
  * the lock: a node that one of them uses is not changed but left to Python until the next offer.  So is one that was
  * elsewhere before: the kernel may keep that name, and an open by it would be checked by the other. */
-bool table_offer(uint64_t nodeid, mode_t mode, int fd, uint64_t parent, const char *name, struct stamp stamp)
+bool table_offer(uint64_t nodeid, mode_t mode, int fd, uint64_t parent, const char *name, struct stamp stamp,
+		 bool in_place)
 {
-	bool plain = S_ISDIR(mode) || S_ISLNK(mode) || (S_ISREG(mode) && !name_doubtful(name));
+	bool plain = S_ISDIR(mode) || S_ISLNK(mode) || (S_ISREG(mode) && (in_place || !name_doubtful(name)));
 	pthread_mutex_lock(&lock);
 	struct node *node = find_number(nodeid);
 	bool elsewhere = node && node->name && !placed(node, parent, name);
@@ -241,6 +242,7 @@ bool table_offer(uint64_t nodeid, mode_t mode, int fd, uint64_t parent, const ch
 		node->owner = plain && place(node, parent, name) ? GRANTED : KEPT;
 		node->fd = fd;
 		node->mode = mode;
+		node->in_place = in_place;
 		node->moved = elsewhere;
 	}
 	bool granted = node && node->owner == GRANTED && !node->moved;

@@ -154,7 +154,7 @@ def test_off_means_off(make_mount: MountFactory) -> None:
 
 @pytest.mark.parametrize("name", ["a.lock", "data.sqlite", "x.part", ".safefs~a", "ünï"])
 def test_names_that_only_python_can_judge(name: str, hot_mount: Callable[..., Mount], backing: Path) -> None:
-    """Names of another class, and those that a glob could mean, are neither answered by the extension nor cached."""
+    """Names of another class, and those that a glob could mean, are neither opened by the extension nor cached."""
     (backing / name).write_text("one")
     mount = hot_mount("entry_timeout=60,attr_timeout=60")
     path = mount / name
@@ -169,6 +169,30 @@ def test_names_that_only_python_can_judge(name: str, hot_mount: Callable[..., Mo
         with open(backing / name, "a") as file:
             file.write("two")
         assert path.stat().st_size == 6
+
+
+@pytest.mark.parametrize("name", ["a.lock", "data.sqlite"])
+def test_looking_at_a_file_that_is_written_in_place(name: str, hot_mount: Callable[..., Mount], backing: Path) -> None:
+    """The extension says what it is like now: lock files are looked at all the time, and change at any time."""
+    mount = hot_mount("entry_timeout=60,attr_timeout=60")
+    path = mount / name
+    path.write_text("")
+    with opened(path) as fd:
+        before = [answered(mount, opcode) for opcode in (LOOKUP, GETATTR)]
+        for size in range(1, 101):
+            (backing / name).write_bytes(b"x" * size)
+            assert os.fstat(fd).st_size == path.stat().st_size == size
+        after = [answered(mount, opcode) for opcode in (LOOKUP, GETATTR)]
+    assert all(now - then >= 95 for then, now in zip(before, after, strict=True))
+    (backing / "new").write_bytes(b"another")
+    os.rename(backing / "new", backing / name)
+    assert path.stat().st_ino == (backing / name).stat().st_ino
+    path.rename(mount / "data")  # of a class that is written apart
+    path.write_text("a new one")
+    assert (mount / "data").read_text() == "another"
+    assert path.stat().st_size == 9
+    os.unlink(backing / name)
+    assert not path.exists()
 
 
 def test_what_the_extension_opened_can_do_what_other_handles_can(hot_mount: Callable[..., Mount]) -> None:
