@@ -168,9 +168,11 @@ class Daemon:
         self.locks = Locks(self.names or Alone(self.backing.node_id), hot)
         self.soft_locks = SoftLocks(self.backing, self.record, self.events)
         self.fs = FileSystem(settings, self.backing, self.publisher, self.locks, self.soft_locks, cache_size, hot)
+        self.locks.fence = self.fs.fence
         self.locking = Locking(self.fs)
         if self.names is not None:
             self.names.resolve = self.locks.answer
+            self.names.broken = self.locks.broken
             self.fs.can_lose_locks = True
             self.fs.is_shared = not self.mounted.is_local
             self.fs.numbers_are_shared = self.mounted.shares_numbers
@@ -229,6 +231,7 @@ class Daemon:
         self.names.lose()
         fenced = self.locks.lose()
         self.fs.fence(fenced)
+        self.fs.fence_claims()
         self.events.note(EventKind.LEASE_LOST, "", reason=reason, files=len(fenced))
 
     def _configure_hot(self, cache_size: int) -> Hot:

@@ -117,6 +117,7 @@ class Draft:
     gathered: Gathered = field(default_factory=Gathered)  # guarded by the gate's `writing`
     written: Written = field(default_factory=Written)  # what the private inode was given; guarded likewise
     error: int = 0  # errno of the first write that failed
+    fenced: bool = False  # what was locked through it is lost or broken: its error is EIO
     unseen: bool = False  # its writers pass through: the kernel writes to the private inode by itself
     mappable: bool = False  # a writer opened it for reading as well, so that it can be mapped
     may_have_capability: bool = False  # security.capability: nothing that safefs makes has one

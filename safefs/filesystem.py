@@ -482,14 +482,21 @@ class FileSystem:
             os.close(readable)
 
     def fence(self, numbers: Iterable[int]) -> None:
-        """Locks that were taken through these file handles are lost: nothing more is written under them."""
+        """Locks that were taken through these file handles are lost or broken: nothing more is written under them."""
         for handle in (self.handles[number] for number in numbers if number in self.handles):
             handle.fenced = True
             if handle.draft is not None and handle.writable:
-                handle.draft.error = errno.EIO
+                self._fence_draft(handle.draft)
+
+    def fence_claims(self) -> None:
+        """All claims of names are lost."""
         for draft in self.drafts:
             if draft.claim is not None:
-                draft.error = errno.EIO
+                self._fence_draft(draft)
+
+    @staticmethod
+    def _fence_draft(draft: Draft) -> None:
+        draft.fenced, draft.error = True, errno.EIO
 
     def publishing(self, directory: Node, name: bytes) -> AbstractAsyncContextManager[bool]:
         """Keep other nodes from changing what a name shows; yields False where that is not had."""

@@ -156,6 +156,7 @@ class Locks:
         self._held: defaultdict[tuple[str, Kind], dict[Owner, LockTable]] = defaultdict(dict)
         self._recorded: Counter[Owner] = Counter()  # on how many names an owner has record locks
         self._last_ticket = self._last_claim = 0
+        self.fence: Callable[[set[int]], None] = lambda _handles: None  # what was locked through them is broken
         self.turns = Turns()  # of those who try what others have locked, by name
 
     @property
@@ -217,12 +218,26 @@ class Locks:
         return entries
 
     async def break_locks(self, key: str) -> int:
-        """Take all locks on a name from their holders; how many there were."""
-        held = sum(len(table.held) for table in (await self._names.survey()).get(key, NameLocks()).tables.values())
-        done = self._do(key, Break())
-        if done is not None:
+        """Take all locks on a name from their holders, whose open files are fenced; how many there were."""
+        locks = (await self._names.survey()).get(key, NameLocks())
+        held = sum(len(table.held) for table in locks.tables.values())
+        done = self._do(key, Break(frozenset(locks.holders())))
+        if done is None:
+            self.broken(key, self._names.known(key))
+        else:
             await done.wait()
         return held
+
+    def broken(self, key: str, locks: NameLocks) -> None:
+        """An operator has broken the locks of a name; what is in `locks` was had by then, or later."""
+        fenced = set[int]()
+        for kind in (Kind.FLOCK, Kind.RECORD):
+            kept = {lock.owner for lock in locks[kind].held}
+            for use in [(key, kind, owner) for owner in self._held.get((key, kind), {}) if owner not in kept]:
+                fenced.update(handle for handle, uses in self._by_handle.items() if use in uses)
+                self._drop(use)
+        if fenced:
+            self.fence(fenced)
 
     def counts(self) -> tuple[int, int]:
         """How many locks are held or asked for through open files, and how many of them wait."""

@@ -17,7 +17,7 @@ passes all the same
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from itertools import takewhile
@@ -195,9 +195,9 @@ class LockTable:
         self.waiting = [wait for wait in self.waiting if wait.lock.owner.node != node]
         return self._grant()
 
-    def break_held(self) -> list[Wait]:
-        """Nobody holds anything any more; returns the requests that got their locks by it."""
-        self.held = []
+    def break_held(self, owners: Collection[Owner]) -> list[Wait]:
+        """These hold nothing any more; returns the requests that got their locks by it."""
+        self.held = [held for held in self.held if held.owner not in owners]
         return self._grant()
 
     def let_pass(self, node: str, ticket: int) -> list[Wait]:
@@ -259,6 +259,10 @@ class NameLocks:
         """The nodes that hold something, or wait for it."""
         locks = (lock for table in self.tables.values() for lock in (*table.held, *(w.lock for w in table.waiting)))
         return {lock.owner.node for lock in locks}
+
+    def holders(self) -> set[Owner]:
+        """Those who hold something."""
+        return {lock.owner for table in self.tables.values() for lock in table.held}
 
     def copy(self) -> NameLocks:
         return NameLocks(

@@ -138,7 +138,8 @@ class Publisher:
                 draft.modified = draft.pending and keep_private  # there may be changes yet
                 return
             if draft.error:
-                await self._refuse(draft, PublishRefusedError("a write to it failed", draft.error))
+                reason = "what it had locked is another's by now" if draft.fenced else "a write to it failed"
+                await self._refuse(draft, PublishRefusedError(reason, draft.error))
             lease = self.lease()
             async with self.holding(target, name) as alone:
                 draft.move(DraftEvent.SEAL)

@@ -30,7 +30,7 @@ def show_locks(path: Path | None, *, as_json: bool) -> None:
 
 
 def break_locks(path: Path) -> None:
-    """Take all locks on `path` from their holders, who are not told."""
+    """Take all locks on `path` from their holders: what these still write through the files fails with EIO."""
     absolute = Path(os.path.abspath(path))
     mount = _mount_of(absolute)
     below = os.fspath(absolute.relative_to(mount.mountpoint))

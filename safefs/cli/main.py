@@ -181,7 +181,10 @@ def locks(context: click.Context, path: Path | None, as_json: bool) -> None:
 @locks.command("break")
 @click.argument("path", type=_PATH)
 def locks_break(path: Path) -> None:
-    """Take all locks on PATH from their holders, who are not told: for an operator who knows that they are dead."""
+    """Take all locks on PATH from their holders.
+
+    What these go on writing through the files fails with EIO, and is not published.
+    """
     break_locks(path)
 
 

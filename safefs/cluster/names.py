@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import trio
 
 from safefs.cluster.backend import BackendError, Follower, LeaseLostError, LockBackend, Stored
-from safefs.cluster.record import Acquire, GiveUp, LetPass, NameRecord, Release, Step, carry_out
+from safefs.cluster.record import Acquire, Break, GiveUp, LetPass, NameRecord, Release, Step, carry_out
 from safefs.lease import boottime
 from safefs.locktable import Kind, Lock, Mode, NameLocks, Owner, Wait
 
@@ -30,6 +30,8 @@ IDLE_SECONDS = 60.0  # a name that nobody has used for so long is given back wit
 
 # Before the locks of a name are looked at: what is kept elsewhere is put into them.
 TakeBack = Callable[[str, NameLocks], None]
+# This node's owners have of a name no more than what is in these locks: the rest an operator has broken.
+Broken = Callable[[str, NameLocks], None]
 # Of a ticket: its lock is held (True), or refused; returns whether somebody still wanted to know.
 Resolve = Callable[[int, bool], bool]
 
@@ -83,6 +85,7 @@ class _Name:
     follower: Follower | None = None
     asked: bool = False  # somebody else wants the name of this node
     gone: set[str] = field(default_factory=set)  # nodes that have lost their leases
+    telling: bool = False  # other nodes, that what they held is broken
     pending: list[Pending] = field(default_factory=list)
     waits: dict[int, _Queued] = field(default_factory=dict)  # requests of ours in the queue on record, by ticket
     poke: trio.Event = field(default_factory=trio.Event)
@@ -100,7 +103,7 @@ class _Name:
             return self.asked or bool(self.pending)
         if self.idle and self.stored is not None:
             return True
-        return self.asked or self.leaving is not None or bool(self.pending or self.waits or self.gone)
+        return self.asked or self.leaving is not None or self.telling or bool(self.pending or self.waits or self.gone)
 
 
 class Names:
@@ -110,6 +113,7 @@ class Names:
         self._backend = backend
         self.resolve: Resolve = lambda _ticket, _held: False
         self.take_back: TakeBack = lambda _key, _locks: None
+        self.broken: Broken = lambda _key, _locks: None
         self._names: dict[str, _Name] = {}
         self._looked: dict[str, float] = {}  # when it was asked last whether a node is still there
         self._followed = 0  # names that are followed, for whatever reason
@@ -341,6 +345,10 @@ class Names:
             name.asked, name.waits = bool(record.wanted), {}
             return
         name.taking = None
+        name.telling = name.telling and bool(record.broken)
+        if node in record.broken:
+            self.broken(name.key, record.locks)
+            record = record.heeded(node)
         if name.gone:
             record, name.gone = record.without(name.gone), set()
         else:
@@ -377,6 +385,8 @@ class Names:
             await self._step(name, stored, record)
         elif record != stored.record:
             await self._swap(name, stored, record)
+        elif name.telling:
+            await self._tell(name, stored)
         elif name.waits:
             await self._wait_for_others(name, stored)
         elif self._follows(name):
@@ -387,6 +397,12 @@ class Names:
         name.gone = await self._gone(stored.record)
         if not name.gone:
             await self._await_change(name, stored, LOOK_SECONDS)
+
+    async def _tell(self, name: _Name, stored: Stored) -> None:
+        """Those whose locks are broken have no other reason to look at the record."""
+        for node in stored.record.broken:
+            await self._backend.notify(node, name.key)
+        await self._wait_for_others(name, stored)
 
     async def _gone(self, record: NameRecord) -> set[str]:
         """The other nodes on record that have lost their leases; each is looked at once in LOOK_SECONDS."""
@@ -404,6 +420,8 @@ class Names:
             if isinstance(step, Acquire):
                 queued[step.wait.ticket] = self._asks(pending, step, locks)
             done, others = carry_out(locks, step)
+            if isinstance(step, Break):
+                self.broken(name.key, locks)
             for wait in others:
                 self._granted(name, wait.ticket, queued[wait.ticket])
             self._note(name, step, done, queued)
@@ -440,9 +458,16 @@ class Names:
             name.gone = await self._gone(record)
             if name.gone:
                 return
-        after = record.stepped(self._backend.node, locks)
+        node = self._backend.node
+        after = record.stepped(node, locks)
+        breaks = [pending.step.owners for pending in batch if isinstance(pending.step, Break)]
+        if breaks:
+            after = after.broke({owner.node for owner in record.locks.holders() & frozenset().union(*breaks)} - {node})
         if not await self._put(name, stored, after):
             return
+        if breaks:
+            name.telling = True
+            self.broken(name.key, locks)
         del name.pending[: len(batch)]
         for pending, done in zip(batch, outcomes, strict=True):
             if isinstance(pending.step, Acquire) and pending.step.may_wait and not done:

@@ -13,6 +13,9 @@ A record is in one of three states:
   `wanted` until their first step.
 
 A node that is the only one on a shared record takes the name over again with its next step.
+
+Where an operator breaks locks of other nodes, these are in `broken` until they have seen it: what is still written
+through such files fails, as under a lost lease.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from typing import Any
 
 from safefs.locktable import Kind, Lock, NameLocks, Owner, Wait
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,9 @@ class LetPass:
 
 @dataclass(frozen=True)
 class Break:
-    """All that is held on the name is taken from its holders, by an operator."""
+    """What these hold on the name is taken from them, by an operator who has seen that they hold it."""
+
+    owners: frozenset[Owner]
 
 
 Step = Acquire | Release | GiveUp | LetPass | Break
@@ -73,7 +78,7 @@ def carry_out(locks: NameLocks, step: Step) -> tuple[bool, list[Wait]]:
     """Change the locks of a name: whether it did what was asked for, and which waiting requests got their locks."""
     if isinstance(step, Break):
         tables = [table for table in locks.tables.values() if table.held]
-        return bool(tables), [wait for table in tables for wait in table.break_held()]
+        return bool(tables), [wait for table in tables for wait in table.break_held(step.owners)]
     table = locks[step.kind]
     if isinstance(step, Acquire):
         return table.request(step.wait) if step.may_wait else table.attempt(step.wait)
@@ -84,6 +89,10 @@ def carry_out(locks: NameLocks, step: Step) -> tuple[bool, list[Wait]]:
     return was_waiting, table.cancel(node, ticket) if isinstance(step, GiveUp) else table.let_pass(node, ticket)
 
 
+def _except(nodes: tuple[str, ...], gone: set[str]) -> tuple[str, ...]:
+    return tuple(node for node in nodes if node not in gone)
+
+
 @dataclass(frozen=True)
 class NameRecord:
     """What is on record of one name."""
@@ -91,13 +100,14 @@ class NameRecord:
     delegate: str = ""  # the node that serves the name; empty: `locks` are all there are
     wanted: tuple[str, ...] = ()  # nodes that wait for it to be given back, or have not come since it was
     locks: NameLocks = field(default_factory=NameLocks)
+    broken: tuple[str, ...] = ()  # nodes that held what an operator has broken, and have not seen it yet
 
     def __bool__(self) -> bool:
-        return bool(self.delegate or self.wanted or self.locks)
+        return bool(self.delegate or self.wanted or self.locks or self.broken)
 
     def nodes(self) -> set[str]:
         """All nodes that are named."""
-        return {node for node in (self.delegate, *self.wanted, *self.locks.nodes()) if node}
+        return {node for node in (self.delegate, *self.wanted, *self.locks.nodes(), *self.broken) if node}
 
     # -------------------------------------------------------------- steps
 
@@ -127,7 +137,16 @@ class NameRecord:
     def stepped(self, node: str, locks: NameLocks) -> NameRecord:
         """The node has worked on the locks on record."""
         assert not self.delegate
-        return NameRecord(wanted=tuple(other for other in self.wanted if other != node), locks=locks)
+        return replace(self, wanted=_except(self.wanted, {node}), locks=locks)
+
+    def broke(self, nodes: Iterable[str]) -> NameRecord:
+        """An operator has broken what these nodes held: the name is shared until they have seen it."""
+        assert not self.delegate
+        return replace(self, broken=tuple(dict.fromkeys((*self.broken, *sorted(nodes)))))
+
+    def heeded(self, node: str) -> NameRecord:
+        """The node has seen that what it held is broken."""
+        return replace(self, broken=_except(self.broken, {node}))
 
     def without(self, gone: Iterable[str]) -> NameRecord:
         """Nodes have lost their leases, and with them all that they had."""
@@ -137,7 +156,7 @@ class NameRecord:
             for table in locks.tables.values():
                 table.forget(node)
         delegate = "" if self.delegate in nodes else self.delegate
-        return NameRecord(delegate, tuple(node for node in self.wanted if node not in nodes), locks)
+        return NameRecord(delegate, _except(self.wanted, nodes), locks, _except(self.broken, nodes))
 
     def waits(self, node: str, kind: Kind, ticket: int) -> bool:
         """Whether a request is still in the queue."""
@@ -161,6 +180,7 @@ class NameRecord:
             "delegate": self.delegate,
             "wanted": list(self.wanted),
             "locks": self.locks.to_record(),
+            "broken": list(self.broken),
         }
 
     @classmethod
@@ -169,6 +189,7 @@ class NameRecord:
         if data.get("format") != FORMAT:
             raise ValueError(f"a lock record of format {data.get('format')!r}: another version of safefs wrote it")
         try:
-            return cls(str(data["delegate"]), tuple(data["wanted"]), NameLocks.from_record(data["locks"]))
+            locks = NameLocks.from_record(data["locks"])
+            return cls(str(data["delegate"]), tuple(data["wanted"]), locks, tuple(data["broken"]))
         except (KeyError, TypeError) as error:
             raise ValueError(f"no lock record: {error!r}") from None

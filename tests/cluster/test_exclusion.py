@@ -164,6 +164,34 @@ def test_a_lock_of_another_node(cluster: Cluster, parties: Make, kind: str) -> N
     two.result(10)
 
 
+@pytest.mark.parametrize("name", ["data", "x.db"])
+@pytest.mark.parametrize("at", [0, 1], ids=["by its own node", "by another"])
+@pytest.mark.parametrize("kind", ["flock", "fcntl"])
+def test_an_operator_breaks_a_lock(cluster: Cluster, parties: Make, kind: str, at: int, name: str) -> None:
+    """Whoever held it publishes and writes nothing more; who has waited for it does."""
+    nodes = [node.mount for node in cluster.make(2, lease=CALM_LEASE)]
+    (nodes[0] / name).write_text("before")
+    holder, waiter, bystander = parties(), parties(), parties()
+    opened(holder, nodes[0] / name)
+    opened(waiter, nodes[1] / name)
+    opened(bystander, nodes[0] / "other")
+    holder(BLOCK[kind])
+    bystander(BLOCK[kind])
+    holder("os.write(fd, b'held')")
+    waiter.start(BLOCK[kind])
+    assert wait_until(lambda: status(nodes[1])["locks"]["waiting"] == 1, START_SECONDS)
+    done = safefs("locks", "break", nodes[at] / name)
+    assert done.stdout == "1 broken\n", done.stderr
+    waiter.result(START_SECONDS)
+    assert wait_until(lambda: holder.errno("os.write(fd, b'later')") == errno.EIO, START_SECONDS)
+    assert holder.errno("os.close(fd)") == errno.EIO
+    waiter("os.pwrite(fd, b'waiter', 0); os.close(fd)")
+    assert (nodes[0] / name).read_text().startswith("waiter")
+    bystander("os.write(fd, b'more'); os.close(fd)")
+    assert (nodes[1] / "other").read_text() == "more"
+    nodes[0].expected_log.append("another's by now")
+
+
 def shown(node: Mount) -> list[tuple[object, ...]]:
     """What `safefs locks` says on a node: path, kind, state and pid of each lock."""
     done = safefs("locks", "--at", node.path, "--json")

@@ -17,7 +17,7 @@ import pytest
 from safefs.turns import AT_ONCE, REFUSAL_SECONDS
 from tests.conftest import MountFactory
 from tests.mount.actors import Actor, actor
-from tests.support.mounting import Mount, status, wait_until
+from tests.support.mounting import Mount, safefs, status, wait_until
 
 NAMES = ["data", "x.lock", "db.sqlite", "weights.incomplete"]  # private, lock, shared, partial
 CREATE = os.O_RDWR | os.O_CREAT
@@ -439,6 +439,28 @@ def test_a_child_passes_a_writer_that_waits_for_its_parent(place: Path, party: M
     child.exit()
     parent("os.close(fd)")
     writer.result(SECONDS)
+
+
+@kinds
+@pytest.mark.parametrize("broken", [True, False])
+def test_what_an_operator_breaks_is_not_published(mount: Mount, party: Make, kind: str, broken: bool) -> None:
+    """Once he has broken the lock that it was written under; with a control."""
+    (mount / "data").write_text("before")
+    one, two = party(), party()
+    opened(one, mount / "data")
+    one(TRY[kind])
+    one("os.pwrite(fd, b'under a lock', 0)")
+    if broken:
+        assert safefs("locks", "break", mount / "data").stdout == "1 broken\n"
+        opened(two, mount / "data")
+        two(TRY[kind])
+        assert one.errno("os.close(fd)") == errno.EIO
+        two("os.pwrite(fd, b'second', 0); os.close(fd)")
+    else:
+        one("os.close(fd)")
+    assert (mount / "data").read_text() == ("second" if broken else "under a lock")
+    if broken:
+        mount.expected_log.append("another's by now")
 
 
 def test_those_who_try_again_and_again_take_turns(mount: Mount, party: Make) -> None:

@@ -16,7 +16,7 @@ from safefs.cluster import names as module
 from safefs.cluster.backend import BackendError, Stored
 from safefs.cluster.memory import MemoryBackend, MemoryCluster, MemoryFollower
 from safefs.cluster.names import LOOK_SECONDS, Names
-from safefs.cluster.record import Acquire, GiveUp, NameRecord, Release, Step, carry_out
+from safefs.cluster.record import FORMAT, Acquire, Break, GiveUp, NameRecord, Release, Step, carry_out
 from safefs.locks import Locks
 from safefs.locktable import OFFSET_MAX, Kind, Lock, Mode, NameLocks, Owner, Wait
 
@@ -517,6 +517,55 @@ def test_nodes_that_wanted_a_name_and_are_gone_do_not_keep_it_shared() -> None:
     play(scenario, MemoryBackend)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.3])
+@pytest.mark.parametrize("breaker", [0, 1])
+def test_a_node_hears_that_what_it_held_is_broken(share: float, breaker: int) -> None:
+    """Also where answers and notices are lost; who gets the lock then is left alone."""
+    chance = random.Random(share)
+
+    async def scenario(nodes: list[Node]) -> None:
+        holder, next_one = nodes[0], nodes[2]
+        heard = trio.Event()
+
+        def hear(_key: str, locks: NameLocks) -> None:
+            assert Owner("node0", 1) not in locks.holders()
+            heard.set()
+
+        holder.names.broken = hear
+        assert await holder.acquire("name", 1, Mode.EXCLUSIVE)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(next_one.acquire, "name", 7, Mode.EXCLUSIVE)
+            await trio.sleep(2)
+            broken = Break(frozenset({Owner("node0", 1)}))
+            await nodes[breaker].submit("name", broken).wait()
+        with trio.fail_after(60):
+            await heard.wait()
+        await next_one.release("name", 7)
+        with trio.fail_after(60):
+            while True:  # nothing is left that keeps the name shared
+                await next_one.acquire("name", 7, Mode.EXCLUSIVE)
+                await next_one.release("name", 7)
+                if next_one.names.local("name") is not None:
+                    break
+                await trio.sleep(1)
+
+    play(scenario, lambda cluster, node: Faulty(cluster, node, chance, share))
+
+
+def test_a_node_that_is_gone_need_not_hear_what_is_broken() -> None:
+    async def scenario(nodes: list[Node]) -> None:
+        node = nodes[0]
+        cluster = node.backend._cluster
+        cluster.ended.add("gone")
+        cluster.records["name"] = Stored(cluster.new_version(), NameRecord(broken=("gone",)))
+        for _ in range(2):
+            assert await node.acquire("name", 2, Mode.EXCLUSIVE)
+            await node.release("name", 2)
+        assert node.names.local("name") is not None
+
+    play(scenario, MemoryBackend)
+
+
 def test_waiters_of_all_nodes_get_the_lock_in_turn() -> None:
     order: list[str] = []
 
@@ -636,7 +685,7 @@ def test_a_record_that_another_version_wrote() -> None:
     with pytest.raises(ValueError, match="another version"):
         NameRecord.from_json({"format": 99})
     with pytest.raises(ValueError, match="no lock record"):
-        NameRecord.from_json({"format": 1, "delegate": "a"})
+        NameRecord.from_json({"format": FORMAT, "delegate": "a"})
     record = NameRecord("a", ("b",), NameLocks())
     assert NameRecord.from_json(record.to_json()) == record
 
