@@ -164,9 +164,11 @@ def test_a_lock_of_another_node(cluster: Cluster, parties: Make, kind: str) -> N
     two.result(10)
 
 
-@pytest.mark.parametrize("name", ["data", "x.db"])
-@pytest.mark.parametrize("at", [0, 1], ids=["by its own node", "by another"])
-@pytest.mark.parametrize("kind", ["flock", "fcntl"])
+@pytest.mark.parametrize(
+    ("kind", "name", "at"),
+    [("flock", "data", 0), ("fcntl", "x.db", 1), ("flock", "data", 1)],
+    ids=["by its own node", "written in place", "by another node"],
+)
 def test_an_operator_breaks_a_lock(cluster: Cluster, parties: Make, kind: str, at: int, name: str) -> None:
     """Whoever held it publishes and writes nothing more; who has waited for it does."""
     nodes = [node.mount for node in cluster.make(2, lease=CALM_LEASE)]
