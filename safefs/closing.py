@@ -119,7 +119,10 @@ class Closing:
     # ------------------------------------------------------------ RELEASE
 
     def begin_release(self, handle: Handle) -> Publishing | None:
-        """The synchronous half of RELEASE, run when the request is received: later requests must not overtake it."""
+        """The synchronous half of RELEASE, run when the request is received: later requests must not overtake it.
+
+        The other half, `release`, is for handles of drafts.
+        """
         draft = handle.draft
         if draft is not None:
             handle.released = True
@@ -129,11 +132,13 @@ class Closing:
                 draft.reserved += 1
                 return self.fs.ordering.begin(draft)
         self._unlock(handle.number)
+        if draft is None:
+            self.fs.remove_handle(handle)
         return None
 
-    async def release(self, handle: Handle, publishing: Publishing | None) -> None:
-        fs, draft = self.fs, handle.draft
-        if draft is not None and publishing is not None:
+    async def release(self, handle: Handle, draft: Draft, publishing: Publishing | None) -> None:
+        fs = self.fs
+        if publishing is not None:
             try:
                 await fs.ordering.wait_process(draft.opener, before=publishing)
                 await self._settle_released(draft)
@@ -141,15 +146,14 @@ class Closing:
                 draft.reserved -= 1
                 self._unlock(handle.number)  # whoever gets the lock sees what was written under it
                 fs.ordering.end(publishing)
-        elif draft is not None and handle.writable and self._may_be_mapped(draft):
+        elif handle.writable and self._may_be_mapped(draft):
             draft.reserved += 1
             try:
                 await self._keep_mapped_private(draft)
             finally:
                 draft.reserved -= 1
         fs.remove_handle(handle)
-        if draft is not None:
-            await fs.end_draft(draft)
+        await fs.end_draft(draft)
 
     async def settle(self, draft: Draft, *, keep_private: bool = False) -> None:
         """Nobody has the draft open any more: how the last closer ended decides."""

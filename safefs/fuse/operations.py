@@ -20,6 +20,7 @@ import trio
 
 from safefs.backing import UTIME_NOW, AttributeChange
 from safefs.closing import Closing
+from safefs.draft import Draft
 from safefs.errors import SafefsError
 from safefs.files import Files, Opened
 from safefs.filesystem import Entry, FileSystem, Handle
@@ -372,10 +373,12 @@ class Operations(pyfuse3.Operations):
             self._locking.released(number)
             native.hot_release(nodeid, number)
         elif handle is not None:
-            self._start(request, self._release, handle, self._closing.begin_release(handle))
+            publishing = self._closing.begin_release(handle)
+            if handle.draft is not None:
+                self._start(request, self._release, handle, handle.draft, publishing)
 
-    async def _release(self, request: native.Request, handle: Handle, publishing: Any) -> None:
-        await self._closing.release(handle, publishing)
+    async def _release(self, request: native.Request, handle: Handle, draft: Draft, publishing: Any) -> None:
+        await self._closing.release(handle, draft, publishing)
 
     def on_getlk(
         self, request: native.Request, nodeid: int, number: int, owner: int, kind: int, start: int, length: int
