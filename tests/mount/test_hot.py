@@ -27,7 +27,7 @@ from tests.support.clients import client_program
 from tests.support.mounting import Mount, safefs, status, wait_until
 
 LOOKUP, FORGET, GETATTR, OPEN, READ, RELEASE, SETLK, SETLKW = 1, 2, 3, 14, 15, 18, 32, 33
-SECONDS = float(os.environ.get("SAFEFS_HOT_SECONDS", "6"))
+SECONDS = float(os.environ.get("SAFEFS_HOT_SECONDS", "4"))
 
 
 @pytest.fixture
@@ -380,7 +380,7 @@ def test_a_second_node_sees_a_new_version_within_the_validity(hot_mount: Callabl
     """stat() of another node may show the old version for entry_timeout; open() never does."""
     first, second = hot_mount(), hot_mount()
     (first / "file").write_text("one")
-    for _ in range(20):
+    for _ in range(8):
         (second / "file").stat()
         size = (first / "file").stat().st_size + 1
         (first / "file").write_text("x" * size)
