@@ -326,6 +326,7 @@ class Names:
         """One step of the protocol."""
         if name.mine is not None and (name.pending or not name.asked):
             # First what this node took the name for: else two could take it from each other for ever, and use it never.
+            self._require_lease(name)
             self._work_locally(name, self._mine(name))
             return
         if name.mine is not None:

@@ -5,7 +5,8 @@ node is gone no sooner than its own clock has told it that its lease is over (fo
 Within that, everything may come at any time and in any order: calls, their answers, notices, what clients do.  A node
 that is frozen is one to which nothing comes while its lease ends; it may go on at any moment after that.
 
-Free, as often as it likes: a notice gets lost, comes late or twice; a pause ends early; a name is put away.
+Free, as often as it likes: a notice gets lost, comes late or twice; a pause ends early; a name is put away; what is
+lent is used, or the lease as it was then is over.
 Out of the budget of faults:
 
 - a call fails, and was not carried out, or was, or will be: a swap can arrive long after its node has stopped waiting
@@ -24,9 +25,10 @@ from typing import NamedTuple
 
 from safefs.cluster.record import NameRecord
 from safefs.locktable import Kind, LockTable
-from tests.model.protocol import CLIENTS, NO_RECORD, Call, SearchedNames, Table, Version, View, stored_of
+from tests.model.protocol import CLIENTS, HOLDS, NO_RECORD, Call, SearchedNames, Table, Version, View, stored_of
+from tests.support.lending import Extension
 
-SETTLED = {"done", "refused", "gave-up", "fenced"}
+SETTLED = {"free", "done", "refused", "gave-up", "fenced"}
 MOST_SWAPS = 20  # on one record, by a few clients that come once: more of them never end
 Step = tuple[str, "State", bool]
 
@@ -55,6 +57,7 @@ class Faults:
     deaths: bool = True
     stale: bool = False
     idle_looks: bool = False  # pauses end early
+    only_lent: bool = False  # leases end while something is lent, or not at all
     tidies: bool = False  # nodes put away what they have not used for long; it can be long at any moment
     prompt: frozenset[int] = frozenset()  # nodes whose answers arrive at once: fewer states, and fewer orders
 
@@ -62,8 +65,14 @@ class Faults:
 class Cluster:
     """The steps of all nodes; each is described by the clients that it has (`protocol.CLIENTS`)."""
 
-    def __init__(self, nodes: list[str], faults: Faults, names: type[SearchedNames] = SearchedNames) -> None:
-        self.tables = [Table(f"n{at}", clients, names) for at, clients in enumerate(nodes)]
+    def __init__(
+        self,
+        nodes: list[str],
+        faults: Faults,
+        names: type[SearchedNames] = SearchedNames,
+        extension: type[Extension] = Extension,
+    ) -> None:
+        self.tables = [Table(f"n{at}", clients, names, extension) for at, clients in enumerate(nodes)]
         self._clients = nodes
         self._faults = faults
         self.first = State((0,) * len(nodes), faults.most, past=((),) * len(nodes) if faults.stale else ())
@@ -82,10 +91,12 @@ class Cluster:
             for at, view in self.views(state)
             if at not in state.dead and self.may_act(view)
             for client, phase in enumerate(view.phases)
-            if phase == "holding"
+            if phase in HOLDS
         ]
         if len(holders) > 1 and CLIENTS["X"].mode in holders:
             return "two hold a lock that excludes"
+        if any(view.too_late for _, view in self.views(state)):
+            return "a lock is had after the lease"
         if state.last_version > MOST_SWAPS:
             return "the record is replaced again and again"
         if state.record not in self._record_checks:
@@ -138,22 +149,32 @@ class Cluster:
     def _clients_of(self, state: State, at: int, view: View) -> Iterator[Step]:
         for client, phase in enumerate(view.phases):
             who = f"client {client} of {view.name}"
-            if phase == "idle":
-                yield f"{who} asks", self._node(state, at, "asks", client), False
-            elif phase == "holding":
+            # Once it has had the lock nothing may rely on it that it will want it again, or close its file.
+            leisure = phase == "free"
+            if client in view.lent and phase in ("free", "holding"):
+                what = "locks" if leisure else "unlocks"
+                yield f"{who} {what} by its loan", self._node(state, at, "uses_loan", client), leisure
+            if phase == "idle" or (view.turns[client] and phase in ("free", "holding")):
+                yield f"{who} asks", self._node(state, at, "asks", client), phase != "idle"
+            if phase == "holding" and view.turns[client]:
                 yield f"{who} unlocks", self._node(state, at, "unlocks", client), False
-            elif phase == "asking" and CLIENTS[self._clients[at][client]].may_give_up:
+            if phase in ("free", "holding"):
+                yield f"{who} closes its file", self._node(state, at, "closes", client), leisure
+            if phase == "asking" and CLIENTS[self._clients[at][client]].may_give_up:
                 yield f"{who} gives up", self._node(state, at, "gives_up", client), False
 
     def _keeper_of(self, state: State, at: int, view: View) -> Iterator[Step]:
         may_fail = state.faults and at in self._faults.of
         one_less = state._replace(faults=state.faults - 1)
-        if may_fail and not view.lapsed and self._faults.leases:
+        may_end = self._faults.leases and not view.lapsed and (view.lent or not self._faults.only_lent)
+        if may_fail and may_end:
             yield f"the lease of {view.name} is over", self._node(one_less, at, "lapses"), True
         if view.lapsed and view.joined:
             yield f"{view.name} notices that its lease is over", self._node(state, at, "loses"), False
         elif not view.joined:
             yield f"{view.name} joins under a new name", self._node(state, at, "joins"), False
+        if view.lent:
+            yield f"the lease of {view.name} outlives what was lent", self._node(state, at, "loans_end"), False
         if self._faults.tidies:
             yield f"{view.name} tidies up", self._node(state, at, "tidies_up"), False
         if may_fail and self._faults.deaths:
@@ -186,7 +207,7 @@ class Cluster:
             if may_fail and self._faults.calls and call[0] == "swap" and number in answers:
                 unsure = arrived._replace(faults=state.faults - 1)
                 yield f"{what} is said to have failed", self._node(unsure, at, "answer", number, None), True
-            if may_fail and self._faults.calls and call[0] not in ("change", "notice"):
+            if may_fail and self._faults.calls and call[0] not in ("change", "notice", "sleep"):
                 arrived = arrived._replace(faults=state.faults - 1)
                 if call[0] == "swap" and number not in answers:
                     arrived = arrived._replace(late=state.late | {call[1:]})
@@ -204,6 +225,8 @@ class Cluster:
                     one_less = state._replace(faults=state.faults - 1)
                     for past in state.past[at]:
                         yield f"{what} of the older {past}", self._read(one_less, at, number, past), True
+            case ("sleep",):
+                yield f"{view.name} tries again", self._node(state, at, "answer", number, None), False
             case ("notify", node):
                 lost = self._node(state, at, "answer", number, None)
                 yield f"{what} is lost", lost, False

@@ -26,9 +26,10 @@ from safefs.cluster.record import NameRecord
 from safefs.locks import Locks, Waiting
 from safefs.locktable import Kind, Lock, Mode, Owner
 from tests.model.freeze import freeze
+from tests.support.lending import Extension
 
 KEY = "name"
-INFINITE = float("inf")
+LEASE = 1.0  # so long it lasts; times are told from now, and it ends at once or not yet
 
 Call = tuple[Any, ...]  # what it is, and its arguments
 Input = tuple[Any, ...]  # what comes to a node
@@ -110,7 +111,7 @@ class Backend:
         return {}
 
     def lease_ends(self) -> float:
-        return -INFINITE if self.lapsed else INFINITE
+        return 0.0 if self.lapsed else LEASE
 
 
 class SearchedNames(Names):
@@ -143,8 +144,9 @@ class LingeringNames(ToldNames):
         return True
 
 
-async def no_sleep(_seconds: float) -> None:
-    """After a failure; what comes next stops at the backend anyhow."""
+async def sleep(_seconds: float) -> None:
+    """After a failure: for as long as the search says."""
+    await ask("sleep")
 
 
 class Tasks:
@@ -176,13 +178,20 @@ class Tasks:
 
 @dataclass
 class Client:
-    """A process that wants the lock: it asks, and unlocks what it got; `G` waits, and may give up."""
+    """A process that wants the lock: it asks, and closes its file when it has it; `G` waits, and may give up.
+
+    `R` locks and unlocks again and again before that.  On its node, locks are lent: the extension answers everybody as
+    often as it likes.
+    """
 
     mode: Mode
     may_wait: bool = True
     may_give_up: bool = False
-    phase: str = "idle"  # asking, holding, and in the end done, refused, gave-up or fenced
+    turns: int = 1  # of its requests so many come to Python
+    # asking, asking-again for what it has, holding, unlocking, free, and in the end done, refused, gave-up or fenced
+    phase: str = "idle"
     waiting: Waiting | None = None
+    unlocking: trio.Event | None = None
 
 
 CLIENTS = {
@@ -190,19 +199,25 @@ CLIENTS = {
     "S": Client(Mode.SHARED),
     "T": Client(Mode.EXCLUSIVE, may_wait=False),
     "G": Client(Mode.EXCLUSIVE, may_give_up=True),
+    "R": Client(Mode.EXCLUSIVE, turns=2),
 }
+
+
+HOLDS = ("holding", "asking-again")
 
 
 class Node:
     """One node, live: what the table is filled with."""
 
-    def __init__(self, name: str, clients: str, names: type[SearchedNames]) -> None:
+    def __init__(self, name: str, clients: str, names: type[SearchedNames], extension: type[Extension]) -> None:
         self.backend = Backend(name, names.tells_changes)
         self.names = names(self.backend)
-        self.locks = Locks(self.names)
+        self.extension = extension() if "R" in clients else None
+        self.locks = Locks(self.names, self.extension)
         self.names.resolve = self.locks.resolve
         self.clients = [replace(CLIENTS[each]) for each in clients]
         self.joined = True
+        self.too_late = False  # somebody got a lock when the lease was over
         self.tasks = Tasks()
         self.names._nursery = self.tasks  # type: ignore[assignment]
         self.tasks.start_soon(self.names._heed)
@@ -213,23 +228,51 @@ class Node:
         getattr(self, f"_{what}")(*arguments)
         self.tasks.settle()
         for client in self.clients:
-            if client.phase == "asking" and client.waiting is not None and client.waiting.settled.is_set():
-                client.phase = "holding" if client.waiting.held else "refused"
+            if client.waiting is not None and client.waiting.settled.is_set():
+                self._got(client, held=client.waiting.held)
                 client.waiting = None
+            if client.unlocking is not None and client.unlocking.is_set():
+                client.phase, client.unlocking = "free", None
+
+    def _got(self, client: Client, *, held: bool) -> None:
+        self.too_late |= held and self.backend.lapsed
+        client.phase = "holding" if held else "refused"
 
     def _asks(self, number: int) -> None:
         client = self.clients[number]
         lock = Lock(Owner(self.locks.node, number + 1), client.mode)
-        client.phase = "asking"
+        client.phase = "asking-again" if client.phase == "holding" else "asking"
+        client.turns -= 1
         try:
             client.waiting = self.locks.acquire(KEY, Kind.FLOCK, lock, number + 1, may_wait=client.may_wait)
         except BlockingIOError:
-            client.phase = "refused"
-        else:
-            if client.waiting is None:
-                client.phase = "holding"
+            self._got(client, held=False)
+            return
+        if client.waiting is None:
+            self._got(client, held=True)
+            self.locks.lend(KEY, number + 1, number + 1)
 
     def _unlocks(self, number: int) -> None:
+        client = self.clients[number]
+        client.phase = "unlocking"
+        client.turns -= 1
+        client.unlocking = self.locks.release(KEY, Kind.FLOCK, Owner(self.locks.node, number + 1))
+        if client.unlocking is None:
+            client.phase = "free"
+            self.locks.lend(KEY, number + 1, number + 1)
+
+    def _uses_loan(self, number: int) -> None:
+        """The extension answers: what is free is locked, and what is held unlocked."""
+        client = self.clients[number]
+        wanted = client.mode if client.phase == "free" else None
+        assert self.extension is not None
+        assert self.extension.use(number + 1, number + 1, wanted, pid=0)
+        if wanted is None:
+            client.phase = "free"
+        else:
+            self._got(client, held=True)
+
+    def _closes(self, number: int) -> None:
         self.locks.released(number + 1)
         self.clients[number].phase = "done"
 
@@ -255,6 +298,12 @@ class Node:
     def _lapses(self) -> None:
         """The lease is over by the node's own clock, whatever the node does now."""
         self.backend.lapsed = True
+        self._loans_end()
+
+    def _loans_end(self) -> None:
+        """The lease as it was when they were made; where it was renewed since, it goes on."""
+        if self.extension is not None:
+            self.extension.later(LEASE)
 
     def _loses(self) -> None:
         """The keeper has noticed (safefs.daemon, `_on_lost`)."""
@@ -262,9 +311,23 @@ class Node:
         self.names.lose()
         fenced = self.locks.lose()
         for number, client in enumerate(self.clients):
-            if client.phase == "holding":
+            if client.phase in HOLDS:
                 assert number + 1 in fenced, "a lock is lost, and its holder is not told"
-                client.phase = "fenced"
+                client.phase = "fenced" if client.waiting is None else "asking"
+
+    def view(self) -> View:
+        numbers = range(len(self.clients))
+        return View(
+            name=self.backend.node,
+            lapsed=self.backend.lapsed,
+            joined=self.joined,
+            phases=tuple(client.phase for client in self.clients),
+            calls=tuple(sorted((at, call) for at, (_, call) in self.tasks.waiting.items())),
+            poked=any(name.poke.is_set() for name in self.names._names.values()),
+            turns=tuple(client.turns for client in self.clients),
+            lent=tuple(at for at in numbers if self.extension is not None and self.extension.answers(at + 1, at + 1)),
+            too_late=self.too_late,
+        )
 
     def _joins(self) -> None:
         """The keeper has a new lease (`_on_joined`)."""
@@ -282,12 +345,15 @@ class View(NamedTuple):
     phases: tuple[str, ...]
     calls: tuple[tuple[int, Call], ...]
     poked: bool  # something has come that a pause ends with
+    turns: tuple[int, ...]  # of each client
+    lent: tuple[int, ...]  # clients whom the extension answers
+    too_late: bool
 
 
 @contextmanager
 def without_an_event_loop() -> Iterator[None]:
     """Within it the code can run that a table is filled with."""
-    with mock.patch.object(trio, "sleep", no_sleep), mock.patch.object(module, "boottime", return_value=0.0):
+    with mock.patch.object(trio, "sleep", sleep), mock.patch.object(module, "boottime", return_value=0.0):
         logging.disable(logging.WARNING)
         try:
             yield
@@ -298,8 +364,14 @@ def without_an_event_loop() -> Iterator[None]:
 class Table:
     """What a node does: its states are numbers, 0 is the first."""
 
-    def __init__(self, name: str, clients: str, names: type[SearchedNames] = SearchedNames) -> None:
-        self._make = lambda: Node(name, clients, names)
+    def __init__(
+        self,
+        name: str,
+        clients: str,
+        names: type[SearchedNames] = SearchedNames,
+        extension: type[Extension] = Extension,
+    ) -> None:
+        self._make = lambda: Node(name, clients, names, extension)
         self.views: list[View] = []
         self._histories: list[tuple[int, Input] | None] = []
         self._numbers: dict[Hashable, int] = {}
@@ -330,10 +402,7 @@ class Table:
     def _add(self, node: Node, came: tuple[int, Input] | None) -> int:
         number = self._numbers.setdefault(freeze(node), len(self.views))
         if number == len(self.views):
-            calls = tuple(sorted((at, call) for at, (_, call) in node.tasks.waiting.items()))
-            phases = tuple(client.phase for client in node.clients)
-            poked = any(name.poke.is_set() for name in node.names._names.values())
-            self.views.append(View(node.backend.node, node.backend.lapsed, node.joined, phases, calls, poked))
+            self.views.append(node.view())
             self._histories.append(came)
         node.tasks.close()
         return number

@@ -3,8 +3,6 @@ outcomes with a lender and without."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import hypothesis
 import hypothesis.strategies as st
 import pytest
@@ -12,31 +10,10 @@ import trio
 
 from safefs.locks import Alone, Lender, Locks
 from safefs.locktable import Held, Kind, Lock, Mode, NameLocks, Owner
+from tests.support.lending import Extension
 
 NAMES = ["1/a.lock", "1/b.lock"]
 HANDLES = range(5)  # each is on one name, and an open file of its own: its owner has the number of the handle
-
-
-@dataclass
-class Extension:
-    """Answers as the C extension does (safefs/fuse/loans.c)."""
-
-    loans: dict[int, tuple[int, Held]] = field(default_factory=dict)
-    answered: int = 0
-
-    def lend_lock(self, number: int, owner: int, held: Held, until: float) -> bool:
-        self.loans[number] = owner, held
-        return True
-
-    def take_lock_back(self, number: int) -> Held:
-        return self.loans.pop(number)[1]
-
-    def use(self, number: int, mode: Mode | None, pid: int) -> bool:
-        if number not in self.loans:
-            return False
-        self.loans[number] = self.loans[number][0], Held(mode, pid)
-        self.answered += 1
-        return True
 
 
 class Party:
@@ -44,6 +21,7 @@ class Party:
 
     def __init__(self, extension: Extension | None) -> None:
         self.extension = extension
+        self.answered = 0  # by the extension
         self.locks = Locks(Alone("node"), extension)
         self.waiting: set[int] = set()  # handles of clients that do not ask for anything else meanwhile
 
@@ -52,7 +30,8 @@ class Party:
 
     def flock(self, handle: int, mode: Mode | None, *, may_wait: bool) -> str:
         """What the request comes to, as locking.py and operations.py have it done."""
-        if self.extension is not None and self.extension.use(handle, mode, pid=handle):
+        if self.extension is not None and self.extension.use(handle, handle, mode, pid=handle):
+            self.answered += 1
             return "done"
         key, owner = self.key(handle), Owner(self.locks.node, handle)
         if mode is None:
@@ -93,8 +72,7 @@ requests = st.tuples(
 
 def compare(plan: list[Request]) -> int:
     """Both parties get the same requests; how many of them were answered by the extension."""
-    extension = Extension()
-    lent, kept = Party(extension), Party(None)
+    lent, kept = Party(Extension()), Party(None)
     for action, handle, mode, may_wait in plan:
         if action == "look":
             assert lent.state() == kept.state()
@@ -109,7 +87,7 @@ def compare(plan: list[Request]) -> int:
             lent.waiting = set(kept.waiting)
     assert lent.state() == kept.state()
     assert lent.locks.counts() == kept.locks.counts()
-    return extension.answered
+    return lent.answered
 
 
 @hypothesis.given(plan=st.lists(requests, max_size=40))
@@ -148,7 +126,7 @@ def test_a_lost_lease_ends_loans() -> None:
     for handle in (0, 1):
         party.flock(handle, Mode.EXCLUSIVE, may_wait=True)
     party.flock(0, None, may_wait=True)
-    assert extension.answered == 1
+    assert party.answered == 1
     assert party.locks.lose() == {1}
     assert not extension.loans
 

@@ -723,3 +723,23 @@ def test_who_gives_a_name_back_does_not_take_it_again_at_once() -> None:
             nursery.cancel_scope.cancel()
 
     play(scenario, Distant, 2)
+
+
+def test_nothing_is_granted_after_the_lease() -> None:
+    """Not of a name that is delegated to the node either, and whoever asks meanwhile gets it under the next lease."""
+
+    async def scenario(nodes: list[Node]) -> None:
+        one, two, _ = nodes
+        assert await one.acquire("name", 1, Mode.EXCLUSIVE)
+        await one.release("name", 1)
+        await one.backend.leave()  # what it has not noticed yet
+        with trio.move_on_after(10) as scope:
+            await one.acquire("name", 1, Mode.EXCLUSIVE)
+        assert scope.cancelled_caught
+        assert await two.acquire("name", 1, Mode.EXCLUSIVE)
+        await two.release("name", 1)
+        one.names.lose()
+        await one.backend.join()
+        assert await one.acquire("name", 1, Mode.EXCLUSIVE)
+
+    play(scenario, MemoryBackend)
