@@ -352,7 +352,7 @@ class Files:
         How long is told by the filesystem's clock: it made the files of this node just now.
         """
         now = os.stat(self._path("nodes", node, "process")).st_ctime
-        for other in os.listdir(self._path("nodes")):
+        for other in self._listed(self._path("nodes")):
             home, heartbeat = self._path("nodes", other), self.heartbeat(other)
             with suppress(OSError):
                 if heartbeat not in (None, ENDED) and self.has_died(other):
