@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from safefs.verdict import FILE, STATE_NAME
+from safefs.verdict import STATE_NAME, read
 from tests.cluster.conftest import LAB, SMALL_LAB
 from tests.cluster.counting import Count
 from tests.cluster.hosts import Node
@@ -94,7 +94,8 @@ def test_a_probe_of_both_and_what_native_makes_of_it(clients: Views, tmp_path: P
         assert found["rename has one winner"]["good"] is True
         for kind in ("flock", "fcntl", "OFD"):
             assert found[f"{kind} excludes"]["good"] is LOCKS_EXCLUDE[NAME], kind
-    assert json.loads((clients[0] / STATE_NAME / FILE).read_text())["excludes"] is LOCKS_EXCLUDE[NAME]
+    verdict = read(clients[0] / STATE_NAME)
+    assert verdict is not None and verdict.excludes is LOCKS_EXCLUDE[NAME]
     (tmp_path / "mnt").mkdir()
     mounted = safefs("mount", clients[0], tmp_path / "mnt", "-o", "locks=native")
     assert (mounted.returncode == 0) is LOCKS_EXCLUDE[NAME]
