@@ -24,6 +24,7 @@ import shlex
 import socket
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from safefs.family import REFUSED, Mounted, Reach
 
 FORMAT = 1
 FILE = "probe.json"
+READ_SECONDS, AGAIN_SECONDS = 3.0, 0.05  # clients remember for a second which inode a name shows
 STATE_NAME = ".safefs"  # below the backing directory, where -o state= names no other
 OFD_EXCLUDES = "OFD excludes"
 
@@ -108,11 +110,29 @@ def write(state: Path, verdict: Verdict) -> Path:
 
 
 def read(state: Path) -> Verdict | None:
-    """The verdict on record.  Raises OSError and ValueError."""
-    try:
-        return Verdict.from_json(json.loads((state / FILE).read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        return None
+    """The verdict on record.  Raises OSError and ValueError.
+
+    A client that remembers which inode the name showed before another replaced it has no such file, for a while
+    (JuiceFS), or a stale one: what is listed and not there is looked for again.
+    """
+    deadline = time.monotonic() + READ_SECONDS
+    while True:
+        try:
+            return Verdict.from_json(json.loads((state / FILE).read_text(encoding="utf-8")))
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ESTALE):
+                raise
+            if not _is_listed(state):
+                return None
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(AGAIN_SECONDS)
+
+
+def _is_listed(state: Path) -> bool:
+    with suppress(FileNotFoundError):
+        return FILE in os.listdir(state)
+    return False
 
 
 def probe_command(backing: Path, state: Path) -> str:

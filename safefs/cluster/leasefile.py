@@ -25,7 +25,6 @@ it takes to see that a node is gone.
 from __future__ import annotations
 
 import errno
-import glob
 import hashlib
 import json
 import os
@@ -318,14 +317,34 @@ class Files:
         return bool(identity) and self._has_died(identity)
 
     def all_names(self) -> list[str]:
-        names = []
-        for directory in os.listdir(self._path("names")):
-            for path in glob.glob(self._path("names", directory, DATA + "*")):
-                with suppress(OSError, ValueError, KeyError):
-                    with open(path, encoding="utf-8") as file:
-                        names.append(str(json.load(file)["name"]))
-                    break
-        return names
+        """Those of which anything is on record."""
+        home = self._path("names")
+        self._look_anew(home)
+        found = (self._name_of(f"{home}/{directory}") for directory in self._listed(home))
+        return [name for name in found if name is not None]
+
+    def _name_of(self, home: str) -> str | None:
+        """What a directory is about.
+
+        Data that are listed can be gone, and what came in their place is not in a listing that a client remembers.
+        """
+        for attempt in range(LIST_ATTEMPTS):
+            if attempt:
+                self._look_anew(home)
+            data = [entry for entry in self._listed(home) if entry.startswith(DATA)]
+            if attempt and not data:
+                return None
+            for entry in data:
+                with suppress(OSError, ValueError, KeyError), open(f"{home}/{entry}", encoding="utf-8") as file:
+                    return str(json.load(file)["name"])
+        return None
+
+    @staticmethod
+    def _listed(directory: str) -> list[str]:
+        """What is in a directory, if it is there, but for what a client is made to look anew by."""
+        with suppress(FileNotFoundError):
+            return [entry for entry in os.listdir(directory) if not entry.startswith(LOOK)]
+        return []
 
     def tidy_up(self, node: str) -> None:
         """End the nodes whose processes have died; remove what is left of nodes that ended long ago.
@@ -333,7 +352,7 @@ class Files:
         How long is told by the filesystem's clock: it made the files of this node just now.
         """
         now = os.stat(self._path("nodes", node, "process")).st_ctime
-        for other in os.listdir(self._path("nodes")):
+        for other in self._listed(self._path("nodes")):
             home, heartbeat = self._path("nodes", other), self.heartbeat(other)
             with suppress(OSError):
                 if heartbeat not in (None, ENDED) and self.has_died(other):

@@ -185,7 +185,7 @@ class LockedFiles(Files):
     def unlocked(self) -> dict[str, str]:
         """Nodes on other clients whose locks look free from here, not known to be dead, and their heartbeats."""
         found = {}
-        for node in os.listdir(self._path("nodes")):
+        for node in self._listed(self._path("nodes")):
             # The heartbeat first: a node that ends meanwhile unlocks after that.
             heartbeat = self.heartbeat(node)
             if heartbeat not in (None, ENDED) and self._looks_free(node) and not self.has_died(node):

@@ -17,6 +17,7 @@ import pytest
 from tests.cluster.conftest import CALM_LEASE, Cluster
 from tests.cluster.counting import Count
 from tests.cluster.hosts import Node
+from tests.cluster.test_exclusion import shown
 from tests.mount.actors import Actor
 from tests.mount.test_locks import BLOCK, BLOCKED, RELEASE, TRY, opened
 from tests.support.mounting import status, wait_until
@@ -111,6 +112,22 @@ def test_what_grows_under_a_lock(nodes_of: Cluster, parties: Make, kind: str) ->
         assert writer("os.fstat(fd).st_size") == len(seen)
         writer("os.pwrite(fd, b'line\\n', os.fstat(fd).st_size)")
         writer(RELEASE[kind])
+
+
+@everywhere
+def test_the_locks_of_all_are_shown(nodes_of: Cluster, parties: Make) -> None:
+    """`safefs locks` on each node, also where its client has listed what there was before."""
+    nodes = nodes_of.make(2, lease=CALM_LEASE)
+    one, two = parties(), parties()
+    opened(one, nodes[0] / "data")
+    opened(two, nodes[1] / "data")
+    assert [shown(node.mount) for node in nodes] == [[], []]
+    for holder, other in ((one, two), (two, one), (one, two)):
+        holder(BLOCK["flock"])
+        assert other.errno(TRY["flock"]) in BLOCKED  # now it is on record
+        held = [("data", "flock", "held", holder.pid)]
+        assert [shown(node.mount) for node in nodes] == [held, held]
+        holder(RELEASE["flock"])
 
 
 @of("attributes that are kept")

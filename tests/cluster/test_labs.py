@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from safefs.verdict import FILE, STATE_NAME
+from safefs.verdict import STATE_NAME, read
 from tests.cluster.conftest import LAB, SMALL_LAB
 from tests.cluster.counting import Count
 from tests.cluster.hosts import Node
@@ -25,8 +25,10 @@ from tests.support.mounting import safefs, safefs_command, status, wait_until
 
 NAME = LAB or SMALL_LAB
 LOCKS_EXCLUDE = {"sshfs": False, "moosefs-nolocks": False, "gluster": True, "juicefs": True, "moosefs": True}
+KEEP_BYTES = ("gluster",)  # that were written through a client, whatever others write later
 SECONDS = 60.0
 FILES = 5
+TURNS = 30
 
 
 def test_what_is_chosen(clients: Views, make_mount: MountFactory) -> None:
@@ -48,6 +50,33 @@ def test_what_is_published_on_one_node_is_there_on_the_other(clients: Views, mak
             os.replace(temporary, one / name)
             assert content(one / name) == data
             assert wait_until(lambda name=name, data=data: content(two / name) == data, SECONDS), name
+
+
+def stale_reads(one: Path, two: Path) -> int:
+    """How often a file is not what was last written to it, in turn on one and the other, when the writer has closed it.
+
+    Bytes of one size, and a file that grows.
+    """
+    stale = 0
+    for turn in range(TURNS):
+        writer, reader = (one, two) if turn % 2 else (two, one)
+        for name, data in (("place.db", b"%020d" % turn), ("grows.db", b"x" * (turn + 1))):
+            fd = os.open(writer / name, os.O_RDWR | os.O_CREAT)
+            os.read(fd, TURNS)
+            os.pwrite(fd, data, 0)
+            os.close(fd)
+            stale += content(reader / name) != data
+    return stale
+
+
+def test_what_is_written_in_place_is_there_for_who_opens_it(clients: Views, make_mount: MountFactory) -> None:
+    """Without a lock."""
+    one, two = (make_mount(backing=view) for view in clients)
+    assert stale_reads(one.path, two.path) == 0
+
+
+def test_control_bytes_that_a_client_keeps(clients: Views) -> None:
+    assert (stale_reads(*clients) > 0) is (NAME in KEEP_BYTES)
 
 
 def test_control_the_bare_locks(clients: Views, parties: Callable[[], Actor]) -> None:
@@ -94,7 +123,8 @@ def test_a_probe_of_both_and_what_native_makes_of_it(clients: Views, tmp_path: P
         assert found["rename has one winner"]["good"] is True
         for kind in ("flock", "fcntl", "OFD"):
             assert found[f"{kind} excludes"]["good"] is LOCKS_EXCLUDE[NAME], kind
-    assert json.loads((clients[0] / STATE_NAME / FILE).read_text())["excludes"] is LOCKS_EXCLUDE[NAME]
+    verdict = read(clients[0] / STATE_NAME)
+    assert verdict is not None and verdict.excludes is LOCKS_EXCLUDE[NAME]
     (tmp_path / "mnt").mkdir()
     mounted = safefs("mount", clients[0], tmp_path / "mnt", "-o", "locks=native")
     assert (mounted.returncode == 0) is LOCKS_EXCLUDE[NAME]

@@ -607,3 +607,18 @@ def test_a_node_that_was_listed_while_it_was_being_made(tmp_path: Path, monkeypa
     monkeypatch.setattr(module.os, "listdir", lambda path: kept.get(path) or real_list(path))
     monkeypatch.setattr(mine, "_look_anew", look_anew)
     assert mine.heartbeat("node") == "0"
+
+
+@pytest.mark.parametrize("native_too", [False, True])
+def test_what_clients_are_made_to_look_anew_by_is_no_node(native_too: bool, tmp_path: Path) -> None:
+    """A node that died between making and removing it leaves it there."""
+
+    async def scenario() -> None:
+        await leasefile(tmp_path).join()
+        for part in ("nodes", "names"):
+            (tmp_path / part / f"{module.LOOK}0123abcd").touch()
+        one = native(tmp_path) if native_too else leasefile(tmp_path)
+        await one.join()
+        assert await one.all_names() == []
+
+    trio.run(scenario)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import threading
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from safefs import verdict
 from safefs.errors import SafefsError
 from safefs.family import Mounted
 from safefs.verdict import FILE, OFD_EXCLUDES, Client, Verdict, probe_command, read, why_native, write
@@ -71,6 +73,19 @@ def test_a_node_with_other_mount_options(tmp_path: Path, option: str) -> None:
 def test_what_is_no_verdict(tmp_path: Path, text: str) -> None:
     (tmp_path / FILE).write_text(text)
     assert "cannot be read" in refusal(tmp_path) and RUN in refusal(tmp_path)
+
+
+def test_one_that_is_listed_and_not_there_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a client that remembers the inode from before another replaced the file."""
+    write(tmp_path / "fresh", GOOD)
+    (tmp_path / FILE).symlink_to("current")
+    arrives = threading.Timer(0.2, (tmp_path / "fresh" / FILE).rename, [tmp_path / "current"])
+    arrives.start()
+    assert read(tmp_path) == GOOD
+    arrives.join()
+    monkeypatch.setattr(verdict, "READ_SECONDS", 0.0)
+    (tmp_path / "current").unlink()
+    assert "cannot be read" in refusal(tmp_path)
 
 
 def test_the_client_is_the_superblock() -> None:
