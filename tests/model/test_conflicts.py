@@ -190,7 +190,6 @@ def interleave(parties: Parties, examples: int) -> None:
 
     @settings(
         max_examples=examples,
-        deadline=None,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
     )
     @given(plan=plans)

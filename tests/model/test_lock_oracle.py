@@ -112,7 +112,6 @@ def test_answers_are_the_kernels(count: int, name: str, parties: list[Actor], ma
 
     @settings(
         max_examples=EXAMPLES,
-        deadline=None,
         database=None,
         phases=[Phase.generate, Phase.shrink],
         suppress_health_check=list(HealthCheck),

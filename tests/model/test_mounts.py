@@ -634,7 +634,6 @@ def run(machine: type[OneMount], setup: Setup) -> None:
         settings=settings(
             max_examples=EXAMPLES,
             stateful_step_count=STEPS,
-            deadline=None,
             database=None,
             derandomize=not AT_LENGTH,
             # Looking for a smaller failure takes minutes, in which the time of a normal run is over.

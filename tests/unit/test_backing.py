@@ -384,7 +384,7 @@ def test_a_copy_works_where_holes_cannot_be_asked_for(
     assert os.pread(target, len(data) + 1, 0) == data
 
 
-@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     extents=st.lists(st.tuples(st.integers(0, 300_000), st.binary(min_size=1, max_size=50)), max_size=5),
     size=st.integers(0, 400_000),

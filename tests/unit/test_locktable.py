@@ -64,7 +64,7 @@ def kernel_lock(fd: int, command: int, step: Step, mode: Mode | None) -> tuple[i
     return kind, first, OFFSET_MAX if length == 0 else first + length - 1
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(st.lists(steps(), max_size=25))
 def test_record_locks_are_the_kernels(file: Path, plan: list[Step]) -> None:
     """The same requests succeed, and each byte is locked alike after every one of them."""
@@ -109,7 +109,7 @@ def test_the_first_of_several_conflicts_is_named() -> None:
     assert (found.first, found.last) == (5, 6)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.lists(st.tuples(st.integers(0, OWNERS - 1), st.sampled_from([*Mode, None])), max_size=20))
 def test_flock_is_the_kernels(file: Path, plan: list[tuple[int, Mode | None]]) -> None:
     """Conversions included: one that fails loses the lock that it was to replace."""
@@ -265,7 +265,7 @@ def test_a_node_that_is_gone(queue: Queue) -> None:
     assert queue.table.waiting == []
 
 
-@settings(deadline=None, max_examples=400)
+@settings(max_examples=400)
 @given(st.lists(st.tuples(steps(), st.booleans()), max_size=30), st.sampled_from(Kind))
 def test_nobody_is_forgotten(plan: list[tuple[Step, bool]], kind: Kind) -> None:
     """No two hold what conflicts, whoever waits waits for somebody, and at the end all have had their locks.

@@ -40,7 +40,7 @@ def plain(_name: bytes, _directory: bytes) -> Policy:
     return Policy()
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(tree=trees)
 def test_a_walk_can_go_on_from_anywhere(tree: set[tuple[bytes, ...]], tmp_path: Path) -> None:
     root = tmp_path / "tree"
