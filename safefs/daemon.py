@@ -39,7 +39,7 @@ from safefs.files import Files
 from safefs.filesystem import DIRECTORY_ATTR_SECONDS, FileSystem
 from safefs.fuse import mount
 from safefs.fuse.operations import Operations
-from safefs.hot import Cold, Hot, doubtful_globs
+from safefs.hot import Cold, Hot, doubtful_globs, locks_answered
 from safefs.identity import DAEMON, SERVICE, Identities
 from safefs.inplace import InPlace
 from safefs.lease import Terms
@@ -212,6 +212,7 @@ class Daemon:
             cluster,
             host_identity(),
             lambda identity: self.identities.call(DAEMON, known_dead, identity) is True,
+            locks_answered,
             self._as_service,
         )
         if backend is None:

@@ -16,6 +16,8 @@ from safefs.rules import NameClass, RuleSet
 
 Stamp = tuple[int, int]  # size and mtime_ns
 
+LOCK_OPCODES = (32, 33)  # FUSE_SETLK and FUSE_SETLKW
+
 TYPE_MODES = {fcntl.F_RDLCK: Mode.SHARED, fcntl.F_WRLCK: Mode.EXCLUSIVE}
 MODE_TYPES = {mode: number for number, mode in TYPE_MODES.items()}
 
@@ -42,6 +44,12 @@ class Born(NamedTuple):
 
 
 NOTHING = Settled(0, None, False)
+
+
+def locks_answered() -> int:
+    """How many lock requests the extension has answered."""
+    answered = native.hot_counters()["answered"]
+    return sum(answered.get(opcode, 0) for opcode in LOCK_OPCODES)
 
 
 class Cold:

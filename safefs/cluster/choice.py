@@ -5,11 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import ssl
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safefs.cluster.backend import Act, HasDied, LockBackend, ProcessIdentity, plainly
-from safefs.cluster.leasefile import LeasefileBackend
+from safefs.cluster.leasefile import LeasefileBackend, Site
 from safefs.cluster.ofd import NativeBackend
 from safefs.config import ETCD_SCHEME, Settings
 from safefs.errors import SafefsError
@@ -27,12 +28,13 @@ def lock_backend(
     cluster: str,
     identity: ProcessIdentity,
     has_died: HasDied,
+    uses: Callable[[], int],
     act: Act = plainly,
 ) -> LockBackend | None:
     """What is shared with other nodes; None for a mount that shares nothing.
 
     `directory` is where lease files go, in a state directory that is there, and `cluster` what all nodes on the backing
-    directory call themselves together; `act` is for lease files.
+    directory call themselves together; `uses` and `act` are for lease files (leasefile.Site).
     """
     terms = Terms(settings.lease_seconds)
     if settings.locks == "memory" or settings.read_only:
@@ -43,11 +45,8 @@ def lock_backend(
         prefix = settings.etcd_prefix or f"/safefs/{cluster}"
         return EtcdBackend(etcd_access(settings), prefix, terms, identity, has_died)
     mounted = act(mounted_at, directory.parent)
-    stale = mounted.caches_listings
-    if settings.locks == "native":
-        client = Client.here(mounted)
-        return NativeBackend(os.fspath(directory), terms, identity, has_died, client.id, act, stale_listings=stale)
-    return LeasefileBackend(os.fspath(directory), terms, identity, has_died, act, stale_listings=stale)
+    site = Site(os.fspath(directory), terms, identity, has_died, uses, act, mounted.caches_listings)
+    return NativeBackend(site, Client.here(mounted).id) if settings.locks == "native" else LeasefileBackend(site)
 
 
 def etcd_access(settings: Settings) -> Access:

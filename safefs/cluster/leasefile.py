@@ -32,6 +32,7 @@ import re
 import secrets
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -399,57 +400,56 @@ class Files:
         return names
 
 
+@dataclass(frozen=True)
+class Site:
+    """Where lease files are, and who works with them."""
+
+    root: str
+    terms: Terms
+    identity: ProcessIdentity
+    has_died: HasDied
+    uses: Callable[[], int]  # how often names may have been used that no `expect_notices` tells of: a count
+    act: Act = plainly
+    stale_listings: bool = False  # clients may go on listing what a directory had before
+
+
 class LeasefileBackend:
     """One node's view (backend.LockBackend)."""
 
     tells_changes = False
 
-    def __init__(
-        self,
-        root: str,
-        terms: Terms,
-        identity: ProcessIdentity,
-        has_died: HasDied,
-        act: Act = plainly,
-        *,
-        stale_listings: bool = False,
-    ) -> None:
-        """`stale_listings`: clients may go on listing what a directory had before."""
-        self._root = root
-        self._act = act
-        self._identity = identity
-        self._has_died = has_died
-        self._stale_listings = stale_listings
-        self._terms = terms
+    def __init__(self, site: Site) -> None:
+        self._site = site
         self._limiter = trio.CapacityLimiter(MAX_THREADS)
-        self._sightings = Sightings(self._terms)
-        self._lease = OwnLease(self._terms)
+        self._sightings = Sightings(site.terms)
+        self._lease = OwnLease(site.terms)
         self._files: Files | None = None
         self._count = 0
         self._wanted: list[str] = []
         self._used = float("-inf")  # when a name that is delegated to this node was used last
+        self._uses = site.uses()  # as counted when it was last looked for notices
         self._expecting = trio.Event()  # one has been used since it was last looked for notices
         self.node = ""
 
     def _open(self) -> Files:
-        return Files(self._root, self._identity, self._has_died)
+        return Files(self._site.root, self._site.identity, self._site.has_died)
 
     async def _call(self, function: Callable[..., T], *arguments: Any) -> T:
         """In a thread; BackendError for whatever goes wrong, also where there is no answer in time."""
         try:
             with trio.fail_after(CALL_SECONDS):
                 return await trio.to_thread.run_sync(
-                    self._act, function, *arguments, abandon_on_cancel=True, limiter=self._limiter
+                    self._site.act, function, *arguments, abandon_on_cancel=True, limiter=self._limiter
                 )
         except trio.TooSlowError:
-            raise BackendError(f"{self._root} does not answer") from None
+            raise BackendError(f"{self._site.root} does not answer") from None
         except (OSError, ValueError, KeyError) as error:
-            raise BackendError(f"{self._root}: {error}") from None
+            raise BackendError(f"{self._site.root}: {error}") from None
 
     @property
     def files(self) -> Files:
         if self._files is None:
-            raise BackendError(f"{self._root} is not in use yet")
+            raise BackendError(f"{self._site.root} is not in use yet")
         return self._files
 
     # --------------------------------------------------------------- leases
@@ -505,7 +505,7 @@ class LeasefileBackend:
 
     def _read(self, name: str) -> Stored:
         """Not an older record than this node has seen or written: what is missing there would be taken for granted."""
-        if self._stale_listings:
+        if self._site.stale_listings:
             self.files.refresh(name)
         return self.files.read(name)
 
@@ -525,13 +525,14 @@ class LeasefileBackend:
             await self._call(self.files.remove_leftovers, name, data)
             self._sightings.forget({key})
         else:
-            raise BackendError(f"{self._root}: {key} holds data without a state; should it stay so, they are removed")
+            what = f"{key} holds data without a state; should it stay so, they are removed"
+            raise BackendError(f"{self._site.root}: {what}")
 
     async def is_current(self, name: str, stored: Stored) -> bool:
         return await self._call(self.files.is_current, name, stored)
 
     def follow(self, name: str) -> Following:
-        return Following(name, self.files, self._call, stale_listings=self._stale_listings)
+        return Following(name, self.files, self._call, stale_listings=self._site.stale_listings)
 
     async def all_names(self) -> list[str]:
         return await self._call(self.files.all_names)
@@ -554,7 +555,7 @@ class LeasefileBackend:
     async def next_notice(self) -> str:
         while not self._wanted:
             self._expecting = trio.Event()
-            self._wanted = await self._call(partial(self.files.notices, self.node, anew=self._stale_listings))
+            self._wanted = await self._call(partial(self.files.notices, self.node, anew=self._site.stale_listings))
             if not self._wanted:
                 await self._pause_for_notices()
         return self._wanted.pop(0)
@@ -562,10 +563,14 @@ class LeasefileBackend:
     async def _pause_for_notices(self) -> None:
         """They are looked for soon after a name was used here, and ever less often when none is.
 
-        So others wait for a name at most a tenth longer than it has not been used, and half a second in any case.
+        So others wait for a name at most a tenth longer than it has not been used, and half a second in any case.  Uses
+        that are only counted are noticed at a look, and do not make for one.
         """
         shortest, longest = NOTICE_SECONDS
         await trio.sleep(shortest)
+        uses = self._site.uses()
+        if uses != self._uses:
+            self._uses, self._used = uses, trio.current_time()
         with trio.move_on_after(min(NOTICE_SHARE * (trio.current_time() - self._used), longest)):
             await self._expecting.wait()
 

@@ -40,8 +40,8 @@ from contextlib import contextmanager, suppress
 import trio
 import xxhash
 
-from safefs.cluster.backend import Act, BackendError, HasDied, LeaseLostError, ProcessIdentity, plainly
-from safefs.cluster.leasefile import ENDED, Files, LeasefileBackend
+from safefs.cluster.backend import BackendError, HasDied, LeaseLostError, ProcessIdentity
+from safefs.cluster.leasefile import ENDED, Files, LeasefileBackend, Site
 from safefs.lease import Terms, boottime
 
 log = logging.getLogger(__name__)
@@ -210,23 +210,14 @@ class NativeBackend(LeasefileBackend):
 
     _locked: LockedFiles
 
-    def __init__(
-        self,
-        root: str,
-        terms: Terms,
-        identity: ProcessIdentity,
-        has_died: HasDied,
-        client: str,
-        act: Act = plainly,
-        *,
-        stale_listings: bool = False,
-    ) -> None:
+    def __init__(self, site: Site, client: str) -> None:
         """`client` is which client of the backing this is: the same for all nodes on it, and no other's."""
-        super().__init__(root, terms, identity, has_died, act, stale_listings=stale_listings)
+        super().__init__(site)
         self._client = client
 
     def _open(self) -> Files:
-        self._locked = LockedFiles(self._root, self._identity, self._has_died, self._terms, self._client)
+        site = self._site
+        self._locked = LockedFiles(site.root, site.identity, site.has_died, site.terms, self._client)
         return self._locked
 
     async def join(self) -> None:
@@ -245,7 +236,7 @@ class NativeBackend(LeasefileBackend):
     async def _contradiction(self) -> str:
         """A node that lives and whose lock looks free; empty when there is none."""
         first = await self._call(self._locked.unlocked)
-        pause = WITNESS_RENEWALS * self._terms.renew_seconds / LOOKS
+        pause = WITNESS_RENEWALS * self._site.terms.renew_seconds / LOOKS
         for _ in range(LOOKS if first else 0):
             await trio.sleep(pause)
             now = await self._call(self._locked.unlocked)

@@ -20,6 +20,7 @@ import pytest
 
 from safefs.locking import PATIENCE_SECONDS
 from tests.cluster.conftest import CALM_LEASE, Cluster
+from tests.cluster.hosts import Node
 from tests.mount.actors import Actor
 from tests.mount.test_locks import BLOCK, BLOCKED, RELEASE, TRY, opened
 from tests.support.mounting import Mount, safefs, status, wait_until
@@ -149,13 +150,19 @@ def test_control_mounts_that_share_nothing_overlap(unshared: Cluster, parties: M
     assert overlaps(nodes, parties, kind, tmp_path, 1200, together=False) > 0
 
 
+def one_on_each(cluster: Cluster, parties: Make) -> tuple[list[Node], Actor, Actor]:
+    """Two nodes, and a process on each, with the same file open."""
+    nodes = cluster.make(2, lease=CALM_LEASE)
+    one, two = parties(), parties()
+    for process, node in zip((one, two), nodes, strict=True):
+        opened(process, node / "data")
+    return nodes, one, two
+
+
 @kinds
 def test_a_lock_of_another_node(cluster: Cluster, parties: Make, kind: str) -> None:
     """Refused, waited for, and handed over when its holder is killed."""
-    nodes = cluster.make(2, lease=CALM_LEASE)
-    one, two = parties(), parties()
-    opened(one, nodes[0] / "data")
-    opened(two, nodes[1] / "data")
+    _, one, two = one_on_each(cluster, parties)
     one(TRY[kind])
     assert two.errno(TRY[kind]) in BLOCKED
     two.start(BLOCK[kind])
@@ -248,10 +255,7 @@ def test_two_of_one_node_that_would_wait_for_each_other(cluster: Cluster, partie
 
 def test_a_child_passes_those_of_another_node_that_wait_for_its_parent(cluster: Cluster, parties: Make) -> None:
     """As on one node: it is one that the parent, who holds a shared lock, waits for."""
-    nodes = cluster.make(2, lease=CALM_LEASE)
-    parent, far = parties(), parties()
-    opened(parent, nodes[0] / "data")
-    opened(far, nodes[1] / "data")
+    nodes, parent, far = one_on_each(cluster, parties)
     parent("flock(fd, LOCK_SH)")
     far.start("flock(fd, LOCK_EX)")
     assert wait_until(lambda: status(nodes[1].mount)["locks"]["waiting"] == 1, START_SECONDS)
@@ -265,10 +269,7 @@ def test_a_child_passes_those_of_another_node_that_wait_for_its_parent(cluster: 
 
 
 def test_a_waiter_on_another_node_can_be_interrupted(cluster: Cluster, parties: Make) -> None:
-    nodes = cluster.make(2, lease=CALM_LEASE)
-    one, two = parties(), parties()
-    opened(one, nodes[0] / "data")
-    opened(two, nodes[1] / "data")
+    _, one, two = one_on_each(cluster, parties)
     one(TRY["flock"])
     two.start(BLOCK["flock"])
     time.sleep(0.3)

@@ -18,7 +18,7 @@ from safefs.cluster.backend import BackendError, LeaseLostError, LockBackend, St
 from safefs.cluster.choice import etcd_access
 from safefs.cluster.etcd import EtcdBackend
 from safefs.cluster.etcd_client import Access
-from safefs.cluster.leasefile import LeasefileBackend
+from safefs.cluster.leasefile import LeasefileBackend, Site
 from safefs.cluster.memory import MemoryBackend, MemoryCluster
 from safefs.cluster.ofd import NativeBackend
 from safefs.cluster.record import NameRecord
@@ -44,14 +44,18 @@ class Cluster:
         return backend
 
 
-def leasefile(directory: str | Path, process: str = "", died: Container[str] = ()) -> LeasefileBackend:
+def site(directory: str | Path, process: str = "", died: Container[str] = (), uses: Callable[[], int] = int) -> Site:
     """A node that is known by the name of its process, and what it knows of others."""
-    return LeasefileBackend(str(directory), TERMS, {"process": process}, lambda identity: identity["process"] in died)
+    return Site(str(directory), TERMS, {"process": process}, lambda identity: identity["process"] in died, uses)
+
+
+def leasefile(directory: str | Path, process: str = "", died: Container[str] = ()) -> LeasefileBackend:
+    return LeasefileBackend(site(directory, process, died))
 
 
 def native(directory: str | Path) -> NativeBackend:
     """A node on a client of its own."""
-    return NativeBackend(str(directory), TERMS, {"process": ""}, lambda _identity: False, secrets.token_hex(4))
+    return NativeBackend(site(directory), secrets.token_hex(4))
 
 
 def access_of(server: Etcd) -> Access:
@@ -512,6 +516,7 @@ class Listener:
     """A node with lease files that listens for notices; all that takes time is waiting."""
 
     backend: LeasefileBackend
+    uses: list[None]  # one each, of those that are only counted
     looks: list[float] = field(default_factory=list)
     heard: list[float] = field(default_factory=list)
 
@@ -527,17 +532,21 @@ class Listener:
             await self.backend.next_notice()
             self.heard.append(trio.current_time())
 
-    async def use(self, seconds: float) -> None:
-        """A name that is delegated to it, again and again."""
+    async def use(self, seconds: float, *, lent: bool = False) -> None:
+        """A name that is delegated to it, again and again; `lent`: without a word, as the C extension does."""
         end = trio.current_time() + seconds
         while trio.current_time() < end:
-            self.backend.expect_notices()
-            await trio.sleep(0.001)
+            if lent:
+                self.uses.append(None)
+            else:
+                self.backend.expect_notices()
+            await trio.sleep(0.01 if lent else 0.001)
 
 
 def listening(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scenario: Callable[[Listener], Awaitable[None]]) -> None:
     async def main() -> None:
-        listener = Listener(leasefile(tmp_path))
+        uses: list[None] = []
+        listener = Listener(LeasefileBackend(site(tmp_path, uses=uses.__len__)), uses)
         await listener.backend.join()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(listener.listen)
@@ -577,6 +586,26 @@ def test_how_soon_a_notice_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             await trio.sleep(2)
             assert 0 <= listener.heard[-1] - sent <= most * 1.1
         assert len(listener.heard) == 10
+
+    listening(tmp_path, monkeypatch, scenario)
+
+
+def test_how_soon_a_notice_is_seen_of_a_name_that_is_lent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As soon as of one that Python serves; and nothing is looked for oftener when it is not used any more."""
+
+    async def scenario(listener: Listener) -> None:
+        await trio.sleep(100)
+        for step in range(10):
+            await listener.use(5 + step / 300, lent=True)
+            sent = trio.current_time()
+            await listener.backend.notify(listener.backend.node, "name")
+            await listener.use(1, lent=True)
+            assert 0 <= listener.heard[-1] - sent <= 0.021
+        assert len(listener.heard) == 10
+        await trio.sleep(10)
+        listener.looks.clear()
+        await trio.sleep(10)
+        assert len(listener.looks) <= 21
 
     listening(tmp_path, monkeypatch, scenario)
 

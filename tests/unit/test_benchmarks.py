@@ -29,7 +29,7 @@ from benchmarks.session import Plan, carry_out
 from benchmarks.systems import Place, System
 from benchmarks.targets import TARGETS, ratio_text, verdicts
 from benchmarks.turns import Turn, Value
-from safefs.cluster.leasefile import LeasefileBackend
+from safefs.cluster.leasefile import LeasefileBackend, Site
 from safefs.lease import Terms
 
 RATE = Figure("create", "Names", "creates files", "1/s")
@@ -348,7 +348,7 @@ class TestLocks:
             contend("flock", [str(tmp_path / "nosuch" / "lock")], 0.1)
 
     def test_a_swap_leaves_nothing(self, tmp_path: Path) -> None:
-        backend = LeasefileBackend(str(tmp_path), Terms(), {}, lambda _: False)
+        backend = LeasefileBackend(Site(str(tmp_path), Terms(), {}, lambda _: False, lambda: 0))
         assert trio.run(swap_seconds, backend, 0.0) > 0
         assert trio.run(backend.all_names) == []
 
