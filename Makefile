@@ -38,8 +38,8 @@ check:
 	.venv/bin/mypy
 	.venv/bin/lint-imports
 
-# The locks of several nodes on real shared filesystems, each with two clients on this machine: an hour.  LABS=gluster:
-# on that one alone.  rclone is refused, and has two probes instead.
+# The locks of several nodes on real shared filesystems, each with two clients on this machine: 40 minutes.
+# LABS=gluster: on that one alone.  rclone is refused, and has two probes instead.
 LABS = rclone sshfs gluster juicefs moosefs moosefs-nolocks
 ON_LABS = tests/cluster/test_labs.py tests/cluster/test_exclusion.py tests/cluster/test_faults.py
 test-labs:

@@ -8,7 +8,7 @@ import secrets
 import stat
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 
 import trio
@@ -437,8 +437,8 @@ class Files:
 
     async def read(self, number: int, offset: int, size: int) -> bytes:
         handle = self.fs.handle(number)
-        await self.fs.look_anew(handle)
-        async with self.fs.readable(handle) as fd:
+        in_place = handle.in_place and self.fs.is_shared
+        async with self.fs.reading_in_place(handle) if in_place else nullcontext(), self.fs.readable(handle) as fd:
             return await self.fs.backing.run(DAEMON, backing.read_full, fd, size, offset)
 
     @contextmanager

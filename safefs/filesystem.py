@@ -101,6 +101,7 @@ class Handle:
     fenced: bool = False  # what was locked through it may be another node's by now
     in_place: bool = False  # what is written goes into the version itself
     stale: bool = False  # the client may show through it what was there before a lock was another node's
+    renewal: trio.Event | None = None  # the end of its being opened anew
     error: int = 0  # of sending it, for the next close
 
 
@@ -134,6 +135,8 @@ class FileSystem:
         self.is_shared = False  # the backing filesystem has other clients, on other nodes
         # By node: handles through which something was written in place that the client may still keep to itself.
         self.unsent: defaultdict[int, set[int]] = defaultdict(set)
+        # By node: reads under way in place, each with its end; the client may remember what they bring.
+        self.reads: defaultdict[int, set[trio.Event]] = defaultdict(set)
         self.numbers_are_shared = True  # those of inodes: clients on all nodes see the same
         self.accepting = True  # False while the daemon drains: no new writers
         self.looks = Workers(LOOKS)
@@ -443,14 +446,43 @@ class FileSystem:
         return handle.fenced or self.locks.is_stale(handle.number)
 
     async def look_anew(self, handle: Handle) -> None:
-        """Have a handle that may be stale show what other nodes have left; within a request on it, so that it lives."""
+        """Have a handle that may be stale show what other nodes have left; within a request on it, so that it lives.
+
+        The client is told to forget what it remembers of the file when no read is under way that was begun before: it
+        does not forget what such a read is about to bring.
+        """
+        while handle.renewal is not None:
+            await handle.renewal.wait()
         if not handle.stale:
             return
-        handle.stale = False
+        handle.stale, handle.renewal = False, trio.Event()
         try:
+            for end in list(self.reads.get(handle.node.nodeid, ())):
+                await end.wait()
             await self.backing.run_or_daemon(handle.caller, backing.open_anew, handle.fd, owned=handle.fd)
         except OSError as error:  # such as ESTALE, when it was removed: there is nothing newer to see
             log.info("%r could not be opened anew: %s", handle.node.name, error)
+        except trio.Cancelled:
+            handle.stale = True
+            raise
+        finally:
+            handle.renewal.set()
+            handle.renewal = None
+
+    @asynccontextmanager
+    async def reading_in_place(self, handle: Handle) -> AsyncIterator[None]:
+        """Around a read of what others write in place as well."""
+        while handle.stale or handle.renewal is not None:
+            await self.look_anew(handle)
+        nodeid, end = handle.node.nodeid, trio.Event()
+        self.reads[nodeid].add(end)
+        try:
+            yield
+        finally:
+            end.set()
+            self.reads[nodeid].discard(end)
+            if not self.reads[nodeid]:
+                del self.reads[nodeid]
 
     def note_unsent(self, handle: Handle) -> None:
         """Something was written in place: Python has to see who gives up a lock of the file (safefs/inplace.py)."""

@@ -289,8 +289,10 @@ class Files:
                 return self.heartbeat(node) == str(count + 1)
         return True
 
-    def heartbeat(self, node: str) -> str | None:
+    def heartbeat(self, node: str, *, anew: bool = False) -> str | None:
         """What a node's lease has come to: its count, or `ended`; None when there is nothing of it."""
+        if anew:
+            self._look_anew(self._path("nodes", node))
         for _ in range(LIST_ATTEMPTS):
             try:
                 entries = os.listdir(self._path("nodes", node))
@@ -490,7 +492,8 @@ class LeasefileBackend:
 
     async def _is_gone(self, node: str) -> bool:
         before = boottime()
-        heartbeat = await self._call(self.files.heartbeat, node)
+        # An old count would be seen for a lease and a delay, and then the new one for as long again.
+        heartbeat = await self._call(partial(self.files.heartbeat, node, anew=self._stale_listings))
         if heartbeat == ENDED:
             return True
         unseen = self._sightings.see(node, heartbeat, before, boottime())

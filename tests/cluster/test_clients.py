@@ -43,7 +43,8 @@ def views(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Path
     places = [tmp_path / f"client{number}" for number in range(2)]
     with ExitStack() as stack:
         for place in places:
-            stack.enter_context(underlay(tmp_path / "disk", place, *COHERENT, *KINDS[request.param]))
+            late = ("--late", os.fspath(tmp_path))
+            stack.enter_context(underlay(tmp_path / "disk", place, *COHERENT, *late, *KINDS[request.param]))
         yield tuple(place / "shared" for place in places)
 
 
@@ -112,6 +113,32 @@ def test_what_grows_under_a_lock(nodes_of: Cluster, parties: Make, kind: str) ->
         assert writer("os.fstat(fd).st_size") == len(seen)
         writer("os.pwrite(fd, b'line\\n', os.fstat(fd).st_size)")
         writer(RELEASE[kind])
+
+
+@of("bytes that are kept")
+def test_a_read_that_is_under_way_when_a_lock_is_granted(nodes_of: Cluster, parties: Make, tmp_path: Path) -> None:
+    """What it brings is from before: the client must not keep it for the holder of the lock."""
+    nodes = nodes_of.make(2, lease=CALM_LEASE)
+    reader, one, two = (parties() for _ in range(3))
+    opened(two, nodes[1] / "x.db")
+    two("os.pwrite(fd, b'before', 0)")
+    two(BLOCK["flock"])
+    opened(reader, nodes[0] / "x.db")
+    opened(one, nodes[0] / "x.db")
+    status = os.stat(tmp_path / "disk" / "shared" / "x.db")
+    late = tmp_path / str(status.st_ino)
+    late.touch()
+    reader.start("os.pread(fd, 6, 0)")
+    assert wait_until(late.with_suffix(".read").exists, SECONDS)
+    two("os.pwrite(fd, b'behind', 0)")
+    # As where times are coarse: one that has changed has the kernel wait for the read, and drop what it brings.
+    os.utime(tmp_path / "disk" / "shared" / "x.db", ns=(status.st_atime_ns, status.st_mtime_ns))
+    two(RELEASE["flock"])
+    one.start(f"({BLOCK['flock']}, os.pread(fd, 6, 0))")
+    assert wait_until(lambda: shown(nodes[0].mount) == [("x.db", "flock", "held", one.pid)], SECONDS)
+    late.with_suffix(".read").unlink()
+    assert reader.result(SECONDS) == b"before"
+    assert one.result(SECONDS)[1] == b"behind"
 
 
 @everywhere

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Container, Iterator
@@ -319,7 +320,7 @@ def test_whoever_sees_old_heartbeats_ends_nobody(tmp_path: Path) -> None:
         await one.join()
         await two.join()
         seen = two.files.heartbeat(one.node)
-        two.files.heartbeat = lambda _node: seen  # type: ignore[method-assign]
+        two.files.heartbeat = lambda _node, *, anew=False: seen  # type: ignore[method-assign]
         end = trio.current_time() + 3 * TERMS.gone_seconds
         while trio.current_time() < end:
             await one.renew()
@@ -649,5 +650,35 @@ def test_what_clients_are_made_to_look_anew_by_is_no_node(native_too: bool, tmp_
         one = native(tmp_path) if native_too else leasefile(tmp_path)
         await one.join()
         assert await one.all_names() == []
+
+    trio.run(scenario)
+
+
+def test_a_heartbeat_that_a_client_remembers_delays_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node that has renewed its lease behind a listing, and then died, is gone when lease and delay are over."""
+    kept: dict[str, list[str]] = {}
+    real_list, real_anew = module.os.listdir, module.Files._look_anew
+
+    def look_anew(directory: str) -> None:
+        real_anew(directory)
+        kept.pop(directory, None)
+
+    async def scenario() -> None:
+        one = leasefile(tmp_path)
+        two = LeasefileBackend(str(tmp_path), TERMS, {}, lambda _identity: False, stale_listings=True)
+        await one.join()
+        await two.join()
+        home = str(tmp_path / "nodes" / one.node)
+        monkeypatch.setattr(module.Files, "_look_anew", staticmethod(look_anew))
+        monkeypatch.setattr(
+            module.os,
+            "listdir",
+            lambda path: kept.setdefault(path, real_list(path)) if path == home else real_list(path),
+        )
+        assert await two.gone([one.node]) == set()
+        os.rename(f"{home}/0", f"{home}/1")  # its renewal, on a client of its own
+        assert await two.gone([one.node]) == set()
+        await trio.sleep(TERMS.gone_seconds + 0.1)
+        assert await two.gone([one.node]) == {one.node}
 
     trio.run(scenario)

@@ -1,7 +1,7 @@
 """A shared filesystem as bad as the real ones: one process of this for each node, all on one directory.
 
     python -m tests.underlay.filesystem SOURCE MOUNTPOINT [--negative SECONDS] [--attr SECONDS] [--listing SECONDS]
-        [--estale] [--short N] [--keep] [--numbers] [--squash]
+        [--estale] [--short N] [--keep] [--numbers] [--squash] [--late DIRECTORY]
 
 - flock and fcntl locks succeed for everybody and exclude nobody on another node: the kernel keeps them for each mount,
   as Lustre does with -o localflock;
@@ -9,6 +9,8 @@
   `attr` seconds later;
 - what a directory had is listed for `listing` seconds, unless this node changes it, as on sshfs;
 - with `keep` the kernel goes on showing what it has read of a file, also to who opens it anew, as on Gluster;
+- a read of a file whose st_ino is the name of a file in the directory `late` is answered, with what was there when it
+  came, once that file, whose name ends in `.read` from then on, is removed;
 - with `numbers` each node has inode numbers of its own, as on sshfs;
 - a file that lost its name cannot be read any more (ESTALE), as on Gluster;
 - a write takes at most `short` bytes;
@@ -32,6 +34,7 @@ import stat
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -51,7 +54,7 @@ def proc(fd: int) -> str:
 def handled(method: Callable[..., Any]) -> Callable[..., Any]:
     """OSError becomes its errno; what root asks for is done as nobody where he is squashed.
 
-    No handler gives its turn away, so that one identity is in force from its beginning to its end.
+    No handler that acts for root gives its turn away, so that one identity is in force from its beginning to its end.
     """
 
     @wraps(method)
@@ -93,8 +96,10 @@ class Underlay(pyfuse3.Operations):
         keep: bool,
         numbers: bool,
         squash: bool,
+        late: Path | None,
     ) -> None:
         super().__init__()
+        self._late = late
         self._squash = squash
         self._attr = attr_seconds
         self._listing, self._keep = listing_seconds, keep
@@ -252,7 +257,17 @@ class Underlay(pyfuse3.Operations):
     async def read(self, fh: int, off: int, size: int) -> bytes:
         if self._estale and os.fstat(fh).st_nlink == 0:
             raise OSError(errno.ESTALE, "it has no name any more")
-        return os.pread(fh, size, off)
+        data = os.pread(fh, size, off)
+        while self._is_late(str(self._opened[fh])):  # noqa: ASYNC110 - a test says when, in another process
+            await trio.sleep(0.01)
+        return data
+
+    def _is_late(self, name: str) -> bool:
+        if self._late is None:
+            return False
+        with suppress(FileNotFoundError):
+            os.rename(self._late / name, self._late / f"{name}.read")
+        return (self._late / f"{name}.read").exists()
 
     @handled
     async def write(self, fh: int, off: int, buf: bytes) -> int:
@@ -363,6 +378,7 @@ def main() -> None:
     parser.add_argument("--estale", action="store_true")
     parser.add_argument("--short", type=int, default=0)
     parser.add_argument("--squash", action="store_true")
+    parser.add_argument("--late", type=Path)
     options = parser.parse_args()
     os.umask(0)
     os.setgroups([])
@@ -376,6 +392,7 @@ def main() -> None:
         keep=options.keep,
         numbers=options.numbers,
         squash=options.squash,
+        late=options.late,
     )
     settings = {*pyfuse3.default_options, "fsname=underlay", "allow_other", "default_permissions"}
     pyfuse3.init(filesystem, os.fspath(options.mountpoint), settings)
