@@ -493,7 +493,7 @@ class LeasefileBackend:
     async def _is_gone(self, node: str) -> bool:
         before = boottime()
         # An old count would be seen for a lease and a delay, and then the new one for as long again.
-        heartbeat = await self._call(partial(self.files.heartbeat, node, anew=self._stale_listings))
+        heartbeat = await self._call(partial(self.files.heartbeat, node, anew=self._site.stale_listings))
         if heartbeat == ENDED:
             return True
         unseen = self._sightings.see(node, heartbeat, before, boottime())

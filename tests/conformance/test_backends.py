@@ -6,7 +6,7 @@ import os
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Container, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -665,7 +665,7 @@ def test_a_heartbeat_that_a_client_remembers_delays_nobody(tmp_path: Path, monke
 
     async def scenario() -> None:
         one = leasefile(tmp_path)
-        two = LeasefileBackend(str(tmp_path), TERMS, {}, lambda _identity: False, stale_listings=True)
+        two = LeasefileBackend(replace(site(tmp_path), stale_listings=True))
         await one.join()
         await two.join()
         home = str(tmp_path / "nodes" / one.node)
