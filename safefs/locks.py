@@ -475,9 +475,9 @@ class Locks:
         The owner, whose number in the kernel is `number`, has to have locked the name through this handle before.
         """
         locks, owner = self._names.local(key), Owner(self.node, number)
-        if locks is None or self._lender is None or (key, Kind.FLOCK, owner) not in self._by_handle.get(handle, ()):
+        if locks is None or self._lender is None or self.turns.has_line(key):
             return
-        if self.turns.has_line(key):
+        if (key, Kind.FLOCK, owner) not in self._by_handle.get(handle, ()):
             return
         held = locks[Kind.FLOCK].held_alone(owner)
         if held is not None and self._lender.lend_lock(handle, number, held, self._names.lease_ends()):

@@ -203,10 +203,7 @@ class Files:
     def leftovers(self, name: str) -> tuple[str, ...]:
         """Data in a name's directory where there is nothing else: neither a state nor the mark that it is over."""
         for look in range(2):
-            entries: list[str] = []
-            with suppress(FileNotFoundError):
-                entries = os.listdir(self._path("names", directory_of(name)))
-            data = sorted(entry for entry in entries if not entry.startswith(LOOK))
+            data = sorted(self._listed(self._path("names", directory_of(name))))
             if not all(entry.startswith(DATA) for entry in data):
                 return ()
             if data and not look:
@@ -388,13 +385,10 @@ class Files:
     def notices(self, node: str, *, anew: bool = False) -> list[str]:
         """Names that others want of a node; each is given once."""
         home, names = self._path("nodes", node, "wanted"), []
-        entries: list[str] = []
         if anew:
             self._look_anew(home)
-        with suppress(FileNotFoundError):
-            entries = os.listdir(home)
-        for entry in entries:
-            if not entry.endswith(".new") and not entry.startswith("look~"):
+        for entry in self._listed(home):
+            if not entry.endswith(".new"):
                 with suppress(FileNotFoundError):
                     with open(f"{home}/{entry}", encoding="utf-8", errors="surrogateescape") as file:
                         names.append(file.read())

@@ -102,6 +102,16 @@ class Count:
         assert before
         return wait_until(lambda: all(counter.progress() > noted for counter, noted in before), seconds)
 
+    def run(self, nodes: list[Node], rounds: int, seconds: float) -> list[int]:
+        """Count on all nodes until everybody has gone on so often, each time within so long; what they wrote."""
+        for node in nodes:
+            for kind in ("fcntl", "ofd"):
+                self.add(node, kind)
+        for _ in range(rounds):
+            assert self.goes_on(nodes, seconds)
+        self.stop()
+        return self.noted()
+
     def stop(self) -> None:
         self._stop.touch()
         while self.counters:

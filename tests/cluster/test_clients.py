@@ -67,13 +67,7 @@ def test_a_count(nodes_of: Cluster, parties: Make, tmp_path: Path) -> None:
     (tmp_path / "notes").mkdir()
     nodes = nodes_of.make(2, lease=CALM_LEASE)
     count = Count(tmp_path / "notes", nodes_of.backing, parties)
-    for node in nodes:
-        for kind in ("fcntl", "ofd"):
-            count.add(node, kind)
-    for _ in range(5):
-        assert count.goes_on(nodes, SECONDS)
-    count.stop()
-    noted = count.noted()
+    noted = count.run(nodes, 5, SECONDS)
     assert len(noted) == len(set(noted))
     assert int((tmp_path / "disk" / "shared" / "count.db").read_bytes()) == max(noted)
 

@@ -94,13 +94,7 @@ def test_a_count_on_two_nodes(clients: Views, parties: Callable[[], Actor], tmp_
     nodes = [Node(view, tmp_path / f"node{number}", ("-o", "lease_seconds=30")) for number, view in enumerate(clients)]
     count = Count(tmp_path / "notes", clients[0], parties)
     try:
-        for node in nodes:
-            for kind in ("fcntl", "ofd"):
-                count.add(node, kind)
-        for _ in range(10):
-            assert count.goes_on(nodes, SECONDS)
-        count.stop()
-        noted = count.noted()
+        noted = count.run(nodes, 10, SECONDS)
         assert len(noted) == len(set(noted))
         assert wait_until(lambda: count.reached() == max(noted), SECONDS)
     finally:

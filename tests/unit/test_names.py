@@ -502,12 +502,15 @@ def test_a_node_that_needs_a_name_all_the_time_leaves_it_to_others() -> None:
     play(scenario, Late)
 
 
-def test_nodes_that_wanted_a_name_and_are_gone_do_not_keep_it_shared() -> None:
+@pytest.mark.parametrize("record", [NameRecord(wanted=("gone",)), NameRecord(broken=("gone",))])
+def test_nodes_that_are_named_and_are_gone_do_not_keep_a_name_shared(record: NameRecord) -> None:
+    """Neither one that wanted it, nor one that has not heard that what it held is broken."""
+
     async def scenario(nodes: list[Node]) -> None:
         node = nodes[0]
         cluster = node.backend._cluster
         cluster.ended.add("gone")
-        cluster.records["name"] = Stored(cluster.new_version(), NameRecord(wanted=("gone",)))
+        cluster.records["name"] = Stored(cluster.new_version(), record)
         assert node.names.local("name") is None
         assert await node.acquire("name", 2, Mode.EXCLUSIVE)
         await node.release("name", 2)
@@ -550,20 +553,6 @@ def test_a_node_hears_that_what_it_held_is_broken(share: float, breaker: int) ->
                 await trio.sleep(1)
 
     play(scenario, lambda cluster, node: Faulty(cluster, node, chance, share))
-
-
-def test_a_node_that_is_gone_need_not_hear_what_is_broken() -> None:
-    async def scenario(nodes: list[Node]) -> None:
-        node = nodes[0]
-        cluster = node.backend._cluster
-        cluster.ended.add("gone")
-        cluster.records["name"] = Stored(cluster.new_version(), NameRecord(broken=("gone",)))
-        for _ in range(2):
-            assert await node.acquire("name", 2, Mode.EXCLUSIVE)
-            await node.release("name", 2)
-        assert node.names.local("name") is not None
-
-    play(scenario, MemoryBackend)
 
 
 def test_waiters_of_all_nodes_get_the_lock_in_turn() -> None:
