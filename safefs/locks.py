@@ -184,10 +184,12 @@ class Locks:
 
     async def conflict(self, key: str, kind: Kind, lock: Lock) -> Lock | None:
         """What is held and in the way of a lock (F_GETLK)."""
+        return (await self._latest(key))[kind].conflict(lock)
+
+    async def _latest(self, key: str) -> NameLocks:
+        """The locks of a name as they are now, on all nodes."""
         locks = self._names.local(key)
-        if locks is None:
-            locks = await self._names.look(key)
-        return locks[kind].conflict(lock)
+        return await self._names.look(key) if locks is None else locks
 
     async def report(self) -> list[dict[str, Any]]:
         """Every holder and waiter on all nodes, in words."""
@@ -219,7 +221,7 @@ class Locks:
 
     async def break_locks(self, key: str) -> int:
         """Take all locks on a name from their holders, whose open files are fenced; how many there were."""
-        locks = (await self._names.survey()).get(key, NameLocks())
+        locks = await self._latest(key)
         held = sum(len(table.held) for table in locks.tables.values())
         done = self._do(key, Break(frozenset(locks.holders())))
         if done is None:

@@ -35,7 +35,7 @@ def break_locks(path: Path) -> None:
     mount = _mount_of(absolute)
     below = os.fspath(absolute.relative_to(mount.mountpoint))
     broken = request(mount.socket_path, {"op": "break", "path": below}, ANSWER_SECONDS)["broken"]
-    click.echo(f"{broken} broken")
+    click.echo(f"{broken} broken" if broken else f"0 broken: nobody holds a lock on {path} any more")
 
 
 def _row(entry: dict[str, Any]) -> tuple[str, ...]:

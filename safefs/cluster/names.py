@@ -348,6 +348,7 @@ class Names:
         name.taking = None
         name.telling = name.telling and bool(record.broken)
         if node in record.broken:
+            self._settle_waits(name, record)  # who got his lock before it was broken has it broken now
             self.broken(name.key, record.locks)
             record = record.heeded(node)
         if name.gone:

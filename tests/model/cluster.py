@@ -24,7 +24,7 @@ from functools import cache
 from typing import NamedTuple
 
 from safefs.cluster.record import NameRecord
-from safefs.locktable import Kind, LockTable
+from safefs.locktable import Kind, LockTable, Owner
 from tests.model.protocol import CLIENTS, HOLDS, NO_RECORD, Call, SearchedNames, Table, Version, View, stored_of
 from tests.support.lending import Extension
 
@@ -87,21 +87,40 @@ class Cluster:
     def check(self, state: State) -> str:
         """What is wrong with a state."""
         holders = [
-            CLIENTS[self._clients[at][client]].mode
+            (at, view, client)
             for at, view in self.views(state)
             if at not in state.dead and self.may_act(view)
             for client, phase in enumerate(view.phases)
-            if phase in HOLDS
+            if phase in HOLDS and not self._is_about_to_be_told(state, view, client)
         ]
-        if len(holders) > 1 and CLIENTS["X"].mode in holders:
+        modes = [CLIENTS[self._clients[at][client]].mode for at, _, client in holders]
+        if len(modes) > 1 and CLIENTS["X"].mode in modes:
             return "two hold a lock that excludes"
+        if any(not self._is_kept(state, at, view, client) for at, view, client in holders):
+            return "a lock is taken from somebody who is not told"
+        ordered = frozenset[Owner]().union(*(view.ordered for _, view in self.views(state)))
+        if any(not view.broken <= ordered for _, view in self.views(state)):
+            return "a lock is broken that nobody has broken"
         if any(view.too_late for _, view in self.views(state)):
             return "a lock is had after the lease"
         if state.last_version > MOST_SWAPS:
             return "the record is replaced again and again"
         if state.record not in self._record_checks:
-            self._record_checks[state.record] = check_record(stored_of(state.record).record)
+            self._record_checks[state.record] = check_record(on_record(state.record[1]))
         return self._record_checks[state.record]
+
+    @staticmethod
+    def _is_about_to_be_told(state: State, view: View, client: int) -> bool:
+        """Whether an operator may have broken a client's lock, of which his node is going to hear."""
+        at_home = "breaking" in view.phases and owner_of(view, client) in view.ordered
+        return at_home or view.name in on_record(state.record[1]).broken
+
+    @staticmethod
+    def _is_kept(state: State, at: int, view: View, client: int) -> bool:
+        """Whether others know that a lock is held, or its node is about to hear what has become of it."""
+        record = on_record(state.record[1])
+        is_known = record.delegate == view.name or owner_of(view, client) in record.locks.holders()
+        return is_known or any(node == at for node, _, _ in state.answers)
 
     def is_settled(self, state: State) -> bool:
         """Whether every client of a node that lives has got what it asked for, and has unlocked it."""
@@ -118,8 +137,11 @@ class Cluster:
         return view.lapsed or at in state.dead
 
     def sees_something(self, state: State, view: View, seen: int) -> bool:
-        """Whether a look is of use: else it would find all as before, and the pause would begin again."""
-        if self._faults.idle_looks or view.poked or seen != state.record[0]:
+        """Whether a look is of use: else it would find all as before, and the pause would begin again.
+
+        Nobody waits for a record that is not there: who has found it replaced by none goes on after the pause.
+        """
+        if self._faults.idle_looks or view.poked or seen != state.record[0] or not seen:
             return True
         nodes, delegate = named_in(state.record[1])
         return bool(nodes & state.ended) or (bool(delegate) and delegate not in state.notices)
@@ -294,25 +316,34 @@ def _check_table(table: LockTable) -> str:
     return ""
 
 
+def owner_of(view: View, client: int) -> Owner:
+    return Owner(view.name, client + 1)
+
+
+@cache
+def on_record(text: str) -> NameRecord:
+    return stored_of((1, text)).record
+
+
 @cache
 def named_in(text: str) -> tuple[set[str], str]:
     """The nodes on record, and whom the name is delegated to."""
-    record = stored_of((1, text)).record
+    record = on_record(text)
     return record.nodes(), record.delegate
 
 
-@cache
 def is_empty(text: str) -> bool:
-    return not stored_of((1, text)).record
+    return not on_record(text)
 
 
 @cache
 def summary(text: str) -> str:
     """A record in one line."""
-    record = stored_of((1, text)).record
+    record = on_record(text)
     if record.delegate:
         return f"delegated to {record.delegate}, wanted by {list(record.wanted)}"
     table = record.locks[Kind.FLOCK]
     held = [f"{lock.owner.node}/{lock.owner.number}" for lock in table.held]
     waiting = [f"{wait.lock.owner.node}/{wait.lock.owner.number}" for wait in table.waiting]
-    return f"held {held}, waiting {waiting}"
+    broken = f", broken for {list(record.broken)}" if record.broken else ""
+    return f"held {held}, waiting {waiting}{broken}"

@@ -22,7 +22,7 @@ import trio
 from safefs.cluster import names as module
 from safefs.cluster.backend import BackendError, ProcessIdentity, Stored
 from safefs.cluster.names import Names
-from safefs.cluster.record import NameRecord
+from safefs.cluster.record import Break, NameRecord, Step
 from safefs.locks import Locks, Waiting
 from safefs.locktable import Kind, Lock, Mode, Owner
 from tests.model.freeze import freeze
@@ -149,6 +149,11 @@ async def sleep(_seconds: float) -> None:
     await ask("sleep")
 
 
+async def wait(event: trio.Event) -> None:
+    """Stands in for `trio.Event.wait`."""
+    await ask("event", event)
+
+
 class Tasks:
     """Runs coroutines as far as they go without an answer; stands in for a nursery."""
 
@@ -163,9 +168,17 @@ class Tasks:
         self._go(self.waiting.pop(number)[0], number, answer)
 
     def settle(self) -> None:
-        while self._fresh:
-            number = next(number for number in range(100) if number not in self.waiting)
-            self._go(self._fresh.pop(0), number, None)
+        while True:
+            if self._fresh:
+                number = next(number for number in range(100) if number not in self.waiting)
+                self._go(self._fresh.pop(0), number, None)
+            elif (number := self._with_its_event()) is not None:
+                self.answer(number, None)
+            else:
+                return
+
+    def _with_its_event(self) -> int | None:
+        return next((at for at, (_, call) in self.waiting.items() if call[0] == "event" and call[1].is_set()), None)
 
     def _go(self, coroutine: Coroutine[Call, Any, None], number: int, answer: object) -> None:
         with suppress(StopIteration):
@@ -181,13 +194,14 @@ class Client:
     """A process that wants the lock: it asks, and closes its file when it has it; `G` waits, and may give up.
 
     `R` locks and unlocks again and again before that.  On its node, locks are lent: the extension answers everybody as
-    often as it likes.
+    often as it likes.  `B` is an operator, who breaks what others hold, once.
     """
 
     mode: Mode
     may_wait: bool = True
     may_give_up: bool = False
     turns: int = 1  # of its requests so many come to Python
+    is_operator: bool = False
     # asking, asking-again for what it has, holding, unlocking, free, and in the end done, refused, gave-up or fenced
     phase: str = "idle"
     waiting: Waiting | None = None
@@ -200,10 +214,22 @@ CLIENTS = {
     "T": Client(Mode.EXCLUSIVE, may_wait=False),
     "G": Client(Mode.EXCLUSIVE, may_give_up=True),
     "R": Client(Mode.EXCLUSIVE, turns=2),
+    "B": Client(Mode.EXCLUSIVE, is_operator=True),
 }
 
 
 HOLDS = ("holding", "asking-again")
+
+
+class WatchedLocks(Locks):
+    """As daemons have them; `ordered` are those whose locks operators of this node have broken."""
+
+    ordered: frozenset[Owner] = frozenset()
+
+    def _do(self, key: str, step: Step) -> trio.Event | None:
+        if isinstance(step, Break):
+            self.ordered |= step.owners
+        return super()._do(key, step)
 
 
 class Node:
@@ -213,11 +239,13 @@ class Node:
         self.backend = Backend(name, names.tells_changes)
         self.names = names(self.backend)
         self.extension = extension() if "R" in clients else None
-        self.locks = Locks(self.names, self.extension)
-        self.names.resolve = self.locks.resolve
+        self.locks = WatchedLocks(self.names, self.extension)
+        self.locks.fence = self._broken
+        self.names.resolve, self.names.broken = self.locks.resolve, self.locks.broken
         self.clients = [replace(CLIENTS[each]) for each in clients]
         self.joined = True
         self.too_late = False  # somebody got a lock when the lease was over
+        self.broken = frozenset[Owner]()  # who was told that his lock is broken
         self.tasks = Tasks()
         self.names._nursery = self.tasks  # type: ignore[assignment]
         self.tasks.start_soon(self.names._heed)
@@ -227,6 +255,9 @@ class Node:
         """What comes to the node."""
         getattr(self, f"_{what}")(*arguments)
         self.tasks.settle()
+        self._answer_clients()
+
+    def _answer_clients(self) -> None:
         for client in self.clients:
             if client.waiting is not None and client.waiting.settled.is_set():
                 self._got(client, held=client.waiting.held)
@@ -240,6 +271,10 @@ class Node:
 
     def _asks(self, number: int) -> None:
         client = self.clients[number]
+        if client.is_operator:
+            client.phase = "breaking"
+            self.tasks.start_soon(self._break, client)
+            return
         lock = Lock(Owner(self.locks.node, number + 1), client.mode)
         client.phase = "asking-again" if client.phase == "holding" else "asking"
         client.turns -= 1
@@ -251,6 +286,21 @@ class Node:
         if client.waiting is None:
             self._got(client, held=True)
             self.locks.lend(KEY, number + 1, number + 1)
+
+    async def _break(self, operator: Client) -> None:
+        await self.locks.break_locks(KEY)
+        operator.phase = "done"
+
+    def _broken(self, handles: set[int]) -> None:
+        self._answer_clients()  # who got his lock a moment ago, too
+        self.broken |= {Owner(self.locks.node, handle) for handle in handles}
+        for handle in handles:
+            self._fence(self.clients[handle - 1])
+
+    @staticmethod
+    def _fence(client: Client) -> None:
+        if client.phase in HOLDS:
+            client.phase = "fenced" if client.waiting is None else "asking"
 
     def _unlocks(self, number: int) -> None:
         client = self.clients[number]
@@ -313,7 +363,7 @@ class Node:
         for number, client in enumerate(self.clients):
             if client.phase in HOLDS:
                 assert number + 1 in fenced, "a lock is lost, and its holder is not told"
-                client.phase = "fenced" if client.waiting is None else "asking"
+                self._fence(client)
 
     def view(self) -> View:
         numbers = range(len(self.clients))
@@ -322,11 +372,13 @@ class Node:
             lapsed=self.backend.lapsed,
             joined=self.joined,
             phases=tuple(client.phase for client in self.clients),
-            calls=tuple(sorted((at, call) for at, (_, call) in self.tasks.waiting.items())),
+            calls=tuple(sorted((at, call) for at, (_, call) in self.tasks.waiting.items() if call[0] != "event")),
             poked=any(name.poke.is_set() for name in self.names._names.values()),
             turns=tuple(client.turns for client in self.clients),
             lent=tuple(at for at in numbers if self.extension is not None and self.extension.answers(at + 1, at + 1)),
             too_late=self.too_late,
+            ordered=self.locks.ordered,
+            broken=self.broken,
         )
 
     def _joins(self) -> None:
@@ -348,12 +400,18 @@ class View(NamedTuple):
     turns: tuple[int, ...]  # of each client
     lent: tuple[int, ...]  # clients whom the extension answers
     too_late: bool
+    ordered: frozenset[Owner]  # whose locks operators of this node have broken
+    broken: frozenset[Owner]  # of this node, who was told that his lock is broken
 
 
 @contextmanager
 def without_an_event_loop() -> Iterator[None]:
     """Within it the code can run that a table is filled with."""
-    with mock.patch.object(trio, "sleep", sleep), mock.patch.object(module, "boottime", return_value=0.0):
+    with (
+        mock.patch.object(trio, "sleep", sleep),
+        mock.patch.object(trio.Event, "wait", wait),
+        mock.patch.object(module, "boottime", return_value=0.0),
+    ):
         logging.disable(logging.WARNING)
         try:
             yield
