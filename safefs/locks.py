@@ -27,6 +27,7 @@ import xxhash
 
 from safefs.cluster.names import TakeBack
 from safefs.cluster.record import Acquire, Break, GiveUp, LetPass, Release, Step, carry_out
+from safefs.cluster.survey import Survey
 from safefs.locktable import OFFSET_MAX, Held, Kind, Lock, LockTable, Mode, NameLocks, Owner, Wait
 from safefs.turns import Turns
 
@@ -67,7 +68,7 @@ class NameService(Protocol):
     async def look(self, key: str) -> NameLocks:
         """The locks of a name that is not local."""
 
-    async def survey(self) -> dict[str, NameLocks]:
+    async def survey(self) -> Survey:
         """The locks of all names."""
 
     async def host_of(self, node: str) -> str:
@@ -109,8 +110,8 @@ class Alone:
     def lease_ends(self) -> float:
         return math.inf
 
-    async def survey(self) -> dict[str, NameLocks]:
-        return dict(self._names)
+    async def survey(self) -> Survey:
+        return Survey(dict(self._names))
 
     async def host_of(self, node: str) -> str:
         return socket.gethostname() if node == self.node else ""
@@ -192,32 +193,20 @@ class Locks:
         return await self._names.look(key) if locks is None else locks
 
     async def report(self) -> list[dict[str, Any]]:
-        """Every holder and waiter on all nodes, in words."""
-        entries = []
-        hosts: dict[str, str] = {}
+        """Every holder and waiter on all nodes, in words; and names of which only a node knows that does not answer."""
         self._settle_loans(self._lent)
-        for key, locks in (await self._names.survey()).items():
-            for kind, table in locks.tables.items():
-                states = [("held", lock) for lock in table.held]
-                states += [("waiting", wait.lock) for wait in table.waiting]
-                for state, lock in states:
-                    node = lock.owner.node
-                    if node not in hosts:
-                        hosts[node] = await self._names.host_of(node)
-                    entries.append(
-                        {
-                            "key": key,
-                            "kind": kind.value,
-                            "state": state,
-                            "mode": lock.mode.value,
-                            "first": lock.first,
-                            "last": None if lock.last == OFFSET_MAX else lock.last,
-                            "node": node,
-                            "host": hosts[node],
-                            "pid": lock.pid,
-                        }
-                    )
-        return entries
+        found = await self._names.survey()
+        entries = [
+            _entry(key, kind.value, state, lock.mode.value, lock)
+            for key, locks in found.locks.items()
+            for kind, table in locks.tables.items()
+            for state, lock in _states(table)
+        ]
+        for key, node in found.silent.items():
+            unknown = Lock(Owner(node, 0), Mode.EXCLUSIVE)
+            entries.append(_entry(key, "any", "unknown: the node does not answer", "any", unknown))
+        hosts = {node: await self._names.host_of(node) for node in {str(entry["node"]) for entry in entries}}
+        return [{**entry, "host": hosts[entry["node"]]} for entry in entries]
 
     async def break_locks(self, key: str) -> int:
         """Take all locks on a name from their holders, whose open files are fenced; how many there were."""
@@ -522,3 +511,23 @@ class Locks:
         for wait in others:
             self.resolve(wait.ticket, True)
         return done
+
+
+def _states(table: LockTable) -> Iterator[tuple[str, Lock]]:
+    yield from (("held", lock) for lock in table.held)
+    yield from (("waiting", wait.lock) for wait in table.waiting)
+
+
+def _entry(key: str, kind: str, state: str, mode: str, lock: Lock) -> dict[str, Any]:
+    last = None if lock.last == OFFSET_MAX else lock.last
+    node, pid = lock.owner.node, lock.pid
+    return {
+        "key": key,
+        "kind": kind,
+        "state": state,
+        "mode": mode,
+        "first": lock.first,
+        "last": last,
+        "node": node,
+        "pid": pid,
+    }

@@ -114,6 +114,12 @@ class LockBackend(Protocol):
     async def next_notice(self) -> str:
         """The next name of ours that somebody wants; waiting for it goes on when this node joins anew."""
 
+    async def answer(self, question: str, text: str) -> None:
+        """Leave something for who has asked this node, by a notice; `question` is a name of its own."""
+
+    async def take_answer(self, node: str, question: str) -> str | None:
+        """What another node has left, which is removed; None where there is nothing yet."""
+
     async def gone(self, nodes: Iterable[str]) -> set[str]:
         """Those of the nodes that have lost their leases."""
 

@@ -4,6 +4,7 @@
     PREFIX/nodes/NODE         goes with the node's lease (value: which process it is, and the lease)
     PREFIX/ended/NODE         a node that has left, or whose process has died: nobody waits for its lease
     PREFIX/wanted/NODE/NAME   what others want of a node
+    PREFIX/answer/NODE/NAME   what a node has answered to a question, until it is taken
 
 A swap is a transaction that also asks whether the node's own key is still there: a node that has lost its lease cannot
 change a record, whatever its clock says.
@@ -227,6 +228,17 @@ class EtcdBackend:
             same = {"key": notice["key"], "target": "MOD", "result": "EQUAL", "mod_revision": notice["mod_revision"]}
             gone = {"request_delete_range": {"key": notice["key"]}}
             await self._client.call("/v3/kv/txn", {"compare": [same], "success": [gone]})
+
+    async def answer(self, question: str, text: str) -> None:
+        await self._put(self._key("answer", self.node, question), text.encode(), self._lease_id)
+
+    async def take_answer(self, node: str, question: str) -> str | None:
+        key = self._key("answer", node, question)
+        text = await self._get(key)
+        if text is None:
+            return None
+        await self._client.call("/v3/kv/deleterange", {"key": encode(key)})
+        return text.decode()
 
     async def _stop_listening(self) -> None:
         notices, self._notices = self._notices, None

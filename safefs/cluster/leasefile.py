@@ -44,6 +44,7 @@ from safefs.lease import OwnLease, Sightings, Terms, boottime
 
 CALL_SECONDS = 5.0  # a call of the backing filesystem that takes longer counts as unanswered
 MAX_THREADS = 16
+HOMES_AT_ONCE = 100  # directories of names that one call reads
 BURIED_SECONDS = 86400.0  # after that long nobody looks for an ended node any more
 LIST_ATTEMPTS = 5  # a listing can miss a file that is renamed meanwhile
 # For changes of a record, at first and at most: the first in the queue, and who is behind him so many times as seldom.
@@ -61,6 +62,7 @@ NONE = "none"  # the id of an empty record
 DATA, LOOK = "data~", "look~"  # how the names of a record's bytes begin, and of what is made to have a client look anew
 GONE = "gone"  # the state after which there is none: gone~ID, so that nobody takes it for that of a later directory
 ENDED = "ended"
+ANSWER = "answer~"
 
 T = TypeVar("T")
 
@@ -316,12 +318,15 @@ class Files:
         identity = self.process_of(node)
         return bool(identity) and self._has_died(identity)
 
-    def all_names(self) -> list[str]:
-        """Those of which anything is on record."""
+    def homes(self) -> list[str]:
+        """The directories of all names of which anything is on record."""
         home = self._path("names")
         self._look_anew(home)
-        found = (self._name_of(f"{home}/{directory}") for directory in self._listed(home))
-        return [name for name in found if name is not None]
+        return [f"{home}/{directory}" for directory in self._listed(home)]
+
+    def names_of(self, homes: Iterable[str]) -> list[str]:
+        """What these directories are about, where they are still there."""
+        return [name for name in map(self._name_of, homes) if name is not None]
 
     def _name_of(self, home: str) -> str | None:
         """What a directory is about.
@@ -394,6 +399,24 @@ class Files:
                         names.append(file.read())
                     os.unlink(f"{home}/{entry}")
         return names
+
+    def answer(self, node: str, question: str, text: str) -> None:
+        home = self._path("nodes", node)
+        with open(f"{home}/{ANSWER}{question}.new", "x", encoding="utf-8") as file:
+            file.write(text)
+        os.rename(f"{home}/{ANSWER}{question}.new", f"{home}/{ANSWER}{question}")
+
+    def take_answer(self, node: str, question: str, *, anew: bool = False) -> str | None:
+        home = self._path("nodes", node)
+        if anew:
+            self._look_anew(home)
+        try:
+            with open(f"{home}/{ANSWER}{question}", encoding="utf-8") as file:
+                text = file.read()
+        except FileNotFoundError:
+            return None
+        self._remove(f"{home}/{ANSWER}{question}")
+        return text
 
 
 @dataclass(frozen=True)
@@ -532,7 +555,10 @@ class LeasefileBackend:
         return Following(name, self.files, self._call, stale_listings=self._site.stale_listings)
 
     async def all_names(self) -> list[str]:
-        return await self._call(self.files.all_names)
+        homes, found = await self._call(self.files.homes), list[str]()
+        for at in range(0, len(homes), HOMES_AT_ONCE):
+            found += await self._call(self.files.names_of, homes[at : at + HOMES_AT_ONCE])
+        return found
 
     async def process_of(self, node: str) -> ProcessIdentity:
         return await self._call(self.files.process_of, node)
@@ -544,6 +570,12 @@ class LeasefileBackend:
 
     async def notify(self, node: str, name: str) -> None:
         await self._call(self.files.notify, node, name)
+
+    async def answer(self, question: str, text: str) -> None:
+        await self._call(self.files.answer, self.node, question, text)
+
+    async def take_answer(self, node: str, question: str) -> str | None:
+        return await self._call(partial(self.files.take_answer, node, question, anew=self._site.stale_listings))
 
     def expect_notices(self) -> None:
         self._used = trio.current_time()

@@ -19,6 +19,7 @@ class MemoryCluster:
 
     records: dict[str, Stored] = field(default_factory=dict)
     notices: defaultdict[str, deque[str]] = field(default_factory=lambda: defaultdict(deque))
+    answers: dict[tuple[str, str], str] = field(default_factory=dict)  # by node and question
     ended: set[str] = field(default_factory=set)  # nodes whose leases are over
     changed: trio.Event = field(default_factory=trio.Event)
     _last_version: int = 0
@@ -117,6 +118,14 @@ class MemoryBackend:
             await self._cluster.changed.wait()
         await trio.lowlevel.checkpoint()
         return self._cluster.notices[self.node].popleft()
+
+    async def answer(self, question: str, text: str) -> None:
+        await trio.lowlevel.checkpoint()
+        self._cluster.answers[self.node, question] = text
+
+    async def take_answer(self, node: str, question: str) -> str | None:
+        await trio.lowlevel.checkpoint()
+        return self._cluster.answers.pop((node, question), None)
 
     async def gone(self, nodes: Iterable[str]) -> set[str]:
         await trio.lowlevel.checkpoint()

@@ -14,6 +14,7 @@ import trio
 
 from safefs.cluster.backend import BackendError, Follower, LeaseLostError, LockBackend, Stored
 from safefs.cluster.record import Acquire, Break, GiveUp, LetPass, NameRecord, Release, Step, carry_out
+from safefs.cluster.survey import QUESTION, Survey, answer, survey
 from safefs.lease import boottime
 from safefs.locktable import Kind, Lock, Mode, NameLocks, Owner, Wait
 
@@ -25,7 +26,6 @@ FOLLOW_SECONDS = 5.0  # the same for who does not wait, and only wants to know t
 LINGER_SECONDS = 1.0  # so long after it was last used a record that others use, too, is followed
 MOST_FOLLOWED = 32  # names at once, with those on which somebody waits: these are followed however many there are
 RETRY_SECONDS = (0.05, 1.0)  # after a failure of the backend, at first and at most
-SURVEY_SECONDS = 3.0  # for one name
 IDLE_SECONDS = 60.0  # a name that nobody has used for so long is given back without being asked for
 
 # Before the locks of a name are looked at: what is kept elsewhere is put into them.
@@ -187,18 +187,14 @@ class Names:
         await pending.done.wait()
         return self.known(key) if pending.found is None else pending.found
 
-    async def survey(self) -> dict[str, NameLocks]:
-        """The locks of all names of the cluster.  Raises BackendError.
+    async def survey(self) -> Survey:
+        """The locks of all names of the cluster.  Raises BackendError."""
+        return await survey(self._backend, self._served)
 
-        Names that other nodes serve from memory are asked for, so that what they hold is on record.
-        """
-        found = {}
-        for key in await self._backend.all_names():
-            found[key] = self.known(key)
-            if self.local(key) is None:
-                with trio.move_on_after(SURVEY_SECONDS):
-                    found[key] = await self.look(key)
-        return found
+    def _served(self) -> dict[str, NameLocks]:
+        """The locks of all names that this node serves from memory."""
+        served = {key: name.leaving for key, name in self._names.items() if name.leaving is not None}
+        return served | {key: self._mine(name) for key, name in self._names.items() if name.mine is not None}
 
     async def gone(self, nodes: Iterable[str]) -> set[str]:
         """Those of the nodes that have lost their leases.  Raises BackendError."""
@@ -238,7 +234,10 @@ class Names:
                 log.warning("the lock backend: %s", error)
                 await trio.sleep(RETRY_SECONDS[1])
                 continue
-            if self._has_lease_to_serve():
+            if key.startswith(QUESTION):
+                assert self._nursery is not None
+                self._nursery.start_soon(answer, self._backend, key.removeprefix(QUESTION), self._served())
+            elif self._has_lease_to_serve():
                 # Also one that this node does not know of: a swap may have been carried out long after it was given up.
                 name = self._names.setdefault(key, _Name(key, used=boottime()))
                 name.asked = True

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from safefs.locking import PATIENCE_SECONDS
-from tests.cluster.conftest import CALM_LEASE, Cluster
+from tests.cluster.conftest import CALM_LEASE, LAB, Cluster
 from tests.cluster.hosts import Node
 from tests.mount.actors import Actor
 from tests.mount.test_locks import BLOCK, BLOCKED, RELEASE, TRY, opened
@@ -27,6 +27,7 @@ from tests.support.mounting import Mount, safefs, status, wait_until
 
 HOLDS = int(os.environ.get("SAFEFS_CLUSTER_HOLDS", "90"))  # by each kind of lock
 PARTIES = 6
+MANY = 50 if LAB else 500  # locks of one node
 FAIR_SHARE = 0.2  # of an equal share: what each gets at least while all want the lock
 START_SECONDS, HOLD_SECONDS = 60.0, 0.25  # many times what it takes on a busy machine
 
@@ -208,6 +209,18 @@ def shown(node: Mount) -> list[tuple[object, ...]]:
     done = safefs("locks", "--at", node.path, "--json")
     assert done.returncode == 0, done.stderr
     return sorted((entry["path"], entry["kind"], entry["state"], entry["pid"]) for entry in json.loads(done.stdout))
+
+
+def test_every_node_sees_very_many_locks(cluster: Cluster, parties: Make) -> None:
+    """Their names stay where they are served, so that it takes no longer than to read them."""
+    nodes = cluster.make(2, lease=CALM_LEASE)
+    holder = parties()
+    names = [f"{nodes[0].path}/{number}.lock" for number in range(MANY)]
+    holder("fds = [os.open(name, os.O_CREAT | os.O_RDWR) for name in names]", names=names)
+    holder("[fcntl.flock(fd, fcntl.LOCK_EX) for fd in fds]")
+    expected = sorted((f"{number}.lock", "flock", "held", holder.pid) for number in range(MANY))
+    for node in nodes:
+        assert shown(node.mount) == expected
 
 
 def test_every_node_sees_the_locks_of_all(cluster: Cluster, parties: Make) -> None:

@@ -244,6 +244,23 @@ def test_notices(cluster: Cluster) -> None:
     play(cluster, scenario)
 
 
+def test_an_answer_is_taken_once(cluster: Cluster) -> None:
+    """By whoever has asked for it, and from the node that was asked."""
+
+    async def scenario(one: LockBackend, two: LockBackend) -> None:
+        assert await one.take_answer(two.node, "a") is None
+        await two.answer("a", "to a ☃")
+        await two.answer("b", "to b")
+        await one.answer("a", "of another")
+        assert await one.take_answer(two.node, "a") == "to a ☃"
+        assert await one.take_answer(two.node, "a") is None
+        assert await one.take_answer(two.node, "b") == "to b"
+        assert await two.take_answer(one.node, "a") == "of another"
+        assert await one.take_answer("no node", "a") is None
+
+    play(cluster, scenario)
+
+
 def test_notices_to_a_node_that_has_joined_anew(cluster: Cluster) -> None:
     """Also when it has waited for one since before."""
 

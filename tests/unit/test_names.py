@@ -17,6 +17,7 @@ from safefs.cluster.backend import BackendError, Stored
 from safefs.cluster.memory import MemoryBackend, MemoryCluster, MemoryFollower
 from safefs.cluster.names import LOOK_SECONDS, Names
 from safefs.cluster.record import FORMAT, Acquire, Break, GiveUp, NameRecord, Release, Step, carry_out
+from safefs.cluster.survey import QUESTION
 from safefs.locks import Locks
 from safefs.locktable import OFFSET_MAX, Kind, Lock, Mode, NameLocks, Owner, Wait
 
@@ -244,6 +245,10 @@ class Counting(MemoryBackend):
         self.calls.append("gone")
         return await super().gone(nodes)
 
+    async def answer(self, question: str, text: str) -> None:
+        self.calls.append("answer")
+        await super().answer(question, text)
+
 
 class CountingPolls(Counting):
     """Where changes have to be looked for."""
@@ -453,6 +458,74 @@ def test_what_is_held_on_another_node_is_seen() -> None:
         assert await locks.conflict("name", Kind.FLOCK, Lock(Owner("node1", 1), Mode.SHARED)) is None
 
     play(scenario, MemoryBackend)
+
+
+def held(entries: list[dict[str, Any]]) -> set[tuple[str, str]]:
+    """The nodes and names in a report, in which there is nothing else."""
+    assert {entry["state"] for entry in entries} == {"held"}
+    return {(entry["node"], entry["key"]) for entry in entries}
+
+
+def test_a_survey_leaves_names_where_they_are() -> None:
+    """Also of those which this node serves, and of those that are shared; and each node is asked once."""
+
+    async def scenario(nodes: list[Node]) -> None:
+        one, two, three = nodes
+        keys = [str(number) for number in range(50)]
+        for key in keys:
+            assert await one.acquire(key, 1, Mode.EXCLUSIVE)
+        assert await two.acquire("mine", 1, Mode.EXCLUSIVE)
+        for node in (one, three):
+            assert await node.acquire("shared", 1, Mode.SHARED)
+        everything = {*((one.name, key) for key in (*keys, "shared")), (two.name, "mine"), (three.name, "shared")}
+        for node in nodes:
+            calls_of(node).clear()
+        assert held(await Locks(two.names).report()) == everything
+        assert calls_of(one) == ["answer"] and calls_of(three) == []
+        assert all(one.names.local(key) is not None for key in keys)
+
+    play(scenario, Counting)
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+def test_a_survey_tells_of_whom_it_does_not_know(leaves: bool) -> None:
+    """A node that does not answer may hold all that it serves; unless it is gone."""
+
+    class Silent(MemoryBackend):
+        async def answer(self, question: str, text: str) -> None:
+            raise BackendError("no answer")
+
+    async def scenario(nodes: list[Node]) -> None:
+        one, two, _ = nodes
+        assert await one.acquire("name", 1, Mode.EXCLUSIVE)
+        assert await two.acquire("another", 1, Mode.EXCLUSIVE)
+        if leaves:
+            await one.backend.leave()
+        said = [(entry["node"], entry["key"], entry["state"]) for entry in await Locks(two.names).report()]
+        unknown = ("node0", "name", "unknown: the node does not answer")
+        assert said == [("node1", "another", "held"), *([] if leaves else [unknown])]
+
+    play(scenario, Silent)
+
+
+def test_a_survey_finds_what_is_given_back_meanwhile() -> None:
+    """After it was read that a node serves a name, and before that node is asked."""
+
+    class GivesBack(MemoryBackend):
+        async def notify(self, node: str, name: str) -> None:
+            if name.startswith(QUESTION):
+                with trio.fail_after(10):
+                    assert await other.acquire("name", 1, Mode.SHARED)
+            await super().notify(node, name)
+
+    async def scenario(nodes: list[Node]) -> None:
+        nonlocal other
+        one, two, other = nodes
+        assert await one.acquire("name", 1, Mode.SHARED)
+        assert held(await Locks(two.names).report()) == {("node0", "name"), ("node2", "name")}
+
+    other: Node
+    play(scenario, GivesBack)
 
 
 class Late(MemoryBackend):

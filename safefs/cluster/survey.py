@@ -1,0 +1,109 @@
+"""The locks of all nodes, for somebody who wants to see them: no name changes hands for that.
+
+What is shared is on record.  What a node serves from memory it alone knows, and it is asked, once for all of its names.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import trio
+
+from safefs.cluster.backend import BackendError, LockBackend
+from safefs.cluster.record import NameRecord
+from safefs.locktable import NameLocks
+
+log = logging.getLogger(__name__)
+
+QUESTION = "?"  # how notices begin that want an answer, and are about no name
+ANSWER_SECONDS = 3.0  # for a node to answer
+LOOK_SECONDS = (0.02, 0.2)  # between looks for the answer, at first and at most
+MOST_CALLS = 8  # to the backend at a time
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What is known of all names."""
+
+    locks: dict[str, NameLocks] = field(default_factory=dict)
+    silent: dict[str, str] = field(default_factory=dict)  # names of which only a node knows that does not answer
+
+
+async def answer(backend: LockBackend, question: str, served: Mapping[str, NameLocks]) -> None:
+    """Tell another node the locks of the names that this one serves from memory."""
+    told = {key: locks.to_record() for key, locks in served.items()}
+    try:
+        await backend.answer(question, json.dumps(told))
+    except BackendError as error:
+        log.warning("another node wanted to know the locks of this one: %s", error)
+
+
+async def survey(backend: LockBackend, served: Callable[[], dict[str, NameLocks]]) -> Survey:
+    """The locks of all names; `served` tells those that this node serves.  Raises BackendError."""
+    records = await _for_each(await backend.all_names(), lambda key: _record(backend, key))
+    found = Survey({key: record.locks for key, record in records.items()})
+    by_node = defaultdict[str, list[str]](list)
+    for key, record in records.items():
+        if record.delegate:
+            by_node[record.delegate].append(key)
+    others = by_node.keys() - {backend.node}
+    answers = await _for_each(others, lambda node: _ask(backend, node))
+    gone = await backend.gone(node for node in others if answers[node] is None)
+    for node in others - gone:
+        told = answers[node]
+        if told is None:
+            found.silent.update(dict.fromkeys(by_node[node], node))
+            continue
+        found.locks.update((key, told[key]) for key in by_node[node] if key in told)
+        given_back = await _for_each(by_node[node] - told.keys(), lambda key: _record(backend, key))
+        found.locks.update((key, record.locks) for key, record in given_back.items())
+    found.locks.update(served())
+    return found
+
+
+async def _record(backend: LockBackend, key: str) -> NameRecord:
+    return (await backend.read(key)).record
+
+
+async def _ask(backend: LockBackend, node: str) -> dict[str, NameLocks] | None:
+    """What a node serves; None where it does not answer, or is gone."""
+    question = secrets.token_hex(8)
+    pause, longest = LOOK_SECONDS
+    with trio.move_on_after(ANSWER_SECONDS):
+        await backend.notify(node, QUESTION + question)
+        while True:
+            text = await backend.take_answer(node, question)
+            if text is not None:
+                return {key: NameLocks.from_record(locks) for key, locks in json.loads(text).items()}
+            await trio.sleep(pause)
+            pause = min(2 * pause, longest)
+    return None
+
+
+async def _for_each(things: Iterable[str], function: Callable[[str], Awaitable[T]]) -> dict[str, T]:
+    """What a function returns for each of them, some at a time; the first BackendError where there is one."""
+    results, failures = dict[str, T](), list[BackendError]()
+    limit = trio.CapacityLimiter(MOST_CALLS)
+
+    async def call(thing: str) -> None:
+        async with limit:
+            try:
+                results[thing] = await function(thing)
+            except BackendError as error:  # a nursery would make a group of it
+                failures.append(error)
+                nursery.cancel_scope.cancel()
+
+    async with trio.open_nursery() as nursery:
+        for thing in things:
+            nursery.start_soon(call, thing)
+    if failures:
+        raise failures[0]
+    return results
