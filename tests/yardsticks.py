@@ -34,11 +34,12 @@ TEST_SECONDS = 300
 # A plugin for pytest: what is asked is whether a lock is right, and not how fast it is.
 PATIENCE = """
 def pytest_collection_modifyitems(items):
-    for item in items:
-        for mark in item.iter_markers("timeout"):
-            if mark.args:
-                object.__setattr__(mark, "args", (10 * mark.args[0], *mark.args[1:]))
+    marks = {id(mark): mark for item in items for mark in item.iter_markers("timeout")}  # some share theirs
+    for mark in marks.values():
+        if mark.args:
+            object.__setattr__(mark, "args", (10 * mark.args[0], *mark.args[1:]))
 """
+PYTEST_RAN = (0, 1)  # exit statuses: all tests passed, or some failed
 # Tests that open files until they may no more: the daemon has to be allowed more than they are.
 TEST_DESCRIPTORS = 4096
 # Every file is written in place: of its locks the same is asked, and of its data what a plain filesystem does.
@@ -75,7 +76,7 @@ def filelock_suite(version: str, chosen: str) -> Suite:
         command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "patience"]
         command += [f"--timeout={TEST_SECONDS}", f"--basetemp={place / 'pytest'}", f"--junitxml={report}"]
         with open(logs / "pytest.log", "wb") as log:
-            subprocess.run(
+            done = subprocess.run(
                 [*command, "-k", chosen, "tests"],
                 cwd=source,
                 env={**os.environ, "TMPDIR": str(place), "PYTHONPATH": str(logs)},
@@ -85,8 +86,8 @@ def filelock_suite(version: str, chosen: str) -> Suite:
                 timeout=SUITE_SECONDS,
                 preexec_fn=limit_descriptors,
             )
-        if not report.exists():
-            raise SystemExit(f"filelock's tests did not run: see {log.name}")
+        if done.returncode not in PYTEST_RAN:
+            raise SystemExit(f"filelock's tests did not run to their end: see {log.name}")
         return junit_results(report)
 
     return run
