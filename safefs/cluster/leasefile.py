@@ -357,6 +357,8 @@ class Files:
         How long is told by the filesystem's clock: it made the files of this node just now.
         """
         now = os.stat(self._path("nodes", node, "process")).st_ctime
+        for part in ("nodes", "names"):
+            self._remove_looks(self._path(part), now - BURIED_SECONDS)
         for other in self._listed(self._path("nodes")):
             home, heartbeat = self._path("nodes", other), self.heartbeat(other)
             with suppress(OSError):
@@ -365,6 +367,15 @@ class Files:
                 elif now - os.stat(home if heartbeat is None else f"{home}/{ENDED}").st_ctime > BURIED_SECONDS:
                     self._clear(f"{home}/wanted")
                     self._clear(home)
+
+    @staticmethod
+    def _remove_looks(directory: str, before: float) -> None:
+        """What nodes have left that died while they had their client look anew."""
+        for entry in os.listdir(directory):
+            path = f"{directory}/{entry}"
+            with suppress(OSError):
+                if entry.startswith(LOOK) and os.stat(path).st_ctime < before:
+                    os.unlink(path)
 
     def end(self, node: str, heartbeat: str) -> bool:
         """End a lease that was seen to be at `heartbeat`; False when it has been renewed since."""

@@ -357,6 +357,8 @@ def test_names_and_nodes_that_are_gone_leave_no_files(tmp_path: Path, monkeypatc
         assert empty is not None
         await one.discard("name", empty)
         await one.leave()
+        for part in ("nodes", "names"):
+            (tmp_path / part / f"{module.LOOK}01234567").touch()
         monkeypatch.setattr(module, "BURIED_SECONDS", -1.0)
         await two.join()
         assert [path.name for path in (tmp_path / "nodes").iterdir()] == [two.node]
