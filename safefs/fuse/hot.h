@@ -79,6 +79,8 @@ struct node {
 	bool close_fd; /* ... and closes its descriptor */
 	uint16_t length;
 	char *name;
+	uint64_t second_parent; /* where it was found before, if it is written in place: it may be there, too */
+	char *second_name;
 };
 
 /* Every function of the table takes its lock for a moment and does no I/O under it: descriptors go to the closer. */

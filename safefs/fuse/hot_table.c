@@ -107,6 +107,7 @@ static void destroy(struct node *node)
 	if (node->close_fd)
 		close_later(node->fd);
 	free(node->handle);
+	free(node->second_name);
 	free(node->name);
 	free(node);
 }
@@ -199,6 +200,33 @@ static bool placed(const struct node *node, uint64_t parent, const char *name)
 	return node->parent == parent && node->name && !strcmp(node->name, name);
 }
 
+static bool placed_second(const struct node *node, uint64_t parent, const char *name)
+{
+	return node->second_parent == parent && node->second_name && !strcmp(node->second_name, name);
+}
+
+static void set_second(struct node *node, uint64_t parent, char *name)
+{
+	free(node->second_name);
+	node->second_parent = parent;
+	node->second_name = name;
+}
+
+/* One more place of a file that is written in place: the kernel keeps none of its names, so each is as good as another.
+ * Two are known, the latest first unless a thread reads that one. */
+static void place_too(struct node *node, uint64_t parent, const char *name)
+{
+	char *copy = placed_second(node, parent, name) ? NULL : strdup(name);
+	if (copy && node->uses) {
+		set_second(node, parent, copy);
+	} else if (copy) {
+		set_second(node, node->parent, node->name);
+		node->parent = parent;
+		node->name = copy;
+		node->length = (uint16_t)strlen(copy);
+	}
+}
+
 /* ---------------------------------------------------------- Python's side */
 
 uint64_t table_new_number(void)
@@ -224,7 +252,8 @@ uint64_t table_register(uint64_t nodeid, struct identity identity)
 
 /* Python has a descriptor for the node, and says where the node was found.  Threads read name and descriptor without
  * the lock: a node that one of them uses is not changed but left to Python until the next offer.  So is one that was
- * elsewhere before: the kernel may keep that name, and an open by it would be checked by the other. */
+ * elsewhere before: the kernel may keep that name, and an open by it would be checked by the other.  (It keeps none of
+ * what is written in place.) */
 bool table_offer(uint64_t nodeid, mode_t mode, int fd, uint64_t parent, const char *name, struct stamp stamp,
 		 bool in_place)
 {
@@ -234,16 +263,20 @@ bool table_offer(uint64_t nodeid, mode_t mode, int fd, uint64_t parent, const ch
 	bool elsewhere = node && node->name && !placed(node, parent, name);
 	if (node && node->owner == GRANTED && !elsewhere) {
 		node->moved = false;
+	} else if (node && node->owner == GRANTED && node->in_place && in_place && !node->moved) {
+		place_too(node, parent, name);
 	} else if (node && node->owner != BORN && node->uses) {
 		node->moved = true;
 	} else if (node && node->owner != BORN) {
+		bool was_in_place = node->in_place;
 		if (node->owner == KEPT)
 			node->stamp = stamp;
 		node->owner = plain && place(node, parent, name) ? GRANTED : KEPT;
 		node->fd = fd;
 		node->mode = mode;
 		node->in_place = in_place;
-		node->moved = elsewhere;
+		node->moved = elsewhere && !(was_in_place && in_place);
+		set_second(node, 0, NULL);
 	}
 	bool granted = node && node->owner == GRANTED && !node->moved;
 	pthread_mutex_unlock(&lock);
@@ -433,8 +466,8 @@ static bool same_handle(const struct handle *one, const struct handle *other)
 /* Whether C may answer a lookup with a node that it knows. */
 static bool answers(const struct node *node, const struct stat *status, uint64_t parent, const char *name)
 {
-	return node->owner != KEPT && !node->moved && placed(node, parent, name) &&
-	       !((node->mode ^ status->st_mode) & S_IFMT);
+	bool found = placed(node, parent, name) || placed_second(node, parent, name);
+	return node->owner != KEPT && !node->moved && found && !((node->mode ^ status->st_mode) & S_IFMT);
 }
 
 static struct node *referenced(struct node *node)

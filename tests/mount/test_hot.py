@@ -195,6 +195,34 @@ def test_looking_at_a_file_that_is_written_in_place(name: str, hot_mount: Callab
     assert not path.exists()
 
 
+def test_looking_at_two_names_of_a_file_that_is_written_in_place(
+    hot_mount: Callable[..., Mount], backing: Path
+) -> None:
+    """As they are made by locks that link one claim to the next; whichever of them was looked at last."""
+    mount = hot_mount("entry_timeout=60,attr_timeout=60")
+    one, two = mount / "1-v1-2.claim", mount / "2-v1-2.claim"
+    one.write_text("")
+    os.link(one, two)
+    before = [answered(mount, opcode) for opcode in (LOOKUP, GETATTR)]
+    with opened(one) as first, opened(two) as second:
+        for size in range(1, 101):
+            (backing / one.name).write_bytes(b"x" * size)
+            assert one.stat().st_size == two.stat().st_size == size
+            assert os.fstat(first).st_size == os.fstat(second).st_size == size
+    after = [answered(mount, opcode) for opcode in (LOOKUP, GETATTR)]
+    assert all(now - then >= 190 for then, now in zip(before, after, strict=True))
+    (backing / "new").write_bytes(b"another")
+    os.rename(backing / "new", backing / one.name)
+    assert (one.stat().st_size, two.stat().st_size) == (7, 100)
+    os.unlink(backing / two.name)
+    assert not two.exists()
+    os.link(one, mount / "data")  # of a class that is written apart
+    (mount / "data").write_text("a new one")
+    assert (mount / "data").read_text() == "a new one"
+    assert one.read_text() == "another"
+    assert [(mount / name).stat().st_size for name in ("data", one.name, "data")] == [9, 7, 9]
+
+
 def test_what_the_extension_opened_can_do_what_other_handles_can(hot_mount: Callable[..., Mount]) -> None:
     """lseek(SEEK_DATA), copy_file_range, fsync, fstat, a map and reads past the end, on a handle of the extension."""
     mount = hot_mount()
