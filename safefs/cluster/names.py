@@ -14,7 +14,7 @@ import trio
 
 from safefs.cluster.backend import BackendError, Follower, LeaseLostError, LockBackend, Stored
 from safefs.cluster.record import Acquire, Break, GiveUp, LetPass, NameRecord, Release, Step, carry_out
-from safefs.cluster.survey import QUESTION, Survey, answer, survey
+from safefs.cluster.survey import QUESTION, Answers, Survey, survey
 from safefs.lease import boottime
 from safefs.locktable import Kind, Lock, Mode, NameLocks, Owner, Wait
 
@@ -111,6 +111,7 @@ class Names:
 
     def __init__(self, backend: LockBackend) -> None:
         self._backend = backend
+        self._answers = Answers(backend)
         self.resolve: Resolve = lambda _ticket, _held: False
         self.take_back: TakeBack = lambda _key, _locks: None
         self.broken: Broken = lambda _key, _locks: None
@@ -236,7 +237,7 @@ class Names:
                 continue
             if key.startswith(QUESTION):
                 assert self._nursery is not None
-                self._nursery.start_soon(answer, self._backend, key.removeprefix(QUESTION), self._served())
+                self._nursery.start_soon(self._answers.give, key.removeprefix(QUESTION), self._served())
             elif self._has_lease_to_serve():
                 # Also one that this node does not know of: a swap may have been carried out long after it was given up.
                 name = self._names.setdefault(key, _Name(key, used=boottime()))

@@ -25,6 +25,7 @@ QUESTION = "?"  # how notices begin that want an answer, and are about no name
 ANSWER_SECONDS = 3.0  # for a node to answer
 LOOK_SECONDS = (0.02, 0.2)  # between looks for the answer, at first and at most
 MOST_CALLS = 8  # to the backend at a time
+MOST_ANSWERS = 8  # that are kept for who has asked
 
 T = TypeVar("T")
 
@@ -37,13 +38,23 @@ class Survey:
     silent: dict[str, str] = field(default_factory=dict)  # names of which only a node knows that does not answer
 
 
-async def answer(backend: LockBackend, question: str, served: Mapping[str, NameLocks]) -> None:
-    """Tell another node the locks of the names that this one serves from memory."""
-    told = {key: locks.to_record() for key, locks in served.items()}
-    try:
-        await backend.answer(question, json.dumps(told))
-    except BackendError as error:
-        log.warning("another node wanted to know the locks of this one: %s", error)
+class Answers:
+    """What this node has told others.  The last few stay until they are taken: who has asked may not wait any more."""
+
+    def __init__(self, backend: LockBackend) -> None:
+        self._backend = backend
+        self._given: list[str] = []
+
+    async def give(self, question: str, served: Mapping[str, NameLocks]) -> None:
+        """Tell another node the locks of the names that this one serves from memory."""
+        told = {key: locks.to_record() for key, locks in served.items()}
+        try:
+            await self._backend.answer(question, json.dumps(told))
+            self._given.append(question)
+            while len(self._given) > MOST_ANSWERS:
+                await self._backend.take_answer(self._backend.node, self._given.pop(0))
+        except BackendError as error:
+            log.warning("another node wanted to know the locks of this one: %s", error)
 
 
 async def survey(backend: LockBackend, served: Callable[[], dict[str, NameLocks]]) -> Survey:

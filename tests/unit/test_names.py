@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
@@ -17,7 +18,7 @@ from safefs.cluster.backend import BackendError, Stored
 from safefs.cluster.memory import MemoryBackend, MemoryCluster, MemoryFollower
 from safefs.cluster.names import LOOK_SECONDS, Names
 from safefs.cluster.record import FORMAT, Acquire, Break, GiveUp, NameRecord, Release, Step, carry_out
-from safefs.cluster.survey import QUESTION
+from safefs.cluster.survey import MOST_ANSWERS, QUESTION
 from safefs.locks import Locks
 from safefs.locktable import OFFSET_MAX, Kind, Lock, Mode, NameLocks, Owner, Wait
 
@@ -506,6 +507,19 @@ def test_a_survey_tells_of_whom_it_does_not_know(leaves: bool) -> None:
         assert said == [("node1", "another", "held"), *([] if leaves else [unknown])]
 
     play(scenario, Silent)
+
+
+def test_answers_that_nobody_takes_do_not_pile_up() -> None:
+    async def scenario(nodes: list[Node]) -> None:
+        one, two, _ = nodes
+        assert await one.acquire("name", 1, Mode.EXCLUSIVE)
+        for number in range(MOST_ANSWERS + 5):
+            await two.backend.notify(one.name, f"{QUESTION}{number}")
+        await trio.sleep(1)
+
+    answers = play(scenario, MemoryBackend).answers
+    assert len(answers) == MOST_ANSWERS
+    assert all(json.loads(text)["name"] for text in answers.values())
 
 
 def test_a_survey_finds_what_is_given_back_meanwhile() -> None:
