@@ -443,7 +443,8 @@ class Daemon:
             with trio.fail_after(SURVEY_SECONDS):
                 return await work
         except (BackendError, trio.TooSlowError) as error:
-            reason = str(error) or "no answer"
+            hint = "a node that hangs keeps its locks until its lease is over"
+            reason = str(error) or f"no answer in {SURVEY_SECONDS:.0f} s: {hint}"
             raise SafefsError(f"the lock backend: {reason}", errno.ETIMEDOUT) from None
 
     async def _break(self, path: str) -> int:
