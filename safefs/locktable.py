@@ -157,6 +157,15 @@ class LockTable:
         Else it is in the queue, and a later change returns it.  To ask for what one has, or waits for, changes nothing:
         so a request can be repeated when it is not known whether it arrived.
         """
+        granted, others = self.attempt(wait)
+        if granted or self.waits(wait.lock.owner.node, wait.ticket):
+            return granted, others
+        self.waiting.append(wait)
+        granting = self._grant()  # whom somebody waits for in a ring that is closed now may pass who came before
+        return wait in granting, others + [other for other in granting if other is not wait]
+
+    def attempt(self, wait: Wait) -> tuple[bool, list[Wait]]:
+        """The same for one who does not wait (F_SETLK, LOCK_NB)."""
         others: list[Wait] = []
         lock = wait.lock
         if not self:  # as nearly always
@@ -169,15 +178,7 @@ class LockTable:
         if next(self.blockers(wait), None) is None:
             self._put(lock)
             return True, others + self._grant()
-        self.waiting.append(wait)
         return False, others
-
-    def attempt(self, wait: Wait) -> tuple[bool, list[Wait]]:
-        """The same for one who does not wait (F_SETLK, LOCK_NB)."""
-        granted, others = self.request(wait)
-        if not granted:
-            others += self.cancel(wait.lock.owner.node, wait.ticket)
-        return granted, others
 
     def release(self, owner: Owner, first: int = 0, last: int = OFFSET_MAX) -> list[Wait]:
         """Unlock a range of one owner; returns the requests that got their locks by it."""

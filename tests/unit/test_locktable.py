@@ -256,6 +256,16 @@ def test_two_upgrades_of_record_locks_wait_for_each_other(queue: Queue) -> None:
     assert {lock.owner for lock in queue.table.blockers(Wait(99, Lock(B, EXCLUSIVE)))} == {A}
 
 
+def test_whoever_closes_a_ring_lets_the_one_in_it_pass(queue: Queue) -> None:
+    """B waits behind A alone, who waits for C; when C waits for B in turn, only B can go on."""
+    assert queue.table.request(Wait(1, Lock(C, SHARED)))[0]
+    assert queue.table.request(Wait(2, Lock(B, SHARED, 1)))[0]
+    assert not queue.table.request(Wait(3, Lock(A, EXCLUSIVE, 0, 0)))[0]
+    assert not queue.table.request(Wait(4, Lock(B, SHARED, 0, 0)))[0]
+    granted, others = queue.table.request(Wait(5, Lock(C, EXCLUSIVE)))
+    assert not granted and [wait.ticket for wait in others] == [4]
+
+
 def test_a_node_that_is_gone(queue: Queue) -> None:
     far = Owner("far", 1)
     assert queue.ask(far, EXCLUSIVE)
