@@ -618,7 +618,7 @@ class FileSystem:
     @asynccontextmanager
     async def attributed(self, node: Node) -> AsyncIterator[list[int]]:
         """Descriptors of the inodes that have a node's attributes: the one it shows, and a published copy of that."""
-        draft = node.draft or await self.publisher.taken_from(node.identity)
+        draft = node.draft
         if draft is None:
             async with self.pinned(node):
                 yield [node.fd]

@@ -260,11 +260,8 @@ def note_provenance(fd: int, draft: Draft, digest: str | None) -> None:
             os.setxattr(fd, DIGEST_ATTRIBUTE, digest.encode("ascii"))
 
 
-def take_place(order: Order, before: os.stat_result) -> bool:
-    """Put the copy where the draft's own inode is shown; False, and the copy has no name, where it no longer is.
-
-    `before`: the inode as it was before it was copied; what changes of its attributes were under way then follow.
-    """
+def take_place(order: Order) -> bool:
+    """Put the copy where the draft's own inode is shown; False, and the copy has no name, where it no longer is."""
     own = backing.identity_of(os.fstat(order.draft.fd))
     placed = False
     if backing.identity_at(order.target, order.name) == own:
@@ -272,17 +269,10 @@ def take_place(order: Order, before: os.stat_result) -> bool:
         inode = order.inode
         with order.keeper.locked():
             placed = backing.swap(inode.fd, inode.temp_name, order.directory, order.name, own, order.hidden)
-            if _attributes(os.fstat(order.draft.fd)) != _attributes(before):
-                backing.copy_metadata(order.draft.fd, inode.fd)
-                backing.copy_times(order.draft.fd, inode.fd)
             order.sync_target()
     elif order.inode.temp_name is not None:
         backing.unlink(order.directory, order.inode.temp_name)
     return placed
-
-
-def _attributes(status: os.stat_result) -> tuple[int, ...]:
-    return status.st_mode, status.st_uid, status.st_gid, status.st_mtime_ns
 
 
 def drop_inode(directory: int, inode: PrivateInode) -> None:

@@ -20,8 +20,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import trio
-
 from safefs import backing
 from safefs.backing import Backing
 from safefs.digest import Written
@@ -109,7 +107,6 @@ class Publisher:
         self._state = state
         self._record = record
         self._names = KeyedLocks()
-        self._detaching: dict[Identity, tuple[Draft, trio.Event]] = {}  # by the inode that was published
         self._syncs = GroupSync()
         self._noted: set[Identity] = set()
         self.counts: Counter[str] = Counter()
@@ -404,27 +401,6 @@ class Publisher:
         """
         if draft.state is not DraftState.PUBLISHED or draft.base is None or draft.base.fd != draft.fd:
             return
-        own, done = draft.base.identity, trio.Event()
-        self._detaching[own] = draft, done
-        try:
-            await self._replace_by_copy(draft)
-        finally:
-            del self._detaching[own]
-            done.set()
-
-    async def taken_from(self, identity: Identity) -> Draft | None:
-        """The draft that is detached from this inode at the moment; once it is, and None if it has ended by then.
-
-        The inode has a node of its own by then, and what is changed through that is meant for the copy as well.
-        """
-        if identity not in self._detaching:
-            return None
-        draft, done = self._detaching[identity]
-        await done.wait()
-        return draft if draft.node.draft is draft else None
-
-    async def _replace_by_copy(self, draft: Draft) -> None:
-        before = os.fstat(draft.fd)  # this daemon has just written it: answered from memory
         inode = await self._copy(draft)
         async with self.holding(draft.directory, draft.name):
             home = draft.directory
@@ -432,7 +408,7 @@ class Publisher:
             demands = dataclasses.replace(self._demands(home, draft.name, None), policy=Policy())
             order = self._order(draft, inode, home, draft.name, demands, self.lease())
             try:
-                placed = await self._backing.run_or_daemon(draft.caller, take_place, order, before, owned=home.fd)
+                placed = await self._backing.run_or_daemon(draft.caller, take_place, order, owned=home.fd)
             except BaseException:
                 await self._drop(draft, inode)
                 raise
