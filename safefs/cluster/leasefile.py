@@ -391,12 +391,16 @@ class Files:
     # -------------------------------------------------------------- notices
 
     def notify(self, node: str, name: str) -> None:
-        path = self._path("nodes", node, "wanted", directory_of(name))
         with suppress(FileNotFoundError, FileExistsError):
-            fd = os.open(path + ".new", os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_CLOEXEC, 0o600)
-            with os.fdopen(fd, "w", encoding="utf-8", errors="surrogateescape") as file:
-                file.write(name)
-            os.rename(path + ".new", path)
+            self._put(self._path("nodes", node, "wanted", directory_of(name)), name)
+
+    @staticmethod
+    def _put(path: str, text: str) -> None:
+        """A file that is there as a whole or not at all."""
+        fd = os.open(path + ".new", os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+        with os.fdopen(fd, "w", encoding="utf-8", errors="surrogateescape") as file:
+            file.write(text)
+        os.rename(path + ".new", path)
 
     def notices(self, node: str, *, anew: bool = False) -> list[str]:
         """Names that others want of a node; each is given once."""
@@ -412,17 +416,14 @@ class Files:
         return names
 
     def answer(self, node: str, question: str, text: str) -> None:
-        home = self._path("nodes", node)
-        with open(f"{home}/{ANSWER}{question}.new", "x", encoding="utf-8") as file:
-            file.write(text)
-        os.rename(f"{home}/{ANSWER}{question}.new", f"{home}/{ANSWER}{question}")
+        self._put(self._path("nodes", node, ANSWER + question), text)
 
     def take_answer(self, node: str, question: str, *, anew: bool = False) -> str | None:
         home = self._path("nodes", node)
         if anew:
             self._look_anew(home)
         try:
-            with open(f"{home}/{ANSWER}{question}", encoding="utf-8") as file:
+            with open(f"{home}/{ANSWER}{question}", encoding="utf-8", errors="surrogateescape") as file:
                 text = file.read()
         except FileNotFoundError:
             return None

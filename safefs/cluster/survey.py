@@ -59,16 +59,18 @@ class Answers:
 
 async def survey(backend: LockBackend, served: Callable[[], dict[str, NameLocks]]) -> Survey:
     """The locks of all names; `served` tells those that this node serves.  Raises BackendError."""
-    records = await _for_each(await backend.all_names(), lambda key: _record(backend, key))
-    found = Survey({key: record.locks for key, record in records.items()})
+    found = Survey(served())
+    others = set(await backend.all_names()) - found.locks.keys()
+    records = await _for_each(others, lambda key: _record(backend, key))
+    found.locks.update((key, record.locks) for key, record in records.items())
     by_node = defaultdict[str, list[str]](list)
     for key, record in records.items():
         if record.delegate:
             by_node[record.delegate].append(key)
-    others = by_node.keys() - {backend.node}
-    answers = await _for_each(others, lambda node: _ask(backend, node))
-    gone = await backend.gone(node for node in others if answers[node] is None)
-    for node in others - gone:
+    nodes = by_node.keys() - {backend.node}
+    answers = await _for_each(nodes, lambda node: _ask(backend, node))
+    gone = await backend.gone(node for node in nodes if answers[node] is None)
+    for node in nodes - gone:
         told = answers[node]
         if told is None:
             found.silent.update(dict.fromkeys(by_node[node], node))
