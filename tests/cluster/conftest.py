@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.hosts import ADDRESS, Host, Network, Node, make_host, network
+from tests.cluster.hosts import ADDRESS, Host, Network, Node, host, network
 from tests.labs.filesystems import LABS, Views
 from tests.mount.actors import Actor, actor
 from tests.mount.test_locks import CODE
@@ -63,7 +63,7 @@ class Cluster:
         return node
 
     def host(self) -> Host:
-        return make_host(len(self.nodes) + 1, self.network)
+        return self.stack.enter_context(host(len(self.nodes) + 1, self.network))
 
     def make(self, count: int, **more: object) -> list[Node]:
         """Nodes on one host each."""

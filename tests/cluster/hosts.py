@@ -98,11 +98,20 @@ class Network:
             subprocess.run([*self._enter(pid), *command.split()], check=True, timeout=SECONDS)
 
 
-def make_host(number: int, network: Network | None) -> Host:
-    """Its clocks are an hour and more from all others'."""
+@contextmanager
+def host(number: int, network: Network | None) -> Iterator[Host]:
+    """Its clocks are an hour and more from all others', and the same ones for every daemon that is started on it."""
     clocks = [f"--boottime={number * 5000 + 3600}", f"--monotonic={number * 7000 + 3600}"]
-    name = ["unshare", "--uts", "--time", *clocks, "sh", "-c", f'hostname host{number}; exec "$@"', "sh"]
-    return Host(number, [*(network.link(number) if network is not None else []), *name], network)
+    named = f"hostname host{number}; echo; exec sleep infinity"
+    holder = subprocess.Popen(["unshare", "--uts", "--time", *clocks, "sh", "-c", named], stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout is not None and holder.stdout.readline()
+        spaces = f"/proc/{holder.pid}/ns"
+        enter = ["nsenter", f"--uts={spaces}/uts", f"--time={spaces}/time_for_children"]
+        yield Host(number, [*(network.link(number) if network is not None else []), *enter], network)
+    finally:
+        holder.kill()
+        holder.communicate()
 
 
 @dataclass
