@@ -13,7 +13,7 @@ import stat
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -618,15 +618,17 @@ class FileSystem:
     @asynccontextmanager
     async def attributed(self, node: Node) -> AsyncIterator[list[int]]:
         """Descriptors of the inodes that have a node's attributes: the one it shows, and a published copy of that."""
-        draft = node.draft
-        if draft is None:
-            async with self.pinned(node):
-                yield [node.fd]
-            return
-        async with self.held(draft), draft.gate.passing():
-            await self.write_out(draft)
-            copy = [draft.base.fd] if draft.copied and draft.base is not None else []
-            yield [self.content_fd(draft), *copy]
+        own, copies = node.draft, []
+        async with AsyncExitStack() as stack:
+            for draft in [own] if own is not None else self.publisher.drafts_of(node.identity):
+                await stack.enter_async_context(self.held(draft))
+                await stack.enter_async_context(draft.gate.passing())
+                await self.write_out(draft)
+                if draft.copied and draft.base is not None:
+                    copies.append(draft.base.fd)
+            if own is None:
+                await stack.enter_async_context(self.pinned(node))
+            yield [node.fd if own is None else self.content_fd(own), *copies]
 
     @asynccontextmanager
     async def held(self, draft: Draft | None) -> AsyncIterator[None]:
@@ -691,6 +693,7 @@ class FileSystem:
         if draft.fd < 0:
             return
         base = [draft.base.fd] if draft.base else []
+        self.publisher.forget(draft)
         descriptors, pidfd = {draft.fd, draft.version_fd, *draft.spare_fds, *base}, draft.pidfd
         draft.fd = draft.pidfd = draft.version_fd = -1
         try:

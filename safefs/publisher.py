@@ -107,6 +107,7 @@ class Publisher:
         self._state = state
         self._record = record
         self._names = KeyedLocks()
+        self._shown: dict[Identity, list[Draft]] = {}  # by the inode of theirs that a name shows: open for writing yet
         self._syncs = GroupSync()
         self._noted: set[Identity] = set()
         self.counts: Counter[str] = Counter()
@@ -190,12 +191,15 @@ class Publisher:
         draft.modified = draft.created = draft.exclusive = draft.fresh = False
         draft.version_fd = inode.version_fd
         if not keep_private:
+            self.forget(draft)  # its own inode may be another one now
             if inode.fd != draft.fd:
                 draft.spare_fds.append(draft.fd)
             draft.fd, draft.temp_name, draft.copied, draft.unlinkable = inode.fd, None, False, False
         size = self._rebase(draft, inode.fd)
         if keep_private:
             self._go_on_from_copy(draft)
+        elif draft.unseen and draft.writers and draft.base is not None:
+            self._shown.setdefault(draft.base.identity, []).append(draft)
         self._note(_OUTCOMES[placed.verdict], draft, self._path_text(target.fd, name), size=size, write_id=write_id)
 
     def _note(self, kind: EventKind, draft: Draft, path: str, **details: Any) -> None:
@@ -421,6 +425,21 @@ class Publisher:
         )
         if self.on_publish is not None:
             self.on_publish(draft.directory, None)
+
+    def drafts_of(self, identity: Identity) -> list[Draft]:
+        """The drafts whose own inode this is, shown by a name and open for writing when it was published.
+
+        It has a node of its own by then.  Its attributes, changed through that, are meant for the name: also where the
+        name shows a copy meanwhile, because a writer is left or only seems to be.
+        """
+        return list(self._shown.get(identity, ()))
+
+    def forget(self, draft: Draft) -> None:
+        """No inode of the draft's has a node of its own, as far as its attributes are concerned."""
+        for identity, drafts in [entry for entry in self._shown.items() if draft in entry[1]]:
+            drafts.remove(draft)
+            if not drafts:
+                del self._shown[identity]
 
     async def announce_temp(self, directory: Node, caller: Caller) -> None:
         """A private inode is about to be made, under a hidden name where the backing needs one."""

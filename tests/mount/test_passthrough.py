@@ -6,6 +6,7 @@ import errno
 import mmap
 import os
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -207,6 +208,24 @@ def work(base):
         for party in parties:
             party.result()
     assert status(mount)["counters"] == {"published": 800}
+
+
+def test_what_is_changed_while_a_late_writer_is_found_out(mount: Mount, writer: Actor) -> None:
+    """A descriptor under way between two processes is seen by nobody: the file gets a copy, with its attributes as they
+    were set at whatever moment."""
+    writer("import array; pairs = []")
+    for number in range(40):
+        path = mount / f"file{number}"
+        fd = writer.open(path, CREATE)
+        writer.write(fd, A)
+        writer("pairs.append(socket.socketpair())")
+        rights = "[(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array('i', [fd]))]"
+        writer(f"pairs[-1][0].sendmsg([b'x'], {rights})", fd=fd)
+        writer.closefd(fd)
+        time.sleep(number / 4000)
+        os.chmod(path, 0o612)
+        assert wait_until(lambda: status(mount)["counters"].get("late write", 0) == number + 1)  # noqa: B023
+        assert (mount.backing / path.name).stat().st_mode & 0o777 == path.stat().st_mode & 0o777 == 0o612
 
 
 # Python's mmap keeps a descriptor of its own: libc's does not.
