@@ -87,17 +87,20 @@ async def _record(backend: LockBackend, key: str) -> NameRecord:
 
 
 async def _ask(backend: LockBackend, node: str) -> dict[str, NameLocks] | None:
-    """What a node serves; None where it does not answer, or is gone."""
+    """What a node serves; None where it does not answer, is gone, or cannot be asked (no space for the question)."""
     question = secrets.token_hex(8)
     pause, longest = LOOK_SECONDS
-    with trio.move_on_after(ANSWER_SECONDS):
-        await backend.notify(node, QUESTION + question)
-        while True:
-            text = await backend.take_answer(node, question)
-            if text is not None:
-                return {key: NameLocks.from_record(locks) for key, locks in json.loads(text).items()}
-            await trio.sleep(pause)
-            pause = min(2 * pause, longest)
+    try:
+        with trio.move_on_after(ANSWER_SECONDS):
+            await backend.notify(node, QUESTION + question)
+            while True:
+                text = await backend.take_answer(node, question)
+                if text is not None:
+                    return {key: NameLocks.from_record(locks) for key, locks in json.loads(text).items()}
+                await trio.sleep(pause)
+                pause = min(2 * pause, longest)
+    except BackendError as error:
+        log.warning("the locks of node %s are not known: %s", node, error)
     return None
 
 

@@ -489,12 +489,22 @@ def test_a_survey_leaves_names_where_they_are() -> None:
 
 
 @pytest.mark.parametrize("leaves", [False, True])
-def test_a_survey_tells_of_whom_it_does_not_know(leaves: bool) -> None:
-    """A node that does not answer may hold all that it serves; unless it is gone."""
+@pytest.mark.parametrize("fails", ["answer", "notify"])
+def test_a_survey_tells_of_whom_it_does_not_know(fails: str, leaves: bool) -> None:
+    """A node that does not answer, or cannot be asked, may hold all that it serves; unless it is gone."""
 
     class Silent(MemoryBackend):
         async def answer(self, question: str, text: str) -> None:
-            raise BackendError("no answer")
+            self._may_fail("answer")
+            await super().answer(question, text)
+
+        async def notify(self, node: str, name: str) -> None:
+            self._may_fail("notify")
+            await super().notify(node, name)
+
+        def _may_fail(self, call: str) -> None:
+            if call == fails:
+                raise BackendError("no space")
 
     async def scenario(nodes: list[Node]) -> None:
         one, two, _ = nodes
