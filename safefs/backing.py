@@ -612,25 +612,37 @@ def read_full(fd: int, size: int, offset: int) -> bytes:
 
 
 def place(
-    fd: int, temp_name: bytes | None, directory: int, target: int, name: bytes, *, replace: bool, hidden: bytes
+    fd: int,
+    temp_name: bytes | None,
+    directory: int,
+    target: int,
+    name: bytes,
+    *,
+    replace: bool,
+    hidden: bytes,
+    require: Callable[[], None] = lambda: None,
 ) -> None:
     """Make `name` in `target` show the draft's inode, in one step that no reader can see half of.
 
-    `directory` is where a draft with a `temp_name` lies.  Raises FileExistsError where `replace` is false and the
-    name is taken.
+    `directory` is where a draft with a `temp_name` lies.  `require` is called right before that step; what it raises is
+    raised.  Raises FileExistsError where `replace` is false and the name is taken.
     """
     if temp_name is None:
-        _place_nameless(fd, target, name, replace=replace, hidden=hidden)
+        _place_nameless(fd, target, name, replace, hidden, require)
     elif replace:
+        require()
         rename(directory, temp_name, target, name, 0)
     else:
-        _place_without_replacing(fd, temp_name, directory, target, name)
+        _place_without_replacing(fd, temp_name, directory, target, name, require)
 
 
-def _place_nameless(fd: int, target: int, name: bytes, *, replace: bool, hidden: bytes) -> None:
+def _place_nameless(
+    fd: int, target: int, name: bytes, replace: bool, hidden: bytes, require: Callable[[], None]
+) -> None:
     """linkat(2) never replaces: to do that an O_TMPFILE inode is linked as `hidden` first."""
     if not replace or identity_at(target, name) is None:
         try:
+            require()
             link_inode(fd, target, name)
             return
         except FileExistsError:
@@ -638,8 +650,9 @@ def _place_nameless(fd: int, target: int, name: bytes, *, replace: bool, hidden:
                 raise
     link_inode(fd, target, hidden)
     try:
+        require()
         rename(target, hidden, target, name, 0)
-    except OSError:
+    except BaseException:
         with suppress(OSError):
             unlink(target, hidden)
         raise
@@ -672,14 +685,18 @@ def swap(fd: int, temp_name: bytes | None, directory: int, name: bytes, shown: I
     return swapped
 
 
-def _place_without_replacing(fd: int, temp_name: bytes, directory: int, target: int, name: bytes) -> None:
+def _place_without_replacing(
+    fd: int, temp_name: bytes, directory: int, target: int, name: bytes, require: Callable[[], None] = lambda: None
+) -> None:
     try:
+        require()
         rename(directory, temp_name, target, name, RENAME_NOREPLACE)
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
             raise
         # link(2) never replaces either.  NFS can say EEXIST of its own repeated request: the inode tells.
         try:
+            require()
             os.link(temp_name, name, src_dir_fd=directory, dst_dir_fd=target, follow_symlinks=False)
         except FileExistsError:
             if identity_at(target, name) != identity_of(os.fstat(fd)):

@@ -7,9 +7,10 @@ import os
 import secrets
 import stat
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import trio
 
@@ -33,6 +34,19 @@ MAX_GATHERING = 256  # drafts; with more their writes go through
 OPENING_SECONDS = 0.01
 CREATE_ATTEMPTS = 10  # of one open(2) with O_CREAT, whose name comes and goes
 FMODE_EXEC = 0x20  # include/linux/fs.h: the open is for execve
+
+
+T = TypeVar("T")
+
+
+class WithdrawnError(Exception):
+    """A permission to change a file does not stand any more."""
+
+
+def _if_permitted(permit: Callable[[], bool], function: Callable[..., T], *arguments: object) -> T:
+    if not permit():
+        raise WithdrawnError
+    return function(*arguments)
 
 
 @dataclass(slots=True)
@@ -441,21 +455,29 @@ class Files:
         async with self.fs.reading_in_place(handle) if in_place else nullcontext(), self.fs.readable(handle) as fd:
             return await self.fs.backing.run(DAEMON, backing.read_full, fd, size, offset)
 
-    @contextmanager
-    def _changing(self, handle: Handle) -> Iterator[None]:
-        """Around a change in place: once it is made, or has failed half-way, it has to be sent."""
+    async def _change_in_place(
+        self, handle: Handle, caller: Caller, function: Callable[..., T], *arguments: object
+    ) -> T:
+        """Change an open file, unless what was locked through it is lost.
+
+        That is asked last in the thread: it may have waited for one, or been stopped.  Once the change is made, or has
+        failed half-way, it has to be sent.
+        """
+        fs = self.fs
         try:
-            yield
+            while True:
+                permit = fs.permit(handle)
+                with suppress(WithdrawnError):
+                    return await fs.backing.run(caller, _if_permitted, permit, function, *arguments)
         finally:
-            self.fs.note_unsent(handle)
+            fs.note_unsent(handle)
 
     async def write(self, number: int, offset: int, data: bytes) -> int:
         handle = self.fs.changeable(number)
         draft = handle.draft
         if draft is None:
             await self.fs.look_anew(handle)
-            with self._changing(handle):
-                return await self.fs.backing.run(handle.caller, backing.write_all, handle.fd, data, offset)
+            return await self._change_in_place(handle, handle.caller, backing.write_all, handle.fd, data, offset)
         async with draft.gate.passing():
             await self._prepare(draft)
             async with draft.gate.writing:
@@ -575,8 +597,7 @@ class Files:
         handle = self.fs.changeable(number)
         draft = handle.draft
         if draft is None:
-            with self._changing(handle):
-                await self.fs.backing.run(handle.caller, backing.allocate, handle.fd, mode, offset, length)
+            await self._change_in_place(handle, handle.caller, backing.allocate, handle.fd, mode, offset, length)
             return
         async with draft.gate.passing():
             await self._prepare(draft)
@@ -599,10 +620,8 @@ class Files:
         draft = writing.draft
         if draft is None:
             async with fs.readable(reading) as fd_in:
-                with self._changing(writing):
-                    return await fs.backing.run(
-                        writing.caller, os.copy_file_range, fd_in, writing.fd, length, source_offset, target_offset
-                    )
+                ranges = fd_in, writing.fd, length, source_offset, target_offset
+                return await self._change_in_place(writing, writing.caller, os.copy_file_range, *ranges)
         async with draft.gate.passing():
             await self._prepare(draft)
             await fs.write_out(draft)
@@ -627,8 +646,7 @@ class Files:
         if node.draft is not None:
             await self._truncate_draft(node.draft, size, handle is not None, caller)
         elif handle is not None and handle.draft is None:
-            with self._changing(handle):
-                await fs.backing.run(caller, os.ftruncate, handle.fd, size)
+            await self._change_in_place(handle, caller, os.ftruncate, handle.fd, size)
         else:
             parent = fs.nodes.get(node.parent)
             if parent is None or not fs.classify(parent, node.name).name_class.in_place:

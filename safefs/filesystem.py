@@ -445,6 +445,16 @@ class FileSystem:
         """
         return handle.fenced or self.locks.is_stale(handle.number)
 
+    def permit(self, handle: Handle) -> Callable[[], bool]:
+        """Permission to change an open file in place: whether it still stands, for a thread to ask right before.
+
+        OSError: EIO, as `changeable`.
+        """
+        lease = self.locks.lease()
+        if self.is_fenced(handle):
+            raise failure(errno.EIO)
+        return lambda: self.locks.lease() == lease and not handle.fenced
+
     async def look_anew(self, handle: Handle) -> None:
         """Have a handle that may be stale show what other nodes have left; within a request on it, so that it lives.
 
@@ -616,11 +626,12 @@ class FileSystem:
                 yield node.fd
 
     @asynccontextmanager
-    async def attributed(self, node: Node) -> AsyncIterator[list[int]]:
-        """Descriptors of the inodes that have a node's attributes: the one it shows, and a published copy of that."""
+    async def attributed(self, node: Node, *, to_change: bool = True) -> AsyncIterator[list[int]]:
+        """Descriptors of the inodes that have a node's attributes: the one it shows, and published copies of that."""
         own, copies = node.draft, []
+        others = self.publisher.drafts_of(node.identity) if to_change else []
         async with AsyncExitStack() as stack:
-            for draft in [own] if own is not None else self.publisher.drafts_of(node.identity):
+            for draft in others if own is None else [own]:
                 await stack.enter_async_context(self.held(draft))
                 await stack.enter_async_context(draft.gate.passing())
                 await self.write_out(draft)

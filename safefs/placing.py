@@ -143,8 +143,7 @@ def carry_out(order: Order) -> Placed:
         backing.copy_metadata(draft.base.fd, order.inode.fd)
     note_provenance(order.inode.fd, draft, seal(order.inode.fd, order.demands))
     with order.keeper.locked():
-        # Between this and the rename lies what cannot be closed: a node that is frozen just there (docs/semantics.md).
-        order.require_lease()
+        order.require_lease()  # also where the name is left as it is
         placed = _settle(order)
         try:
             _sync_names(order)
@@ -232,8 +231,16 @@ def _place(order: Order, inode: PrivateInode, *, over: bool) -> Placed:
     if over:
         order.keeper.retain()
     try:
+        # Between its look at the lease and the system call a node can be frozen: nothing can be done about that.
         backing.place(
-            inode.fd, inode.temp_name, order.directory, order.target, order.name, replace=over, hidden=order.hidden
+            inode.fd,
+            inode.temp_name,
+            order.directory,
+            order.target,
+            order.name,
+            replace=over,
+            hidden=order.hidden,
+            require=order.require_lease,
         )
     except OSError as error:
         own = backing.identity_of(os.fstat(inode.fd))

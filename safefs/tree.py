@@ -437,7 +437,7 @@ class Tree:
         draft = self.fs.node(nodeid).draft
         if name == CAPABILITY and draft is not None and draft.prepared and not draft.may_have_capability:
             raise failure(errno.ENODATA)  # the kernel asks for it before every file's first write
-        return (await self._on_inodes(nodeid, caller, os.getxattr, name))[0]
+        return await self._of_inode(nodeid, caller, os.getxattr, name)
 
     @staticmethod
     def _require_writable_attribute(name: bytes) -> None:
@@ -449,12 +449,19 @@ class Tree:
         await self._on_inodes(nodeid, caller, os.removexattr, name)
 
     async def listxattr(self, nodeid: int, caller: Caller) -> list[bytes]:
-        names = (await self._on_inodes(nodeid, caller, os.listxattr))[0]
+        names = await self._of_inode(nodeid, caller, os.listxattr)
         # Who copies a file with its attributes would be refused those of safefs.
         return [os.fsencode(name) for name in names if not name.startswith(PROVENANCE)]
 
-    async def _on_inodes(self, nodeid: int, caller: Caller, function: Callable[..., T], *arguments: object) -> list[T]:
+    async def _of_inode(self, nodeid: int, caller: Caller, function: Callable[..., T], *arguments: object) -> T:
+        fs = self.fs
+        async with fs.attributed(fs.node(nodeid), to_change=False) as (fd, *_):
+            return await fs.backing.run(caller, function, backing.proc_path(fd), *arguments)
+
+    async def _on_inodes(
+        self, nodeid: int, caller: Caller, function: Callable[..., object], *arguments: object
+    ) -> None:
         fs = self.fs
         async with fs.attributed(fs.node(nodeid)) as descriptors:
-            paths = map(backing.proc_path, descriptors)
-            return [await fs.backing.run(caller, function, path, *arguments) for path in paths]
+            for path in map(backing.proc_path, descriptors):
+                await fs.backing.run(caller, function, path, *arguments)

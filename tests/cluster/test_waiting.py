@@ -64,7 +64,7 @@ def etcd_cluster(tmp_path: Path, backing: Path) -> Iterator[Cluster]:
 
 
 @contextmanager
-def hanging_backing(place: Path) -> Iterator[Outage]:
+def hanging_backing(place: Path, options: str = "") -> Iterator[Outage]:
     """Each node has its own mount of a filesystem in user space, as clients of a shared filesystem; the first hangs."""
     source = place / "disk"
     source.mkdir()
@@ -73,7 +73,7 @@ def hanging_backing(place: Path) -> Iterator[Outage]:
         fresh = ("--negative", "0", "--attr", "0")
         views = [place / f"view{number}" for number in range(2)]
         clients = [stack.enter_context(underlay(source, view, *fresh)) for view in views]
-        cluster = Cluster(place, [source], "locks=leasefile", stack)
+        cluster = Cluster(place, [source], f"locks=leasefile{options}", stack)
         nodes = [cluster.node(cluster.host(), backing=view) for view in views]
         stack.callback(clients[0].send_signal, signal.SIGCONT)
         yield Outage(
@@ -142,6 +142,42 @@ def test_an_outage_that_is_shorter_than_the_lease(outage: Outage, parties: Make,
     holder("os.pwrite(fd, b'held', 0)")
     holder("os.close(fd)")
     assert patient.result(SECONDS) == "done"
+
+
+def test_a_change_that_waits_for_a_thread(tmp_path: Path, parties: Make) -> None:
+    """All threads of a daemon hang, longer than its lease: what they do then was asked for under a lost lock."""
+    threads = 4
+    with hanging_backing(tmp_path, f",max_threads={threads}") as outage:
+        node, other = outage.nodes
+        node.may_lose_its_lease()
+        holder, truncating, thief, *crowd = (parties() for _ in range(3 + 2 * threads))
+        for process in (holder, truncating):
+            opened(process, node / f"{process.pid}.db")
+            process("os.pwrite(fd, b'before', 0)")
+            process(TRY["flock"])
+        for number, process in enumerate(crowd):
+            opened(process, node / f"{number}.log")
+        outage.begin()
+        try:
+            for process in crowd:
+                process.start("os.pwrite(fd, b'whatever', 0)")
+            time.sleep(1.0)  # they hang
+            holder.start("os.pwrite(fd, b'late', 0)")
+            truncating.start("os.ftruncate(fd, 0)")
+            for process in (holder, truncating):
+                opened(thief, other / f"{process.pid}.db")
+                thief.start(BLOCK["flock"])
+                thief.result(SECONDS)
+                thief("os.pwrite(fd, b'theirs', 0); os.fsync(fd)")
+        finally:
+            outage.end()
+        for process in (holder, truncating):
+            with pytest.raises(OSError) as refused:
+                process.result(SECONDS)
+            assert refused.value.errno == errno.EIO
+            assert (other / f"{process.pid}.db").read_bytes() == b"theirs"
+        for process in crowd:
+            assert process.result(SECONDS) == len(b"whatever")
 
 
 @pytest.mark.parametrize("cluster", ["leasefile", "etcd"], indirect=True)

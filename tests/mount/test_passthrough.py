@@ -224,8 +224,12 @@ def test_what_is_changed_while_a_late_writer_is_found_out(mount: Mount, writer: 
         writer.closefd(fd)
         time.sleep(number / 4000)
         os.chmod(path, 0o612)
+        os.utime(path, ns=(1, 2))
+        os.setxattr(path, "user.note", b"kept")
         assert wait_until(lambda: status(mount)["counters"].get("late write", 0) == number + 1)  # noqa: B023
-        assert (mount.backing / path.name).stat().st_mode & 0o777 == path.stat().st_mode & 0o777 == 0o612
+        for place in (path, mount.backing / path.name):
+            found = place.stat()
+            assert (found.st_mode & 0o777, found.st_mtime_ns, os.getxattr(place, "user.note")) == (0o612, 2, b"kept")
 
 
 # Python's mmap keeps a descriptor of its own: libc's does not.

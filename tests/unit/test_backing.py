@@ -202,6 +202,26 @@ def test_place_without_replacing_leaves_a_taken_name(
     assert os.pread(fd, 9, 0) == b"new"
 
 
+@pytest.mark.parametrize("replace", [False, True])
+@pytest.mark.parametrize("taken", [False, True])
+def test_place_is_forbidden_at_the_last_moment(
+    tmp_path: Path, directory: int, temp: tuple[int, bytes | None], taken: bool, replace: bool
+) -> None:
+    """Neither the name nor a hidden one shows what was not to be placed."""
+    fd, temp_name = temp
+    if taken:
+        (tmp_path / "name").write_bytes(b"old")
+    before = sorted(os.listdir(tmp_path))
+
+    def forbid() -> None:
+        raise TimeoutError
+
+    with pytest.raises(TimeoutError):
+        backing.place(fd, temp_name, directory, directory, b"name", replace=replace, hidden=HIDDEN, require=forbid)
+    assert sorted(os.listdir(tmp_path)) == before
+    assert not taken or (tmp_path / "name").read_bytes() == b"old"
+
+
 def test_place_never_replaces_a_directory(tmp_path: Path, directory: int, temp: tuple[int, bytes | None]) -> None:
     fd, temp_name = temp
     (tmp_path / "name").mkdir()
