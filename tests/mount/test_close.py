@@ -19,6 +19,7 @@ import pytest
 
 from tests.mount.actors import SYSTEM_PYTHON, Actor, actor
 from tests.mount.places import (
+    ALL_SECONDS,
     PIECE,
     WHOLE,
     A,
@@ -33,7 +34,7 @@ from tests.mount.places import (
     watch,
 )
 from tests.support.clients import client
-from tests.support.mounting import Mount, wait_until
+from tests.support.mounting import Mount, status, wait_until
 
 Scenario = Callable[[Stage], None]
 CREATE = os.O_CREAT | os.O_TRUNC | os.O_WRONLY
@@ -733,6 +734,15 @@ def test_kills_at_any_moment(mount: Mount) -> None:
 # Early by design: the opener's last close is an end that nobody can see behind.
 
 
+def somebody_left(mount: Mount) -> None:
+    """Wait until the daemon knows that what was published is still open for writing.
+
+    Where the kernel writes for whoever has it, that takes a moment (docs/semantics.md, "What it does not promise").
+    """
+    if status(mount)["data_path"] == "kernel passthrough":
+        assert wait_until(lambda: status(mount)["counters"].get("late write"), ALL_SECONDS)
+
+
 def test_scm_rights_to_a_stranger(two_mounts: tuple[Mount, Mount]) -> None:
     """A descriptor sent to a process that is no descendant: what the opener's last close found is published, and what
     the stranger wrote is published again with its close.  Readers see one or the other, each of them whole."""
@@ -752,6 +762,7 @@ def test_scm_rights_to_a_stranger(two_mounts: tuple[Mount, Mount]) -> None:
             stage.absent()
             sender.closefd(fd)
             stage.published(A)
+            somebody_left(two_mounts[0])
             receiver.write(got, B)
             receiver.closefd(got)
             stage.published(WHOLE, everywhere_at_once=False)
@@ -774,6 +785,7 @@ def test_orphan_of_a_double_fork(two_mounts: tuple[Mount, Mount]) -> None:
             stage.absent()
             parent.closefd(fd)
             stage.published(A)
+            somebody_left(two_mounts[0])
             orphan.write(fd, B)
             orphan.exit()
             stage.published(WHOLE, everywhere_at_once=False)
