@@ -41,7 +41,8 @@ def strict_soft(path: str) -> Take:
 
     def take() -> Callable[[], None]:
         lock.acquire()
-        return lock.release
+        release: Callable[[], None] = lock.release
+        return release
 
     return take
 

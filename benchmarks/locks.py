@@ -28,7 +28,7 @@ from benchmarks.systems import Command, Place, Profile, Request, System
 from safefs.cluster.backend import BackendError, LockBackend
 from safefs.cluster.etcd import EtcdBackend
 from safefs.cluster.etcd_client import Access, Endpoint
-from safefs.cluster.leasefile import LeasefileBackend
+from safefs.cluster.leasefile import LeasefileBackend, Site
 from safefs.cluster.record import NameRecord
 from safefs.lease import Terms
 
@@ -64,7 +64,7 @@ def _etcd_mount(request: Request) -> list[str | Path]:
 
 
 def _leasefile_backend(place: Place) -> LockBackend:
-    return LeasefileBackend(str(place.directory("lease-files")), Terms(), {}, lambda _: False)
+    return LeasefileBackend(Site(str(place.directory("lease-files")), Terms(), {}, lambda _: False, lambda: 0))
 
 
 def _etcd_backend(place: Place) -> LockBackend:
@@ -225,7 +225,8 @@ def _swap(arena: Arena) -> tuple[float, float]:
 async def swap_seconds(backend: LockBackend, seconds: float) -> float:
     """The median time that a swap takes, of as many as there is time for."""
     await backend.join()
-    record, taken = NameRecord(delegate=backend.node), []
+    record = NameRecord(delegate=backend.node)
+    taken: list[float] = []
     stored = await backend.read(LOCK_NAME)
     end = time.monotonic() + seconds
     while not taken or time.monotonic() < end:
