@@ -121,6 +121,7 @@ class Draft:
     unseen: bool = False  # its writers pass through: the kernel writes to the private inode by itself
     mappable: bool = False  # a writer opened it for reading as well, so that it can be mapped
     may_have_capability: bool = False  # security.capability: nothing that safefs makes has one
+    shown: Identity | None = None  # its own inode, if a name showed it while somebody could still write to it
     copied: bool = False  # what was published is a copy, because writers kept the private inode
     ending: bool = False  # its node is becoming a version's
     detaching: bool = False  # its published inode is being made private again

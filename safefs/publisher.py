@@ -107,7 +107,7 @@ class Publisher:
         self._state = state
         self._record = record
         self._names = KeyedLocks()
-        self._shown: dict[Identity, list[Draft]] = {}  # by the inode of theirs that a name shows: open for writing yet
+        self._shown: dict[Identity, list[Draft]] = {}  # by that inode
         self._syncs = GroupSync()
         self._noted: set[Identity] = set()
         self.counts: Counter[str] = Counter()
@@ -199,7 +199,8 @@ class Publisher:
         if keep_private:
             self._go_on_from_copy(draft)
         elif draft.unseen and draft.writers and draft.base is not None:
-            self._shown.setdefault(draft.base.identity, []).append(draft)
+            draft.shown = draft.base.identity
+            self._shown.setdefault(draft.shown, []).append(draft)
         self._note(_OUTCOMES[placed.verdict], draft, self._path_text(target.fd, name), size=size, write_id=write_id)
 
     def _note(self, kind: EventKind, draft: Draft, path: str, **details: Any) -> None:
@@ -436,9 +437,10 @@ class Publisher:
 
     def forget(self, draft: Draft) -> None:
         """No inode of the draft's has a node of its own, as far as its attributes are concerned."""
-        for identity, drafts in [entry for entry in self._shown.items() if draft in entry[1]]:
-            drafts.remove(draft)
-            if not drafts:
+        identity, draft.shown = draft.shown, None
+        if identity is not None:
+            self._shown[identity].remove(draft)
+            if not self._shown[identity]:
                 del self._shown[identity]
 
     async def announce_temp(self, directory: Node, caller: Caller) -> None:
