@@ -14,7 +14,7 @@ from safefs import backing, processes
 from safefs.filesystem import BY_PATH, FileSystem, failure, number_key, path_key
 from safefs.hot import MODE_TYPES, TYPE_MODES
 from safefs.identity import DAEMON
-from safefs.locks import Waiting, name_key
+from safefs.locks import Waiting, entry_of, name_key
 from safefs.locktable import OFFSET_MAX, Kind, Lock, Mode, Owner
 from safefs.model import Identity
 from safefs.native import native
@@ -110,6 +110,8 @@ class Locking:
         """None if the lock is held, else what to `wait` for.  OSError: EAGAIN, EDEADLK, ESTALE."""
         known = self.locks.key_of(wanted.handle)
         key = known or self._found_under(wanted.nodeid, wanted.handle)
+        if wanted.kind is Kind.RECORD:
+            native.mark_ranged(entry_of(key))  # from now on every close of such a file is heard of
         lock = Lock(self._owner(wanted), mode, wanted.first, wanted.last, wanted.pid)
         waiting = self.locks.acquire(key, wanted.kind, lock, wanted.handle, may_wait=wanted.may_wait)
         handle = self.fs.handles.get(wanted.handle)
@@ -209,12 +211,12 @@ class Locking:
         finally:
             os.close(fd)
 
-    def flushed(self, number: int, owner: int) -> list[trio.Event]:
+    def flushed(self, nodeid: int, number: int, owner: int) -> list[trio.Event]:
         """A process has closed a descriptor of an open file; what to wait for until its locks are free."""
-        handle, closer = self.fs.handles.get(number), Owner(self.locks.node, owner)
-        if handle is None or not self.locks.has_record_locks(closer):
+        closer = Owner(self.locks.node, owner)
+        if not self.locks.has_record_locks(closer):
             return []
-        return self.locks.flushed(number, self.key(handle.node.nodeid, number), closer)
+        return self.locks.flushed(number, self.key(nodeid, number), closer)
 
     def released(self, number: int) -> None:
         """Nobody has an open file any more."""

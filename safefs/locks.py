@@ -41,6 +41,11 @@ def name_key(directory: str, name: bytes) -> str:
     return f"{directory}/{os.fsdecode(name)}"
 
 
+def entry_of(key: str) -> bytes:
+    """The name in its directory."""
+    return os.fsencode(key.rpartition("/")[2])
+
+
 class NameService(Protocol):
     """Where the locks of names are (safefs.cluster.names.Names, or `Alone`)."""
 

@@ -134,6 +134,9 @@ bool directory_marked(uint64_t nodeid);
 bool thread_marked(uint32_t tid);
 bool handle_marked(uint64_t fh);
 bool name_hidden(uint64_t parent, const char *name);
+/* Names that ranges were locked of, in whatever directory, until the daemon ends. */
+void mark_ranged(const char *name);
+bool name_ranged(const char *name);
 
 /* Names that a rule could give another class than private. */
 bool doubts_add(const char *glob);

@@ -262,8 +262,9 @@ static bool reply_open(const struct fuse_in_header *in, int fd, uint32_t open_fl
 	return hot_reply(in->unique, 0, &out, sizeof out, NULL, 0);
 }
 
-/* Tell of a version, which passes through where the other open handles of its node do. */
-static bool reply_version(const struct fuse_in_header *in, int fd, bool unchanged)
+/* Tell of a version, which passes through where the other open handles of its node do.  A reader has nothing to publish;
+ * that it closes a copy of a descriptor matters for record locks alone (`ranged`), and is for Python. */
+static bool reply_version(const struct fuse_in_header *in, int fd, bool unchanged, bool ranged)
 {
 	int32_t backing_id = opens_agreed(in->nodeid) < 0 ? backing_register(fd) : 0;
 	backing_id = backing_id > 0 ? backing_id : 0;
@@ -273,7 +274,7 @@ static bool reply_version(const struct fuse_in_header *in, int fd, bool unchange
 	}
 	/* The kernel refuses a handle that passes through and keeps a cache as well. */
 	uint32_t kind = backing_id ? FOPEN_PASSTHROUGH : unchanged ? FOPEN_KEEP_CACHE : 0;
-	if (!reply_open(in, fd, FOPEN_NOFLUSH | kind, backing_id)) {
+	if (!reply_open(in, fd, (ranged ? 0 : FOPEN_NOFLUSH) | kind, backing_id)) {
 		opens_leave(in->nodeid);
 		close(fd);
 	}
@@ -315,11 +316,11 @@ static bool answer_open(struct reader *reader, const struct fuse_in_header *in, 
 		directory = table_use(node->parent);
 	if (directory && !is_scarce() && act_as_caller(reader, in))
 		fd = open_checked(node, directory->fd, flags, &st);
-	bool unchanged = fd >= 0 && table_seen(node, &st);
+	bool unchanged = fd >= 0 && table_seen(node, &st), ranged = name_ranged(node->name);
 	if (directory)
 		table_done(directory);
 	table_done(node);
-	return fd >= 0 && reply_version(in, fd, unchanged);
+	return fd >= 0 && reply_version(in, fd, unchanged, ranged);
 }
 
 /* To a FUSE client a short answer means end of file, so short reads are continued. */

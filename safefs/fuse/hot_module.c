@@ -148,6 +148,25 @@ static PyObject *module_mark_handle(PyObject *module, PyObject *args)
 	Py_RETURN_NONE;
 }
 
+static PyObject *module_mark_ranged(PyObject *module, PyObject *args)
+{
+	(void)module;
+	const char *name;
+	if (!PyArg_ParseTuple(args, "y", &name))
+		return NULL;
+	mark_ranged(name);
+	Py_RETURN_NONE;
+}
+
+static PyObject *module_is_ranged(PyObject *module, PyObject *args)
+{
+	(void)module;
+	const char *name;
+	if (!PyArg_ParseTuple(args, "y", &name))
+		return NULL;
+	return PyBool_FromLong(name_ranged(name));
+}
+
 /* ------------------------------------------------------------------- loans */
 
 static PyObject *module_lend_lock(PyObject *module, PyObject *args)
@@ -474,6 +493,8 @@ static PyMethodDef hot_methods[] = {
 	{"hot_requests_wait", module_requests_wait, METH_O, "Whether the kernel has queued what Python did not get yet."},
 	{"hot_mark_name", module_mark_name, METH_VARARGS, "Add to the marks of a name and of its directory."},
 	{"hot_mark_thread", module_mark_thread, METH_VARARGS, "Add to the marks of a thread."},
+	{"mark_ranged", module_mark_ranged, METH_VARARGS, "Ranges are locked of files of this name."},
+	{"is_ranged", module_is_ranged, METH_VARARGS, "Whether ranges may have been locked of files of this name."},
 	{"hot_mark_handle", module_mark_handle, METH_VARARGS, "Add to the marks of a file handle that C has made."},
 	{"hot_lend_lock", module_lend_lock, METH_VARARGS, "Let C lock and unlock an open file, until a moment."},
 	{"hot_take_lock_back", module_take_lock_back, METH_O, "What an open file holds that was lent; None: it was not."},

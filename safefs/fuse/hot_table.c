@@ -610,6 +610,19 @@ bool handle_marked(uint64_t fh)
 	return atomic_load(&handles[mix(fh) & (MARKS - 1)]) != 0;
 }
 
+/* Nothing is taken away from it: who locks ranges of a file once does so again. */
+static atomic_bool ranged[MARKS];
+
+void mark_ranged(const char *name)
+{
+	atomic_store(&ranged[name_slot(0, name)], true);
+}
+
+bool name_ranged(const char *name)
+{
+	return atomic_load(&ranged[name_slot(0, name)]);
+}
+
 bool name_hidden(uint64_t parent, const char *name)
 {
 	return !strncmp(name, hot_settings.hidden, strlen(hot_settings.hidden)) ||

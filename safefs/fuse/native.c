@@ -340,8 +340,8 @@ static void on_setattr(fuse_req_t req, fuse_ino_t ino, struct stat *st, int vali
 
 static void on_flush(fuse_req_t req, fuse_ino_t ino, struct fuse_file_info *fi)
 {
-	(void)ino;
-	dispatch(req, "on_flush", "(KK)", FH(fi), fi ? (unsigned long long)fi->lock_owner : 0ULL);
+	dispatch(req, "on_flush", "(KKK)", (unsigned long long)ino, FH(fi),
+		 fi ? (unsigned long long)fi->lock_owner : 0ULL);
 }
 
 static void on_release(fuse_req_t req, fuse_ino_t ino, struct fuse_file_info *fi)

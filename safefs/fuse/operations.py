@@ -115,7 +115,9 @@ def reply_attributes(request: native.Request, entry: Entry) -> None:
 def file_info(opened: Opened) -> pyfuse3.FileInfo:
     handle = opened.handle
     number = handle.number
-    if not handle.writable and not opened.direct_io:  # files that are locked as a rule need every FLUSH
+    name = handle.node.name if handle.draft is None else handle.draft.name
+    # Files that are locked as a rule need every FLUSH, and those of which ranges are locked (0005-locks.md).
+    if not handle.writable and not opened.direct_io and not native.is_ranged(name):
         number |= native.FH_NOFLUSH
     if handle.backing_id:
         number |= native.FH_PASSTHROUGH | handle.backing_id << native.FH_BACKING_SHIFT
@@ -334,29 +336,29 @@ class Operations(pyfuse3.Operations):
             await self._files.change_attributes(node, change, caller)
         reply_attributes(request, await self._tree.getattr(nodeid))
 
-    def on_flush(self, request: native.Request, number: int, owner: int) -> None:
+    def on_flush(self, request: native.Request, nodeid: int, number: int, owner: int) -> None:
         handle = self._fs.handles.get(number)
         if handle is not None and handle.draft is not None and handle.writable:
-            self._start(request, self._flush, handle, owner)
+            self._start(request, self._flush, nodeid, handle, owner)
         elif handle is not None and self._fs.is_fenced(handle):
             request.reply_err(errno.EIO)
         elif handle is not None and handle.in_place and (handle.error or self._in_place.unsent(number)):
-            self._start(request, self._flush_in_place, number, owner)
-        elif unlocking := self._locking.flushed(number, owner):
+            self._start(request, self._flush_in_place, nodeid, number, owner)
+        elif unlocking := self._locking.flushed(nodeid, number, owner):
             self._start(request, self._await_unlocking, unlocking)
         else:
             request.reply_err(0)
 
-    async def _flush(self, request: native.Request, handle: Handle, owner: int) -> None:
+    async def _flush(self, request: native.Request, nodeid: int, handle: Handle, owner: int) -> None:
         try:
             await self._closing.flush(handle, request.pid)
         finally:  # whoever gets the lock sees what was written under it
-            unlocking = self._locking.flushed(handle.number, owner)
+            unlocking = self._locking.flushed(nodeid, handle.number, owner)
         await self._await_unlocking(request, unlocking)
 
-    async def _flush_in_place(self, request: native.Request, number: int, owner: int) -> None:
+    async def _flush_in_place(self, request: native.Request, nodeid: int, number: int, owner: int) -> None:
         await self._in_place.send(self._in_place.unsent(number))
-        for event in self._locking.flushed(number, owner):
+        for event in self._locking.flushed(nodeid, number, owner):
             await event.wait()
         self._in_place.require_sent(number)
         request.reply_err(0)

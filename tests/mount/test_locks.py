@@ -259,7 +259,7 @@ def test_two_that_would_wait_for_each_other_on_two_files(place: Path, party: Mak
     one.result(SECONDS)
 
 
-@pytest.mark.parametrize("name", ["x.lock", "db.sqlite"])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_process_loses_its_locks_by_any_close(place: Path, party: Make, name: str) -> None:
     """fcntl(2): closing any descriptor of the file, also one that was opened for reading later."""
     one, two = party(), party()
@@ -268,6 +268,61 @@ def test_a_process_loses_its_locks_by_any_close(place: Path, party: Make, name: 
     one(TRY["fcntl"])
     one("os.close(os.open(p, os.O_RDONLY))", p=str(place / name))
     two(TRY["fcntl"])
+
+
+READ = ["data", "x.lock", "db.sqlite"]  # whoever writes takes a partial file over
+CLOSE_LATER = "other = os.open(p, os.O_RDONLY); os.close(other)"
+CLOSE_COPY = "other = os.dup(fd); os.close(other)"
+CLOSE_FIRST = "other = os.dup(fd); os.close(fd)"
+
+
+def reader_and_writer(path: Path, party: Make) -> tuple[Actor, Actor]:
+    """One has locked a file for reading, through a descriptor that only reads; the other tries to for writing."""
+    reader, writer = party(), party()
+    opened(reader, path, os.O_RDONLY)
+    opened(writer, path, os.O_RDWR)
+    reader("record(fd, SET, SHARED)")
+    assert writer.errno(TRY["fcntl"]) in BLOCKED
+    return reader, writer
+
+
+@pytest.mark.parametrize("closes", [CLOSE_LATER, CLOSE_COPY, CLOSE_FIRST], ids=["later", "copy", "first"])
+@pytest.mark.parametrize("name", READ)
+def test_a_reader_loses_its_locks_by_any_close(place: Path, party: Make, name: str, closes: str) -> None:
+    (place / name).write_text("x")
+    before, _ = reader_and_writer(place / name, party)  # now it is known that such files are locked
+    before.exit()
+    reader, writer = reader_and_writer(place / name, party)
+    reader(closes, p=str(place / name))
+    writer(TRY["fcntl"])
+
+
+@pytest.mark.parametrize("hot", ["on", "off"])
+def test_what_a_reader_opened_before_anybody_locked(make_mount: MountFactory, party: Make, hot: str) -> None:
+    """Of a private file the daemon hears of no close of it but the last (0005-locks.md)."""
+    path = make_mount("-o", f"hot={hot}") / "data"
+    path.write_text("x")
+    reader, writer = reader_and_writer(path, party)
+    reader(CLOSE_COPY)
+    assert writer.errno(TRY["fcntl"]) in BLOCKED
+    reader(CLOSE_LATER, p=str(path))
+    writer(TRY["fcntl"])
+
+
+@pytest.mark.parametrize("name", READ)
+def test_a_reader_keeps_the_locks_of_its_open_file(place: Path, party: Make, name: str) -> None:
+    """OFD: closing another descriptor of the file does not end them."""
+    (place / name).write_text("x")
+    one, two = party(), party()
+    opened(one, place / name, os.O_RDONLY)
+    opened(two, place / name, os.O_RDWR)
+    for _ in range(2):
+        one("record(fd, OFD_SET, SHARED)")
+        one(CLOSE_LATER, p=str(place / name))
+        one(CLOSE_COPY)
+        assert two.errno(TRY["fcntl"]) in BLOCKED
+    one("os.close(fd)")
+    assert wait_until(lambda: two.errno(TRY["fcntl"]) == 0, SECONDS)
 
 
 def test_a_child_does_not_inherit_record_locks(place: Path, party: Make) -> None:
