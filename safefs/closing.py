@@ -23,6 +23,7 @@ from safefs.draft import Base, Decision, Draft, DraftState, FlushFacts, decide_f
 from safefs.errors import SafefsError
 from safefs.filesystem import FileSystem, Handle, failure
 from safefs.identity import DAEMON
+from safefs.lingering import Lingering
 from safefs.model import Caller, Closer
 from safefs.ordering import Publishing
 from safefs.rules import NameClass
@@ -31,10 +32,6 @@ log = logging.getLogger(__name__)
 
 LOOK_AGAIN_SECONDS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032)
 MAPS_SECONDS = 0.1  # for a look at a process's mappings, which can be waiting for the very FLUSH (processes.py)
-# Looks whether a handle is released after its last FLUSH, which it is at once unless a copy of it was missed.
-RELEASE_SECONDS = (0.003, 0.25)  # between looks, at first and at most
-CLOSING_NS = 20_000_000  # of CPU time: more than the end of a close(2) or close_range(2) takes
-BACKLOG_LOOKS = 8  # while the kernel has requests that were not received yet: RELEASE may be among them
 FPUT_SECONDS = (0.001, 0.004, 0.016)  # the kernel closes a passed-through file a moment after it sends RELEASE
 MAPPED_SECONDS = (0.005, 1.0)  # between looks whether a mapping has ended, at first and at most
 
@@ -47,6 +44,7 @@ class Closing:
         self._nursery = nursery
         self._unlock = unlock  # what was locked through a file handle
         self._flushing: Counter[int] = Counter()  # threads that wait for the answer to a FLUSH
+        self._lingering = Lingering(filesystem, nursery, lambda tid: self._flushing[tid] > 0, self._detach)
 
     # -------------------------------------------------------------- FLUSH
 
@@ -80,7 +78,8 @@ class Closing:
                     await fs.wait_turn(Caller(draft.caller.uid, draft.caller.gid, tid))
                     await fs.publisher.publish(draft, keep_private=mapped)
                     draft.closed = True
-                    self._expect_release(handle, draft, tid)
+                    if draft.unseen and draft.state is DraftState.PUBLISHED:
+                        self._lingering.expect_release(handle, draft, tid)
         finally:
             self._flushing[tid] -= 1
             self._flushing += Counter()  # drops what is 0
@@ -182,29 +181,6 @@ class Closing:
                 await self.fs.publisher.refuse(draft, "safefs was stopped before its writer closed it", errno.EIO)
 
     # -------------------------------------- writers that are not seen (passthrough)
-
-    def _expect_release(self, handle: Handle, draft: Draft, tid: int) -> None:
-        if draft.unseen and draft.state is DraftState.PUBLISHED:
-            self._nursery.start_soon(self._watch_release, handle, draft, tid)
-
-    async def _watch_release(self, handle: Handle, draft: Draft, tid: int) -> None:
-        """A handle that lives on after its last close belongs to somebody who was not found: his writes stay his."""
-        seconds, longest = RELEASE_SECONDS
-        began: int | None = None
-        looks = 0
-        while not handle.released and looks < BACKLOG_LOOKS:
-            await trio.sleep(seconds)
-            seconds = min(2 * seconds, longest)
-            if self._flushing[tid]:
-                continue
-            now = await self.fs.look(processes.time_while_closing, tid)
-            if now is not None and (began is None or now - began < CLOSING_NS):
-                began = now if began is None else began
-                continue
-            looks = looks + 1 if self.fs.passthrough.requests_wait() else BACKLOG_LOOKS
-        if draft.state is DraftState.PUBLISHED and not handle.released:
-            async with self.fs.held(draft):
-                await self._detach(draft)
 
     async def _detach(self, draft: Draft) -> None:
         draft.detaching = True
