@@ -23,10 +23,11 @@ from typing import Any, TypeVar
 import trio
 
 from safefs import __version__, backing
+from safefs.agreement import require_one_state, require_same_settings
 from safefs.backing import Backing
 from safefs.closing import Closing
-from safefs.cluster.backend import BackendError
-from safefs.cluster.choice import lock_backend
+from safefs.cluster.backend import BackendError, ProcessIdentity
+from safefs.cluster.choice import lock_backend, shared_settings
 from safefs.cluster.keeper import Keeper
 from safefs.cluster.names import Names
 from safefs.config import ETCD_SCHEME, Settings
@@ -153,11 +154,10 @@ class Daemon:
             self._why_locks(existing(settings.state))  # before anything else is found wanting there
         with self.identities.acting(SERVICE):
             self.state = StateDirectory(self._scratch() if settings.read_only else settings.state, self.identities)
-            self.record = DaemonRecord(self.state, self.backing.node_id)
+            self.locks_because = self._why_locks(self.state.path)
+            cluster = self._agree()
             if settings.privileged:
                 warn_of_renames(self.state.path)
-            self.locks_because = self._why_locks(self.state.path)
-            cluster = self.state.cluster_id()
         self.names, self.keeper = self._lock_backend(cluster)
         self.events = EventLog(self.state.events, self.backing.node_id)
         self.publisher = Publisher(
@@ -203,6 +203,27 @@ class Daemon:
             return why_native(state, mounted_at(state), probe_command(settings.backing, state))
         return why_lease_files(state, mounted_at(state), self.mounted)
 
+    def _agree(self) -> str:
+        """Join the nodes of the backing directory on record; what they call themselves together.
+
+        SafefsError where they keep their locks otherwise: the two would not exclude each other.
+        """
+        settings = self.settings
+        cluster, _ = self.state.cluster_id()
+        if not settings.read_only:
+            require_one_state(self.state, settings.backing)
+        sharing = shared_settings(settings, cluster)
+        self.record = DaemonRecord(self.state, self.backing.node_id, sharing)
+        try:
+            require_same_settings(self.state, self.backing.node_id, sharing, self._known_dead)
+        except BaseException:
+            self.record.remove()
+            raise
+        return cluster
+
+    def _known_dead(self, identity: ProcessIdentity) -> bool | None:
+        return self.identities.call(DAEMON, known_dead, identity)
+
     def _lock_backend(self, cluster: str) -> tuple[Names | None, Keeper | None]:
         """What is shared with other nodes."""
         settings, state = self.settings, self.state
@@ -211,7 +232,7 @@ class Daemon:
             state.path / LOCK_FILES,
             cluster,
             host_identity(),
-            lambda identity: self.identities.call(DAEMON, known_dead, identity) is True,
+            lambda identity: self._known_dead(identity) is True,
             locks_answered,
             self._as_service,
         )

@@ -41,7 +41,8 @@ QUARANTINE = "quarantine"
 DAEMONS = "daemons"
 EVENTS = "events"
 LOCK_FILES = "locks"
-CLUSTER = "cluster"
+CLUSTER = "cluster-id"
+SHARING = "sharing"  # in a daemon's identity: what its locks depend on (safefs.agreement)
 RETAINED = "retained"
 RECORD_SUFFIX = ".json"
 WRITER = "writer"  # in a daemon's journal
@@ -100,6 +101,28 @@ def known_dead(identity: Mapping[str, Any]) -> bool | None:
     if any(identity.get(namespace) != me[namespace] for namespace in ("pid_namespace", "time_namespace")):
         return None
     return bool(start_time(identity["pid"]) != identity["start"])
+
+
+def agreed(home: Path, mine: str, note: str) -> tuple[str, str]:
+    """The id that all who use a directory have agreed on, and its note: those of who was first.  Raises OSError.
+
+    A directory with one file of that name: of several that rename theirs to the place one succeeds, everywhere.
+    """
+    place = home / CLUSTER
+    if not place.exists():
+        fresh = home / f"{CLUSTER}.{secrets.token_hex(8)}"
+        fresh.mkdir(mode=0o700)
+        try:
+            (fresh / mine).write_text(note, encoding="utf-8", errors="surrogateescape")
+            fresh.rename(place)
+        except OSError as error:
+            with suppress(OSError):
+                (fresh / mine).unlink()
+                fresh.rmdir()
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.EPERM, errno.EACCES):
+                raise
+    [found] = place.iterdir()
+    return found.name, found.read_text(encoding="utf-8", errors="surrogateescape")
 
 
 def _find(directory: int, name: bytes) -> int:
@@ -164,17 +187,9 @@ class StateDirectory:
             finally:
                 os.close(fd)
 
-    def cluster_id(self) -> str:
-        """What all nodes on this backing directory call themselves together: made by the first.  Raises OSError."""
-        path = self.path / CLUSTER
-        with suppress(FileNotFoundError):
-            return path.read_text(encoding="ascii").strip()
-        mine = path.with_name(f"{CLUSTER}.{secrets.token_hex(8)}")
-        mine.write_text(secrets.token_hex(8) + "\n", encoding="ascii")
-        with suppress(FileExistsError, PermissionError):
-            os.link(mine, path)
-        mine.unlink()
-        return path.read_text(encoding="ascii").strip()
+    def cluster_id(self) -> tuple[str, str]:
+        """What all nodes that use it call themselves together, and what is noted with it.  Raises OSError."""
+        return agreed(self.path, secrets.token_hex(8), "")
 
     @contextmanager
     def name_lock(self, directory: int, name: bytes) -> Iterator[None]:
@@ -341,11 +356,11 @@ class DaemonRecord:
     Other daemons read it when they look for what a dead one left (safefs/recovery.py).
     """
 
-    def __init__(self, state: StateDirectory, node_id: str) -> None:
+    def __init__(self, state: StateDirectory, node_id: str, sharing: Mapping[str, Any]) -> None:
         self.path = state.path / DAEMONS / node_id
         self.path.mkdir(mode=0o700)
         self.identity = self.path / "identity.json"
-        self.identity.write_text(json.dumps(host_identity()) + "\n", encoding="ascii")
+        self.identity.write_text(json.dumps({**host_identity(), SHARING: dict(sharing)}) + "\n", encoding="ascii")
         self._beats = 0
         self.beat()
         self._journal = os.open(self.path / "journal", os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600)

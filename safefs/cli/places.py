@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from safefs.agreement import state_of
 from safefs.control import LiveMount, find_mounts, request
 from safefs.errors import SafefsError
 from safefs.identity import SERVICE, Identities, owner_of
@@ -65,7 +66,7 @@ def find_place(path: Path | None) -> Place:
         return _of_mount(mounts[0])
     for directory in (absolute, *absolute.parents):
         if (directory / STATE_NAME).is_dir():
-            return Place(directory, directory / STATE_NAME, None)
+            return Place(directory, state_of(directory), None)
     raise SafefsError(f"{path}: neither on a safefs mount nor in a directory that safefs has worked on", errno.EINVAL)
 
 

@@ -42,11 +42,26 @@ def lock_backend(
     if settings.locks.startswith(ETCD_SCHEME):
         from safefs.cluster.etcd import EtcdBackend
 
-        prefix = settings.etcd_prefix or f"/safefs/{cluster}"
+        prefix = etcd_prefix(settings, cluster)
         return EtcdBackend(etcd_access(settings), prefix, terms, identity, has_died)
     mounted = act(mounted_at, directory.parent)
     site = Site(os.fspath(directory), terms, identity, has_died, uses, act, mounted.caches_listings)
     return NativeBackend(site, Client.here(mounted).id) if settings.locks == "native" else LeasefileBackend(site)
+
+
+def shared_settings(settings: Settings, cluster: str) -> dict[str, object]:
+    """What all nodes of a backing directory have to have the same, or they would not exclude each other."""
+    if settings.locks == "memory" or settings.read_only:
+        return {"locks": "memory"}
+    if settings.locks.startswith(ETCD_SCHEME):
+        locks = {"locks": "etcd", "etcd_prefix": etcd_prefix(settings, cluster)}
+    else:
+        locks = {"locks": "native" if settings.locks == "native" else "leasefile"}
+    return {**locks, "lease_seconds": settings.lease_seconds}
+
+
+def etcd_prefix(settings: Settings, cluster: str) -> str:
+    return settings.etcd_prefix or f"/safefs/{cluster}"
 
 
 def etcd_access(settings: Settings) -> Access:

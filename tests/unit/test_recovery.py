@@ -91,7 +91,7 @@ def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Node]:
     monkeypatch.setitem(globals(), "host_identity", lambda: dict(me))
     store = Backing(tmp_path, Identities(impersonate=False), max_threads=2)
     state = StateDirectory(tmp_path / ".safefs", store.identities)
-    record = DaemonRecord(state, store.node_id)
+    record = DaemonRecord(state, store.node_id, {})
     yield Node(tmp_path, state, record, Recovery(store, state, record, EventLog(state.events, store.node_id)), me)
     record.remove()
     os.close(state.quarantine_fd)
