@@ -120,13 +120,16 @@ class Files:
 
     async def _redirect_writer(self, node: Node, caller: Caller) -> OSError:
         """A version is never written to: the kernel is sent through the path again, to find a draft there."""
-        fs = self.fs
-        if not fs.accepting:
+        if not self.fs.accepting:
             return failure(errno.ESHUTDOWN)
+        return await self._redirect(node, caller, write=True)
+
+    async def _redirect(self, node: Node, caller: Caller, *, write: bool) -> OSError:
+        fs = self.fs
         ticket = fs.tickets.take(caller.pid) if caller.pid else None
         await fs.end_ticket(ticket)
         if caller.pid and (ticket is None or ticket.walked or ticket.nodeid != node.nodeid):
-            return fs.redirect(node, caller, write=True)
+            return fs.redirect(node, caller, write=write)
         # The same thread came back without a walk: a magic link (/proc/self/fd/N), which has no name to publish.
         return failure(errno.ETXTBSY)
 
@@ -159,6 +162,11 @@ class Files:
         fs = self.fs
         if wants_write(flags) and not fs.accepting:
             raise failure(errno.ESHUTDOWN)
+        if fs.can_lose_locks and fs.passes_through(node):
+            # It was opened by a name of another class.  What the kernel writes by itself nobody could stop, so from now
+            # on its name shows another node.
+            fs.nodes.hide(node)
+            raise await self._redirect(node, caller, write=False)
         fs.backing.require_room()
         kept = flags & (os.O_ACCMODE | os.O_APPEND | os.O_TRUNC | os.O_NOATIME | os.O_SYNC | os.O_DSYNC)
         async with fs.pinned(node):

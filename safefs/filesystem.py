@@ -97,6 +97,7 @@ class Handle:
     backing_id: int = 0  # passed through by the kernel under it; 0: read and written by the daemon
     draft: Draft | None = None
     opener_tgid: int = 0
+    place: tuple[int, bytes] = (0, b"")  # directory and name that it was opened by, as far as that can be told
     released: bool = False  # its RELEASE has come
     fenced: bool = False  # what was locked through it may be another node's by now
     in_place: bool = False  # what is written goes into the version itself
@@ -234,6 +235,7 @@ class FileSystem:
             native.close_later(fd)
             self.nodes.touch(node)
         node.mode = status.st_mode
+        node.linked = status.st_nlink > 1
         if node.nodeid != ROOT_NODEID:
             self._place(node, parent, name)
         return node
@@ -252,9 +254,12 @@ class FileSystem:
         in_place = node.is_regular and parent is not None and self.classify(parent, node.name).name_class.in_place
         self.nodes.offer(node, in_place=in_place)
 
-    def moved(self, node: Node, parent: Node, name: bytes) -> None:
-        """A rename has given the node another place."""
+    def moved(self, node: Node, parent: Node, name: bytes, before: tuple[int, bytes]) -> None:
+        """A rename has given the node another place; `before`: its directory and name until then."""
         node.parent, node.name = parent.nodeid, name
+        for handle in self.handles.values() if node.opens else ():
+            if handle.node is node and handle.place == before:
+                handle.place = parent.nodeid, name
         self._offer(node)
 
     def seen(self, node: Node, status: os.stat_result) -> bool:
@@ -419,6 +424,7 @@ class FileSystem:
         self._last_handle += 1
         agreed = native.opens_join(handle_of.nodeid, backing_id)
         handle = Handle(self._last_handle, handle_of, fd, caller, writable, agreed)
+        handle.place = handle_of.parent, handle_of.name
         self.handles[handle.number] = handle
         handle_of.opens += 1
         return handle

@@ -5,25 +5,34 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+from collections import Counter
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
 import trio
 
 from safefs import backing, processes
-from safefs.filesystem import BY_PATH, FileSystem, failure, number_key, path_key
+from safefs.filesystem import BY_PATH, FileSystem, Handle, failure, number_key, path_key
 from safefs.hot import MODE_TYPES, TYPE_MODES
 from safefs.identity import DAEMON
 from safefs.locks import Waiting, entry_of, name_key
 from safefs.locktable import OFFSET_MAX, Kind, Lock, Mode, Owner
 from safefs.model import Identity
+from safefs.namespace import Node
 from safefs.native import native
 
 # After that long, who waits behind others who have nothing yet passes them, should he be what they wait for.
 PATIENCE_SECONDS = 5.0
 MAX_KIN = 16
+# How long the RELEASE of a closed file is waited for, and so many times as long when there is a reason to.
+RELEASE_SECONDS, RELEASE_LOOKS = 0.02, 10
 
 _FLOCK_MODES = {fcntl.LOCK_SH: Mode.SHARED, fcntl.LOCK_EX: Mode.EXCLUSIVE}
+
+
+# What comes of asking for a lock: None, and it is held; something to wait for; or a turn in so many seconds.
+Asked = Waiting | float | None
 
 
 class Wanted(NamedTuple):
@@ -54,26 +63,45 @@ def flock_lock(nodeid: int, handle: int, owner: int, operation: int, pid: int) -
     return Wanted(nodeid, handle, owner, Kind.FLOCK, mode, pid=pid, may_wait=not operation & fcntl.LOCK_NB)
 
 
+@dataclass(eq=False)
+class Ending:
+    """The record locks of a process on a file that it has closed, and that is not published yet."""
+
+    key: str
+    nodeid: int
+    number: int
+    owner: int
+    done: trio.Event = field(default_factory=trio.Event)
+
+
 class Locking:
     """The locks of one mount's files."""
 
     def __init__(self, filesystem: FileSystem) -> None:
         self.fs = filesystem
         self.locks = filesystem.locks
+        self._endings: dict[int, list[Ending]] = {}  # by file handle
+        self._passes: Counter[tuple[str, Kind]] = Counter()  # of those who had no patience, while anybody waits
 
     def key(self, nodeid: int, number: int) -> str:
         """What an open file is locked by: the name that it was locked by before, its draft's, or where it was found."""
         return self.locks.key_of(number) or self._found_under(nodeid, number)
 
     def _found_under(self, nodeid: int, number: int) -> str:
-        fs = self.fs
-        handle = fs.handles.get(number)
-        if handle is not None and handle.draft is not None:
-            return name_key(fs.directory_key(handle.draft.directory), handle.draft.name)
-        node = fs.node(nodeid)
-        parent = fs.nodes.get(node.parent)
+        directory, name = self._place(nodeid, number)
         # The kernel keeps the directories above a file that is open; only of a name that is gone there is none.
-        return name_key(fs.directory_key(node if parent is None else parent), b"" if parent is None else node.name)
+        if directory is None:
+            return name_key(self.fs.directory_key(self.fs.node(nodeid)), b"")
+        return name_key(self.fs.directory_key(directory), name)
+
+    def _place(self, nodeid: int, number: int) -> tuple[Node | None, bytes]:
+        """Directory and name of an open file; of one with several names those that it was opened by."""
+        handle = self.fs.handles.get(number)
+        if handle is not None and handle.draft is not None:
+            return handle.draft.directory, handle.draft.name
+        node = self.fs.node(nodeid)
+        parent, name = handle.place if handle is not None and node.linked else (node.parent, node.name)
+        return self.fs.nodes.get(parent), name
 
     def _owner(self, wanted: Wanted) -> Owner:
         return Owner(self.locks.node, wanted.owner)
@@ -89,14 +117,16 @@ class Locking:
         length = 0 if found.last == OFFSET_MAX else found.last - found.first + 1
         return MODE_TYPES[found.mode], found.first, length, found.pid if found.owner.node == self.locks.node else 0
 
+    def may_settle(self) -> bool:
+        """Whether there is anything that `settled` could wait for."""
+        return bool(self.fs.ordering or self._endings)
+
     async def settled(self, wanted: Wanted) -> None:
         """Until what was closed under a lock of the name is published: nobody may have the lock before."""
-        handle = self.fs.handles.get(wanted.handle)
-        if handle is not None and handle.draft is not None:
-            await self.fs.ordering.wait_name(handle.draft.directory, handle.draft.name)
-            return
-        node = self.fs.node(wanted.nodeid)
-        await self.fs.ordering.wait_name(self.fs.nodes.get(node.parent), node.name)
+        key = self.key(wanted.nodeid, wanted.handle) if self._endings else ""
+        for ending in [ending for endings in self._endings.values() for ending in endings if ending.key == key]:
+            await ending.done.wait()
+        await self.fs.ordering.wait_name(*self._place(wanted.nodeid, wanted.handle))
 
     def unlock(self, wanted: Wanted) -> trio.Event | None:
         """None if that is done, else what to wait for."""
@@ -112,6 +142,9 @@ class Locking:
         key = known or self._found_under(wanted.nodeid, wanted.handle)
         if wanted.kind is Kind.RECORD:
             native.mark_ranged(entry_of(key))  # from now on every close of such a file is heard of
+            for ending in [ending for endings in self._endings.values() for ending in endings]:
+                if (ending.key, ending.owner) == (key, wanted.owner):
+                    self.end(ending)
         lock = Lock(self._owner(wanted), mode, wanted.first, wanted.last, wanted.pid)
         waiting = self.locks.acquire(key, wanted.kind, lock, wanted.handle, may_wait=wanted.may_wait)
         handle = self.fs.handles.get(wanted.handle)
@@ -123,12 +156,19 @@ class Locking:
             self._lend(wanted, key)
         return waiting
 
-    def seconds_to_refusal(self, wanted: Wanted) -> float:
-        """How long a try that is refused now has to wait for its answer.
+    def ask(self, wanted: Wanted, mode: Mode) -> Asked:
+        """As `lock`; or for how many seconds a try that is refused now has to wait for its answer (`lock_in_turn`).
 
         Whole locks alone: who is refused one range of a file may hold another that somebody waits for (SQLite).
         """
-        return self.locks.turns.seconds(self.key(wanted.nodeid, wanted.handle)) if wanted.kind is Kind.FLOCK else 0.0
+        try:
+            return self.lock(wanted, mode)
+        except BlockingIOError:
+            key = self.key(wanted.nodeid, wanted.handle)
+            seconds = self.locks.turns.seconds(key) if wanted.kind is Kind.FLOCK else 0.0
+            if not seconds:
+                raise
+            return seconds
 
     async def lock_in_turn(self, wanted: Wanted, seconds: float) -> Waiting | None:
         """As `lock`, as soon as it is free, or refused after so long."""
@@ -155,17 +195,27 @@ class Locking:
             if waiting.submitted and not waiting.may_wait:
                 await waiting.settled.wait()
             elif waiting.may_wait:
-                with trio.move_on_after(PATIENCE_SECONDS):
-                    await waiting.settled.wait()
-                if not waiting.settled.is_set():
-                    self.locks.let_pass(waiting)
-                await waiting.settled.wait()
+                await self._wait_patiently(waiting)
         finally:
             self.locks.give_up(waiting)
         if not waiting.held:
             if waiting.submitted and waiting.kind is Kind.FLOCK:
                 await trio.sleep(self.locks.turns.seconds(waiting.key))
             raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    async def _wait_patiently(self, waiting: Waiting) -> None:
+        """Each who passes makes the next wait twice as long, so that those who are passed have their turn."""
+        queue = waiting.key, waiting.kind
+        try:
+            with trio.move_on_after(PATIENCE_SECONDS * 2 ** self._passes[queue]):
+                await waiting.settled.wait()
+            if not waiting.settled.is_set():
+                self._passes[queue] += 1
+                self.locks.let_pass(waiting)
+            await waiting.settled.wait()
+        finally:
+            if not self.locks.has_queue(waiting):
+                self._passes.pop(queue, None)
 
     async def _is_kin(self, waiting: Waiting, tid: int) -> bool:
         """Whether a process that holds something on the name, or a child of it, is the one that asks."""
@@ -218,8 +268,46 @@ class Locking:
             return []
         return self.locks.flushed(number, self.key(nodeid, number), closer)
 
+    def flushed_unpublished(self, nodeid: int, number: int, owner: int) -> Ending | None:
+        """The same, where the RELEASE that perhaps follows will publish what was written under the locks.
+
+        Returns what is to be ended then (by `released`), or once it is known that others have the file open (by `end`):
+        close(2) gives the locks up, and so it did, but for the moment until then.  None: there are no such locks.
+        """
+        if not self.locks.has_record_locks(Owner(self.locks.node, owner)):
+            return None
+        ending = Ending(self.key(nodeid, number), nodeid, number, owner)
+        self._endings.setdefault(number, []).append(ending)
+        return ending
+
+    def end(self, ending: Ending) -> list[trio.Event]:
+        """The locks of who has closed a file are free; what to wait for until others see it."""
+        endings = self._endings.get(ending.number, [])
+        if ending not in endings:
+            return []
+        endings.remove(ending)
+        if not endings:
+            del self._endings[ending.number]
+        ending.done.set()
+        return self.flushed(ending.nodeid, ending.number, ending.owner)
+
+    async def end_unless_released(self, ending: Ending, handle: Handle, tid: int) -> None:
+        """RELEASE comes at the end of the call that closes, or not at all, when there are other copies."""
+        for _ in range(RELEASE_LOOKS):
+            with trio.move_on_after(RELEASE_SECONDS):
+                await ending.done.wait()
+            if ending.done.is_set() or handle.released:
+                return
+            closing = await self.fs.look(processes.time_while_closing, tid) is not None
+            if not closing and not self.fs.passthrough.requests_wait():
+                break
+        if not handle.released:
+            self.end(ending)
+
     def released(self, number: int) -> None:
         """Nobody has an open file any more."""
+        for ending in list(self._endings.get(number, ())):
+            self.end(ending)
         if number & native.FH_HOT and self.locks.key_of(number) is not None:
             self.fs.nodes.hot.mark_handle(number, -1)
         self.locks.released(number)

@@ -255,6 +255,11 @@ class Locks:
         held = self._names.known(waiting.key)[waiting.kind].held
         return any(lock.conflicts(waiting.wait.lock) for lock in held)
 
+    def has_queue(self, waiting: Waiting) -> bool:
+        """Whether others wait for what a request is for."""
+        waits = self._names.known(waiting.key)[waiting.kind].waiting
+        return any(wait.ticket != waiting.wait.ticket for wait in waits)
+
     def _held_here(self, key: str, kind: Kind) -> Iterator[Lock]:
         """What owners of this node hold on a name, which nobody has to be asked for."""
         for table in self._held.get((key, kind), {}).values():
@@ -440,6 +445,7 @@ class Locks:
         waiting.held = held
         waiting.settled.set()
         if held and waiting.handle is not None:
+            self._remember(waiting.handle, waiting.use)  # a close by another thread has perhaps forgotten it
             self._hold(waiting.use, waiting.wait)
         return True
 

@@ -32,6 +32,7 @@ class Node:
         "fd",
         "file_handle",
         "identity",
+        "linked",
         "lookups",
         "mode",
         "name",
@@ -53,6 +54,7 @@ class Node:
         self.pins = 0  # requests and drafts that need the descriptor
         self.parent = 0  # nodeid of the directory it was last found in
         self.name = b""
+        self.linked = False  # a file with several names, of which `name` is the last that it was looked up by
         self.doubtful_until = 0.0  # time.monotonic(): until then the kernel may believe in another place of it
         self.file_handle: bytes | None = None
         self.stamp: Stamp | None = None  # at the last open that Python answered: changed by whom?

@@ -15,7 +15,7 @@ from typing import TypeVar
 from safefs import backing
 from safefs.backing import RENAME_EXCHANGE, RENAME_NOREPLACE
 from safefs.digest import PROVENANCE
-from safefs.draft import Draft, DraftEvent
+from safefs.draft import Draft, DraftEvent, DraftState
 from safefs.files import Files
 from safefs.filesystem import Entry, FileSystem, close_all, failure
 from safefs.identity import DAEMON
@@ -168,6 +168,8 @@ class Tree:
         fs = self.fs
         in_place = fs.classify(fs.node(directory_id), name).name_class.in_place
         for _ in range(LINK_ATTEMPTS):
+            if draft.state is DraftState.QUARANTINED:
+                raise failure(draft.error or errno.EIO)
             if draft.pending:
                 await fs.wait_turn(caller)
                 await fs.publish(draft, in_place=in_place)
@@ -333,7 +335,7 @@ class Tree:
                 fs.soft_locks.forget(lock)
             moved = fs.nodes.find(backing.identity_of(status))
             if moved is not None and moved is not fs.root:
-                fs.moved(moved, new, new_name)
+                fs.moved(moved, new, new_name, (old.nodeid, name))
         if own is not None:
             fs.rename_draft(own, new, new_name)
 

@@ -98,9 +98,12 @@ static struct timespec attr_validity(const struct node *node, const struct stat 
 	return st->st_nlink != 1 || node->in_place ? (struct timespec){0, 0} : hot_settings.attr_valid;
 }
 
+/* The kernel takes no reply with an errno from 512 on, such as NFS clients let out, and its request would never end. */
+#define MAX_ERRNO 511
+
 static bool reply_error(const struct fuse_in_header *in, int error)
 {
-	hot_reply(in->unique, error, NULL, 0, NULL, 0);
+	hot_reply(in->unique, error > MAX_ERRNO ? EIO : error, NULL, 0, NULL, 0);
 	return true;
 }
 

@@ -26,8 +26,7 @@ from safefs.files import Files, Opened
 from safefs.filesystem import Entry, FileSystem, Handle
 from safefs.fuse.mount import forget_pages
 from safefs.inplace import InPlace
-from safefs.locking import Locking, Wanted, flock_lock, record_lock
-from safefs.locks import Waiting
+from safefs.locking import Asked, Locking, Wanted, flock_lock, record_lock
 from safefs.model import Caller
 from safefs.native import native
 from safefs.tree import Tree
@@ -42,13 +41,18 @@ SET_MODE, SET_UID, SET_GID, SET_SIZE, SET_ATIME, SET_MTIME = 1 << 0, 1 << 1, 1 <
 SET_ATIME_NOW, SET_MTIME_NOW = 1 << 7, 1 << 8
 
 BLOCK_BYTES = 4096
+MAX_ERRNO = 511  # the kernel takes no reply with a larger one (fs/fuse/dev.c), and its request would never end
+ENOTSUPP = 524  # Linux's own, which NFS clients let out
 MAX_INVALIDATIONS = 8  # threads that wait for the kernel
 
 
 def error_number(error: BaseException, operation: str) -> int:
     """The errno that a client gets for an exception."""
     if isinstance(error, (OSError, SafefsError)):
-        return error.errno or errno.EIO
+        number = error.errno or errno.EIO
+        if number > MAX_ERRNO:
+            return errno.EOPNOTSUPP if number == ENOTSUPP else errno.EIO
+        return number
     log.error("a defect in safefs, in %s; the client gets EIO", operation, exc_info=error)
     return errno.EIO
 
@@ -341,6 +345,7 @@ class Operations(pyfuse3.Operations):
         if handle is not None and handle.draft is not None and handle.writable:
             self._start(request, self._flush, nodeid, handle, owner)
         elif handle is not None and self._fs.is_fenced(handle):
+            self._locking.flushed(nodeid, number, owner)  # what was locked after that
             request.reply_err(errno.EIO)
         elif handle is not None and handle.in_place and (handle.error or self._in_place.unsent(number)):
             self._start(request, self._flush_in_place, nodeid, number, owner)
@@ -350,10 +355,16 @@ class Operations(pyfuse3.Operations):
             request.reply_err(0)
 
     async def _flush(self, request: native.Request, nodeid: int, handle: Handle, owner: int) -> None:
+        unlocking, ending = list[trio.Event](), None
         try:
             await self._closing.flush(handle, request.pid)
         finally:  # whoever gets the lock sees what was written under it
-            unlocking = self._locking.flushed(nodeid, handle.number, owner)
+            if handle.draft is not None and handle.draft.pending:
+                ending = self._locking.flushed_unpublished(nodeid, handle.number, owner)
+            else:
+                unlocking = self._locking.flushed(nodeid, handle.number, owner)
+            if ending is not None:
+                self._nursery.start_soon(self._locking.end_unless_released, ending, handle, request.pid)
         await self._await_unlocking(request, unlocking)
 
     async def _flush_in_place(self, request: native.Request, nodeid: int, number: int, owner: int) -> None:
@@ -410,32 +421,21 @@ class Operations(pyfuse3.Operations):
 
     def _lock(self, request: native.Request, wanted: Wanted) -> None:
         """At once where that is possible, so that lock requests are answered in the order of the kernel's queue."""
-        if wanted.mode is not None and self._fs.ordering:
-            self._start(request, self._lock_settled, wanted)
+        if wanted.mode is not None and self._locking.may_settle():
+            self._start(request, self._wait_for_lock, wanted)
             return
         try:
             self._ask(request, wanted)
         except Exception as error:  # noqa: BLE001 - the same boundary, for what is answered at once
             request.reply_err(error_number(error, "lock"))
 
-    async def _lock_settled(self, request: native.Request, wanted: Wanted) -> None:
-        await self._locking.settled(wanted)
-        self._ask(request, wanted)
-
     def _ask(self, request: native.Request, wanted: Wanted) -> None:
         if wanted.mode is None:
             self._unlock(request, wanted)
             return
-        try:
-            waiting = self._locking.lock(wanted, wanted.mode)
-        except BlockingIOError:
-            seconds = self._locking.seconds_to_refusal(wanted)
-            if not seconds:
-                raise
-            self._start(request, self._wait_for_lock, wanted, None, seconds)
-            return
-        if waiting is not None:
-            self._start(request, self._wait_for_lock, wanted, waiting)
+        asked = self._locking.ask(wanted, wanted.mode)
+        if asked is not None:
+            self._start(request, self._wait_for_lock, wanted, asked)
         elif self._files.may_lag(wanted.handle):
             self._start(request, self._locked, wanted.handle)
         else:
@@ -455,15 +455,17 @@ class Operations(pyfuse3.Operations):
         unlocking = self._locking.unlock(wanted)
         await self._await_unlocking(request, [] if unlocking is None else [unlocking])
 
-    async def _wait_for_lock(
-        self, request: native.Request, wanted: Wanted, waiting: Waiting | None, seconds: float = 0.0
-    ) -> None:
-        """For what is waited for already, or for a turn that comes in so many seconds."""
-        held = False
+    async def _wait_for_lock(self, request: native.Request, wanted: Wanted, asked: Asked = None) -> None:
+        """For what came of asking; None: it has to be asked for first, once that can be done."""
+        waiting, held = None, False
         with trio.CancelScope() as scope:
             request.await_interrupt(scope.cancel)
-            if waiting is None:
-                waiting = await self._locking.lock_in_turn(wanted, seconds)
+            if asked is None and wanted.mode is not None:
+                await self._locking.settled(wanted)
+                asked = self._locking.ask(wanted, wanted.mode)
+            if isinstance(asked, float):
+                asked = await self._locking.lock_in_turn(wanted, asked)
+            waiting = asked
             if waiting is not None:
                 await self._locking.wait(waiting, request.pid)
             held = True

@@ -601,3 +601,161 @@ def test_nothing_is_left_of_locks(mount: Mount, party: Make) -> None:
     processes[0].result(SECONDS)
     processes[0].exit()
     assert wait_until(lambda: counts(mount) == (0, 0))
+
+
+# What is closed while somebody waits, and what is published after the lock is given up.
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_close_while_another_thread_of_the_process_waits(place: Path, party: Make, name: str) -> None:
+    """It ends the locks that the process has, not those that it gets later; these end with the process."""
+    holder, waiter, last = party(), party(), party()
+    opened(holder, place / name)
+    opened(waiter, place / name)
+    holder(TRY["fcntl"])
+    waiter(
+        "global other, thread; import threading; other = os.open(p, os.O_RDONLY);"
+        "thread = threading.Thread(target=record, args=(fd, WAIT, EXCLUSIVE)); thread.start()",
+        p=str(place / name),
+    )
+    time.sleep(0.3)
+    waiter("os.close(other)")
+    holder(RELEASE["fcntl"])
+    waiter("thread.join(20); assert not thread.is_alive()")
+    opened(last, place / name)
+    assert last.errno(TRY["fcntl"]) in BLOCKED
+    waiter.exit()
+    assert wait_until(lambda: last.errno(TRY["fcntl"]) == 0, SECONDS)
+
+
+INCREMENT = r"""
+def increment(path, times):
+    '''Opened by this process, counted by a child that has the descriptor alone by then.'''
+    for _ in range(times):
+        fd = os.open(path, os.O_RDWR)
+        child = os.fork()
+        if not child:
+            try:
+                fcntl.lockf(fd, fcntl.LOCK_EX)
+                count = int(os.pread(fd, 20, 0))
+                os.pwrite(fd, str(count + 1).encode(), 0)
+                os.close(fd)
+            except BaseException:
+                os._exit(1)
+            os._exit(0)
+        os.close(fd)
+        assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+def test_what_a_child_writes_under_a_record_lock(place: Path, party: Make) -> None:
+    """Its close is not the opener's, so RELEASE publishes; who gets the lock then counts on from there."""
+    (place / "data").write_text("0")
+    counting = [party() for _ in range(3)]
+    for process in counting:
+        process(INCREMENT)
+    for process in counting:
+        process.start("increment(p, 20)", p=str(place / "data"))
+    for process in counting:
+        process.result(3 * SECONDS)
+    assert (place / "data").read_text() == "60"
+
+
+def test_a_lock_that_others_have_the_file_open_for(place: Path, party: Make) -> None:
+    """A process that closes a file of which others have copies gives its record locks up all the same."""
+    (place / "data").write_text("old")
+    one, two = party(), party()
+    opened(one, place / "data", os.O_RDWR)
+    child = one.fork()
+    child(TRY["fcntl"])
+    child("os.pwrite(fd, b'new', 0)")
+    opened(two, place / "data", os.O_RDWR)
+    assert two.errno(TRY["fcntl"]) in BLOCKED
+    child("os.close(fd)")
+    two(TRY["fcntl"])
+
+
+@pytest.mark.parametrize("how", ["fcntl", "flock"])
+def test_a_signal_ends_the_wait_for_a_publish(mount: Mount, party: Make, how: str) -> None:
+    """Who wants the lock of a name waits until what was closed under it is published, however long that takes."""
+    (mount / "data").write_text("old")
+    writer, child_of, waiter, tries = party(), party(), party(), party()
+    opened(waiter, mount / "data", os.O_RDWR)
+    opened(tries, mount / "data", os.O_RDWR)
+    opened(child_of, mount / "data", os.O_RDWR)
+    child_of("os.pwrite(fd, b'new', 0)")
+    child = child_of.fork()
+    child_of("os.close(fd)")
+    writer("held = os.open(p, os.O_RDWR); fcntl.lockf(held, LOCK_EX)", p=str(mount.backing / ".safefs" / "names.lock"))
+    child.start("os.close(fd); os._exit(0)")  # its RELEASE publishes, and waits
+    assert wait_until(lambda: status(mount)["publishing"] == 1, SECONDS)
+    for process, operation in ((waiter, BLOCK[how]), (tries, TRY[how])):
+        process.start(operation)
+        time.sleep(0.3)
+        process.kill(signal.SIGKILL)
+    writer("fcntl.lockf(held, LOCK_UN)")
+    assert wait_until(lambda: (mount / "data").read_text() == "new", SECONDS)
+
+
+# Locks that were broken.
+
+
+def test_a_second_lock_through_a_fenced_file(mount: Mount, party: Make) -> None:
+    """It ends with the process's close like any other, although that says EIO."""
+    one, two = party(), party()
+    for process in (one, two):
+        opened(process, mount / "db.sqlite")
+    one(TRY["fcntl"])
+    assert safefs("locks", "break", mount / "db.sqlite").stdout == "1 broken\n"
+    one(TRY["fcntl"])
+    one.fork()  # has a copy
+    assert two.errno(TRY["fcntl"]) in BLOCKED
+    assert one.errno("os.close(fd)") == errno.EIO
+    two(TRY["fcntl"])
+
+
+def test_a_refused_draft_gets_no_name_by_link(mount: Mount, party: Make) -> None:
+    one = party()
+    opened(one, mount / "data")
+    one(TRY["flock"])
+    one("os.write(fd, b'under the lock')")
+    assert safefs("locks", "break", mount / "data").stdout == "1 broken\n"
+    link = "os.link(f'/proc/self/fd/{fd}', p, src_dir_fd=os.open('/', os.O_PATH), follow_symlinks=True)"
+    for _ in range(2):
+        assert one.errno(link, p=str(mount / "other")) == errno.EIO
+    assert os.listdir(mount.path) == []
+    assert one.errno("os.close(fd)") == errno.EIO
+
+
+def test_a_file_that_was_opened_before_it_was_one_to_write_in_place(mount: Mount, party: Make) -> None:
+    """The kernel reads it by itself; it must not write by itself what a lost lock forbids."""
+    one = party()
+    (mount / "data").write_text("old")
+    with open(mount / "data") as reader:
+        os.rename(mount / "data", mount / "data.db")
+        opened(one, mount / "data.db", os.O_RDWR)
+        one(TRY["flock"])
+        assert safefs("locks", "break", mount / "data.db").stdout == "1 broken\n"
+        assert one.errno("os.pwrite(fd, b'new', 0)") == errno.EIO
+        assert reader.read() == "old"
+    assert one.errno("os.close(fd)") == errno.EIO
+    assert (mount / "data.db").read_text() == "old"
+
+
+# Names.
+
+
+@pytest.mark.parametrize("hot", ["on", "off"])
+@pytest.mark.parametrize("name", ["data", "db.sqlite"])
+def test_another_name_of_a_file_is_looked_at_meanwhile(
+    make_mount: MountFactory, party: Make, name: str, hot: str
+) -> None:
+    mount = make_mount("-o", f"hot={hot}")
+    (mount.backing / name).write_text("x")
+    os.link(mount.backing / name, mount.backing / f"copy-{name}")
+    one, two = party(), party()
+    for process in (one, two):
+        opened(process, mount / name, os.O_RDONLY)
+    one("flock(fd, LOCK_EX)")
+    os.stat(mount / f"copy-{name}")
+    assert two.errno(TRY["flock"]) in BLOCKED
