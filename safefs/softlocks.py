@@ -167,7 +167,7 @@ class _Creator:
     """A process that has made soft locks."""
 
     process: Process
-    pidfd: int
+    pidfd: int  # closed by whoever watches the process
     locks: set[SoftLock] = field(default_factory=set)
 
 
@@ -188,19 +188,17 @@ class SoftLocks:
 
     async def run(self) -> None:
         """Until cancelled: watch those who made locks."""
-        async with trio.open_nursery() as nursery:
-            self._nursery = nursery
-            try:
+        try:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
                 while True:
                     await trio.sleep(SWEEP_SECONDS)
                     if self._locks:
                         await self._drop_missing()
-            finally:
-                self._nursery = None
-                for creator in self._creators.values():
-                    os.close(creator.pidfd)
-                for lock in self._locks.values():
-                    lock.close()
+        finally:  # nobody watches any more, nor works on a file
+            self._nursery = None
+            for lock in self._locks.values():
+                lock.close()
 
     # ------------------------------------------------------------- locks
 

@@ -1,17 +1,22 @@
-"""What is on record of lock files: written one after the other."""
+"""Lock files and their creators, without a mount: what is on record, whom there is room for, and the end."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
+import pytest
 import trio
 import trio.testing
 
 from safefs.backing import Backing
 from safefs.events import EventLog
-from safefs.softlocks import NOTE_SECONDS, SoftLocks
+from safefs.model import Identity, Process
+from safefs.rules import Stale
+from safefs.softlocks import NOTE_SECONDS, Maker, SoftLocks
 from safefs.state import DaemonRecord
 
 
@@ -46,3 +51,34 @@ def test_a_record_is_written_when_the_one_before_is_there(tmp_path: Path) -> Non
     trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
     assert store.most == 1
     assert store.calls == 2
+
+
+def maker_of(process: subprocess.Popen[bytes], path: Path) -> Maker:
+    """As if a process had made this lock file."""
+    path.touch()
+    directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY)
+    return Maker(Process(process.pid, 0), os.pidfd_open(process.pid), directory, os.open(path, os.O_PATH))
+
+
+@pytest.fixture
+def sleeper() -> Iterator[subprocess.Popen[bytes]]:
+    """A process that lives until it is killed."""
+    with subprocess.Popen(["sleep", "inf"]) as process:
+        yield process
+        process.kill()
+
+
+def test_it_ends_in_order_while_creators_live(tmp_path: Path, sleeper: subprocess.Popen[bytes]) -> None:
+    """Whichever of its tasks comes first, which trio leaves to chance."""
+
+    async def main() -> None:
+        locks = SoftLocks(cast(Backing, SlowStore()), cast(DaemonRecord, None), EventLog(tmp_path, "w"))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(locks.run)
+            await trio.testing.wait_all_tasks_blocked()
+            locks.made(Identity(1, 1), b"x.lock", maker_of(sleeper, tmp_path / "x.lock"), Stale.SIGNALLED)
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.cancel_scope.cancel()
+
+    for _ in range(16):
+        trio.run(main)
