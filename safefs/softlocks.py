@@ -149,7 +149,7 @@ class SoftLock:
     stale: Stale
     since: float = field(default_factory=time.time)
     noted: bool = False  # on record for other nodes
-    end: End | None = None  # of its creator, which the file has outlived
+    end: End | None = None  # of its creator, once the file has outlived it
 
     @property
     def maker(self) -> Caller:
@@ -204,11 +204,11 @@ class SoftLocks:
 
     def made(self, directory: Identity, name: bytes, maker: Maker, stale: Stale) -> None:
         """A process has made a lock file."""
-        if len(self._locks) >= MAX_WATCHED or self._nursery is None:
+        self.forget(self.find(directory, name))
+        if self._nursery is None or not self._has_room():
             log.warning("%r is not watched: there are %d lock files already", name, len(self._locks))
             maker.close()
             return
-        self.forget(self.find(directory, name))
         lock = SoftLock(directory, name, maker.directory_fd, maker.fd, maker.process, stale)
         self._locks[directory, name] = lock
         creator = self._creators.get(maker.process.tgid)
@@ -219,6 +219,12 @@ class SoftLocks:
             self._nursery.start_soon(self._watch, creator)
         creator.locks.add(lock)
         self._note_soon()
+
+    def _has_room(self) -> bool:
+        """Those that have outlived their creators are there to be shown: the first of them makes way."""
+        if len(self._locks) >= MAX_WATCHED:
+            self.forget(next((lock for lock in self._locks.values() if lock.end is not None), None))
+        return len(self._locks) < MAX_WATCHED
 
     def find(self, directory: Identity, name: bytes) -> SoftLock | None:
         """The lock that this name shows, as far as this node knows; to `forget` once it is removed."""
@@ -272,9 +278,9 @@ class SoftLocks:
             os.close(creator.pidfd)
         creator.locks -= {lock for lock in creator.locks if self._locks.get((lock.directory, lock.name)) is not lock}
         for lock in list(creator.locks):
-            lock.end = end
             if (end is End.KILLED and lock.stale is Stale.SIGNALLED) or lock.stale is Stale.DEAD:
                 await self._remove(lock, f"its creator {end}")
+            lock.end = end
         if creator.locks:
             self._note_soon()  # they have outlived it
 

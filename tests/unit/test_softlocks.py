@@ -12,11 +12,12 @@ import pytest
 import trio
 import trio.testing
 
+from safefs import softlocks
 from safefs.backing import Backing
 from safefs.events import EventLog
 from safefs.model import Identity, Process
 from safefs.rules import Stale
-from safefs.softlocks import NOTE_SECONDS, Maker, SoftLocks
+from safefs.softlocks import NOTE_SECONDS, End, Maker, SoftLocks
 from safefs.state import DaemonRecord
 
 
@@ -82,3 +83,50 @@ def test_it_ends_in_order_while_creators_live(tmp_path: Path, sleeper: subproces
 
     for _ in range(16):
         trio.run(main)
+
+
+@pytest.fixture
+def leaver() -> Iterator[subprocess.Popen[bytes]]:
+    """A process that exits when its standard input is closed."""
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as process:
+        yield process
+
+
+def test_locks_that_have_outlived_their_creators_make_way(
+    tmp_path: Path,
+    sleeper: subprocess.Popen[bytes],
+    leaver: subprocess.Popen[bytes],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They are there to be shown; those whose creators live stay, and there is no room for more of these."""
+    monkeypatch.setattr(softlocks, "MAX_WATCHED", 2)
+    locks = SoftLocks(cast(Backing, SlowStore()), cast(DaemonRecord, None), EventLog(tmp_path, "w"))
+    directory = Identity(1, 1)
+
+    def make(name: bytes, process: subprocess.Popen[bytes]) -> None:
+        locks.made(directory, name, maker_of(process, tmp_path / os.fsdecode(name)), Stale.SIGNALLED)
+
+    def watched() -> set[bytes]:
+        return {name for _, name in locks._locks}
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(locks.run)
+            await trio.testing.wait_all_tasks_blocked()
+            make(b"1", leaver)
+            make(b"2", leaver)
+            assert leaver.stdin is not None
+            leaver.stdin.close()
+            for _ in range(1000):
+                if all(lock.end is End.EXITED for lock in locks._locks.values()):
+                    break
+                await trio.sleep(0.01)
+            make(b"3", sleeper)
+            assert watched() == {b"2", b"3"}
+            make(b"4", sleeper)
+            assert watched() == {b"3", b"4"}
+            make(b"5", sleeper)
+            assert watched() == {b"3", b"4"}
+            nursery.cancel_scope.cancel()
+
+    trio.run(main)
