@@ -109,7 +109,6 @@ class Publisher:
         self._names = KeyedLocks()
         self._shown: dict[Identity, list[Draft]] = {}  # by that inode
         self._syncs = GroupSync()
-        self._noted: set[Identity] = set()
         self.counts: Counter[str] = Counter()
         self.on_publish: Callable[[Node, Identity | None], None] | None = None
         self.policy_of: Callable[[Node, bytes], Policy] = lambda _directory, _name: Policy()
@@ -449,15 +448,15 @@ class Publisher:
             await self.note_directory(directory, caller)
 
     async def note_directory(self, directory: Node, caller: Caller) -> None:
-        """Put on record that a hidden name may appear in a directory, made by this caller; once each."""
-        if directory.identity in self._noted:
-            return
-        self._noted.add(directory.identity)
-        await self._backing.run(SERVICE, self._note_directory, directory.fd, caller)
+        """Put on record that a hidden name may appear in a directory, made by this caller.
 
-    def _note_directory(self, fd: int, caller: Caller) -> None:
+        Once for each path: there a successor looks, whatever directory it is.  Inode numbers are used again, and a
+        directory that was renamed is at another path.
+        """
         try:
-            self._record.note_directory(backing.path_below(self._backing.root_path, fd), caller)
+            path = backing.path_below(self._backing.root_path, directory.fd)
+            if not self._record.has_noted(path):
+                await self._backing.run(SERVICE, self._record.note_directory, path, caller)
         except OSError as error:
             log.warning("leftovers in a directory could not be found again after a crash: %s", error)
 

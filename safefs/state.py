@@ -48,6 +48,7 @@ RECORD_SUFFIX = ".json"
 WRITER = "writer"  # in a daemon's journal
 COPIED_FROM = "copied_from"  # in the record of a file that is a copy: owner and mode of the file
 SOFT_LOCKS = "softlocks"  # in a daemon's record
+MAX_NOTED = 1 << 18  # directories that a daemon remembers to have put on record; then it does so again
 LOCKS = "names.lock"
 LOCK_RANGE = (1 << 62) - 1
 NAME_LOCK_SECONDS = 30.0  # a publish holds it for a rename, and for comparing two files where there is a conflict
@@ -373,11 +374,18 @@ class DaemonRecord:
         temporary.write_text(f"{self._beats}\n", encoding="ascii")
         temporary.rename(self.path / "heartbeat")
 
+    def has_noted(self, path: bytes) -> bool:
+        """Whether a directory is on record.  Does not block."""
+        return path in self._noted
+
     def note_directory(self, path: bytes, writer: Caller) -> None:
-        """Before the first hidden name in a directory: where a successor has to look, and who has rights there."""
-        if path not in self._noted:
-            self._noted.add(path)
-            self._append({"directory": os.fsdecode(path), WRITER: written_down(writer)})
+        """Before a hidden name in a directory: where a successor has to look, and who has rights there."""
+        if path in self._noted:
+            return
+        self._append({"directory": os.fsdecode(path), WRITER: written_down(writer)})
+        if len(self._noted) >= MAX_NOTED:
+            self._noted.clear()
+        self._noted.add(path)
 
     def note_partial(self, path: bytes, hidden: bytes, name: bytes, writer: Caller) -> None:
         """Before a partial file is renamed into a draft: where it belongs."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,14 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 
 from safefs import backing
 from safefs import state as state_files
 from safefs.backing import Backing
 from safefs.events import EventLog
 from safefs.identity import DAEMON, Identities, read_back
-from safefs.model import Caller
+from safefs.model import Caller, Identity
+from safefs.namespace import Node as Directory
+from safefs.publisher import Publisher
 from safefs.recovery import DEAD_AFTER_SECONDS, Recovery
+from safefs.rules import Verify
 from safefs.state import RECORD_VERSION, DaemonRecord, StateDirectory, host_identity
 
 OTHER = "0badcafe"
@@ -347,6 +352,40 @@ def test_what_a_daemon_notes_is_what_its_successor_reads(node: Node) -> None:
     assert read_back([7, 8, [9, 10]]) == (writer,)
     assert read_back(None) == read_back([7, 8]) == read_back(["x", 8, []]) == ()  # of another version
     assert backing.HIDDEN_PREFIX.decode() in HIDDEN
+
+
+def test_a_directory_is_on_record_where_it_lies_whatever_its_inode_number(node: Node) -> None:
+    """A new one can have the number of one that was removed; one that was renamed has the number that it had."""
+    store = node.recovery._backing
+    publisher = Publisher(
+        store, node.state, node.record, EventLog(node.state.events, store.node_id), Verify.STORAGE, retain_seconds=0
+    )
+
+    def note(name: str) -> None:
+        directory = Directory(2, Identity(1, 1), stat.S_IFDIR)
+        directory.fd = os.open(node.root / name, os.O_PATH)
+        try:
+            trio.run(publisher.note_directory, directory, DAEMON)
+        finally:
+            os.close(directory.fd)
+
+    for name in ("a", "b"):
+        (node.root / name).mkdir()
+        note(name)
+    (node.root / "b").rename(node.root / "c")
+    note("c")
+    note("c")
+    noted = [entry["directory"] for entry in Recovery._journal(node.record.path / "journal")]
+    assert noted == ["a", "b", "c"]
+
+
+def test_what_is_on_record_is_not_remembered_without_end(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(state_files, "MAX_NOTED", 2)
+    for path in (b"a", b"b", b"c", b"a"):
+        node.record.note_directory(path, DAEMON)
+        assert node.record.has_noted(path)
+        assert len(node.record._noted) <= 2
+    assert [entry["directory"] for entry in Recovery._journal(node.record.path / "journal")] == ["a", "b", "c", "a"]
 
 
 # ----------------------------------------------------------- who watches whom
