@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from safefs.errors import SafefsError
+from safefs.model import STATE_NAME
 from safefs.state import CLUSTER, DAEMONS, SHARING, StateDirectory, agreed
 
 log = logging.getLogger(__name__)
@@ -29,7 +30,7 @@ LOOK_SECONDS = 0.25
 def require_one_state(state: StateDirectory, backing: Path) -> None:
     """SafefsError where other nodes of the backing directory keep their state in another directory."""
     own, mark = state.cluster_id()
-    default = backing / ".safefs"
+    default = backing / STATE_NAME
     found = own
     if state.path != default:
         try:
@@ -49,7 +50,7 @@ def require_one_state(state: StateDirectory, backing: Path) -> None:
 
 def state_of(backing: Path) -> Path:
     """Where the nodes of a backing directory keep their state."""
-    default = backing / ".safefs"
+    default = backing / STATE_NAME
     with suppress(OSError, ValueError):
         [mark] = (default / CLUSTER).iterdir()
         if elsewhere := mark.read_text(encoding="utf-8", errors="surrogateescape"):

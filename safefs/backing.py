@@ -23,6 +23,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TypeVar
 
+from safefs import model
 from safefs.digest import PROVENANCE
 from safefs.draft import Draft
 from safefs.identity import REFUSED, SERVICE, Identities, root_or
@@ -33,7 +34,7 @@ from safefs.workers import Workers
 T = TypeVar("T")
 
 HIDDEN_PREFIX = b".safefs~"  # names that the mount never shows
-STATE_NAME = b".safefs"  # the state directory at the backing's root
+STATE_NAME = model.STATE_NAME.encode()  # a name that the mount does not show at its root
 
 AT_FDCWD = -100
 AT_SYMLINK_FOLLOW = 0x400

@@ -20,7 +20,7 @@ from typing import Any
 
 from safefs.errors import ConfigError
 from safefs.lease import LEASE_SECONDS
-from safefs.model import Caller
+from safefs.model import STATE_NAME, Caller
 from safefs.rules import Rule, RuleSet, Verify, parse_duration, parse_rules, rule_lines, shipped_rules
 
 __all__ = ["ConfigError", "Option", "Settings", "has_option", "load_rules", "load_settings", "parse_options"]
@@ -343,7 +343,7 @@ def load_settings(
     settings = Settings(
         backing=real_backing,
         mountpoint=Path(os.path.realpath(mountpoint)),
-        state=real_backing / ".safefs",
+        state=real_backing / STATE_NAME,
         fsname=os.fspath(real_backing),
         privileged=privileged,
         rules=RuleSet([*_admin_rules(document, source), *shipped_rules()]),

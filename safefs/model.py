@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+STATE_NAME = ".safefs"  # the state directory at the backing's root, where -o state= names no other
+
 
 @dataclass(frozen=True, slots=True)
 class Caller:

@@ -31,11 +31,11 @@ from typing import Any
 
 from safefs.errors import SafefsError
 from safefs.family import REFUSED, Mounted, Reach
+from safefs.model import STATE_NAME
 
 FORMAT = 1
 FILE = "probe.json"
 READ_SECONDS, AGAIN_SECONDS = 3.0, 0.05  # clients remember for a second which inode a name shows
-STATE_NAME = ".safefs"  # below the backing directory, where -o state= names no other
 OFD_EXCLUDES = "OFD excludes"
 
 

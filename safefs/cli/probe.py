@@ -15,8 +15,8 @@ from safefs.cli.tables import print_rows
 from safefs.errors import SafefsError
 from safefs.family import mounted_at
 from safefs.identity import SERVICE, Identities
+from safefs.model import STATE_NAME
 from safefs.probe import Finding, probe_alone, probe_with_peer, record
-from safefs.verdict import STATE_NAME
 
 
 def show_probe(directory: Path, *, state: Path | None, peer: bool, as_json: bool) -> None:

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from safefs.verdict import STATE_NAME, read
+from safefs.model import STATE_NAME
+from safefs.verdict import read
 from tests.cluster.conftest import LAB, SMALL_LAB
 from tests.cluster.counting import Count
 from tests.cluster.hosts import Node

@@ -22,7 +22,8 @@ import pytest
 from safefs.cluster.ofd import is_locked
 from safefs.family import mounted_at
 from safefs.lease import DELAY_SECONDS
-from safefs.verdict import FILE, STATE_NAME, Client, Verdict, write
+from safefs.model import STATE_NAME
+from safefs.verdict import FILE, Client, Verdict, write
 from tests.cluster.conftest import CALM_LEASE, LEASE_SECONDS
 from tests.cluster.test_exclusion import HOLDS, HOLDS_TIMEOUT, kinds, overlaps
 from tests.conftest import MountFactory
