@@ -68,6 +68,12 @@ def find_mount(mountpoint: Path) -> LiveMount | None:
     return next((mount for mount in reversed(find_mounts()) if mount.mountpoint == mountpoint), None)
 
 
+def mount_above(path: Path) -> LiveMount | None:
+    """The innermost mount that an absolute path lies on, judged by its text: nothing is looked up on the mount."""
+    above = [mount for mount in reversed(find_mounts()) if mount.mountpoint in (path, *path.parents)]
+    return max(above, key=lambda mount: len(mount.mountpoint.parts), default=None)
+
+
 def _parse_mountinfo(line: bytes) -> LiveMount | None:
     before, _, after = line.rstrip(b"\n").partition(b" - ")
     filesystem, source, options = after.split(b" ", 2)

@@ -469,9 +469,16 @@ class Daemon:
             raise SafefsError(f"the lock backend: {reason}", errno.ETIMEDOUT) from None
 
     async def _break(self, path: str) -> int:
-        broken = await self._bounded(self.locking.break_locks(os.fsencode(path)))
-        broken += await self.backing.run(SERVICE, self._break_soft, path)
-        self.events.note(EventKind.LOCK_BROKEN, path, locks=broken)
+        broken = 0
+        try:
+            broken += await self._bounded(self.locking.break_locks(os.fsencode(path)))
+            broken += await self.backing.run(SERVICE, self._break_soft, path)
+        except OSError as error:  # no such directory, as a rule
+            hint = "`safefs locks` shows what is locked"
+            raise SafefsError(f"{path}: {error.strerror}; {hint}", error.errno or errno.EIO) from None
+        finally:
+            if broken:
+                self.events.note(EventKind.LOCK_BROKEN, path, locks=broken)
         return broken
 
     def _break_soft(self, path: str) -> int:

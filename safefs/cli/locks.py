@@ -10,8 +10,9 @@ from typing import Any
 
 import click
 
+from safefs.cli.places import mount_of
 from safefs.cli.tables import print_rows
-from safefs.control import LiveMount, find_mounts, request
+from safefs.control import mount_above, request
 from safefs.errors import SafefsError
 
 ANSWER_SECONDS = 30.0
@@ -19,7 +20,10 @@ ANSWER_SECONDS = 30.0
 
 def show_locks(path: Path | None, *, as_json: bool) -> None:
     """Print every lock and every waiting request of the mount's cluster."""
-    entries = request(_mount_of(path).socket_path, {"op": "locks"}, ANSWER_SECONDS)["locks"]
+    mount = mount_of(path, "say which with --at PATH")
+    if mount is None:
+        raise SafefsError(f"{path}: no safefs mount there" if path else "there is no safefs mount here", errno.EINVAL)
+    entries = request(mount.socket_path, {"op": "locks"}, ANSWER_SECONDS)["locks"]
     entries.sort(key=lambda entry: (entry["path"], entry["kind"], entry["first"]))
     if as_json:
         click.echo(json.dumps(entries, indent=2))
@@ -30,12 +34,27 @@ def show_locks(path: Path | None, *, as_json: bool) -> None:
 
 
 def break_locks(path: Path) -> None:
-    """Take all locks on `path` from their holders: what these still write through the files fails with EIO."""
-    absolute = Path(os.path.abspath(path))
-    mount = _mount_of(absolute)
-    below = os.fspath(absolute.relative_to(mount.mountpoint))
+    """Take all locks on `path` from their holders: what these still write through the files fails with EIO.
+
+    They are of names, which need not be there any more: of the name that `path` leads to, as far as it can be followed.
+    """
+    named = Path(os.path.realpath(path))
+    mount = mount_above(named)
+    if mount is None:
+        raise SafefsError(f"{_shown(path, named)}: no safefs mount there", errno.EINVAL)
+    below = os.fspath(named.relative_to(mount.mountpoint))
     broken = request(mount.socket_path, {"op": "break", "path": below}, ANSWER_SECONDS)["broken"]
-    click.echo(f"{broken} broken" if broken else f"0 broken: nobody holds a lock on {path} any more")
+    if not broken:
+        text = (
+            f"nobody holds a lock on {_shown(path, named)}; `safefs locks --at {mount.mountpoint}` shows what is locked"
+        )
+        raise SafefsError(text, errno.ENOENT)
+    click.echo(f"{broken} broken")
+
+
+def _shown(path: Path, named: Path) -> str:
+    """A path as it was written, and where that leads."""
+    return f"{path}" if Path(os.path.abspath(path)) == named else f"{path} (which is {named})"
 
 
 def _row(entry: dict[str, Any]) -> tuple[str, ...]:
@@ -43,16 +62,3 @@ def _row(entry: dict[str, Any]) -> tuple[str, ...]:
     part = "all" if whole else f"{entry['first']} to {'the end' if entry['last'] is None else entry['last']}"
     lock = f"{entry['kind']}, {entry['mode']}"
     return entry["path"], lock, entry["state"], part, entry["host"], str(entry["pid"] or ""), entry["node"]
-
-
-def _mount_of(path: Path | None) -> LiveMount:
-    mounts = find_mounts()
-    if path is None:
-        if len(mounts) != 1:
-            raise SafefsError(f"there are {len(mounts)} safefs mounts here: name one", errno.EINVAL)
-        return mounts[0]
-    absolute = Path(os.path.abspath(path))
-    above = [mount for mount in mounts if mount.mountpoint == absolute or mount.mountpoint in absolute.parents]
-    if not above:
-        raise SafefsError(f"{path}: no safefs mount here", errno.EINVAL)
-    return max(above, key=lambda mount: len(mount.mountpoint.parts))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -168,8 +169,22 @@ def probe(directory: Path, state: Path | None, peer: bool, as_json: bool) -> Non
     show_probe(directory, state=state, peer=peer, as_json=as_json)
 
 
-@cli.group(invoke_without_command=True)
-@click.option("--at", "path", type=_PATH, help="A path on the mount (default: the only mount).")
+class _LocksGroup(click.Group):
+    """Takes no path where a command stands: says where it goes."""
+
+    def resolve_command(
+        self, context: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if self.get_command(context, args[0]) is None:
+            text = f"no command {args[0]!r}: write `safefs locks --at PATH` or `safefs locks break PATH`"
+            raise SafefsError(text, errno.EINVAL)
+        return super().resolve_command(context, args)
+
+
+@cli.group(cls=_LocksGroup, invoke_without_command=True)
+@click.option(
+    "--at", "path", type=_PATH, help="A path on the mount (default: that of the working directory, or the only one)."
+)
 @_JSON
 @click.pass_context
 def locks(context: click.Context, path: Path | None, as_json: bool) -> None:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from safefs.agreement import state_of
-from safefs.control import LiveMount, find_mounts, request
+from safefs.control import LiveMount, find_mounts, mount_above, request
 from safefs.errors import SafefsError
 from safefs.identity import SERVICE, Identities, owner_of
+from safefs.model import STATE_NAME
 from safefs.state import StateDirectory
-
-STATE_NAME = ".safefs"
 
 
 @dataclass(frozen=True)
@@ -54,22 +54,31 @@ def find_place(path: Path | None) -> Place:
 
     Without a path: that of the working directory, or of the only mount.
     """
-    mounts = find_mounts()
-    absolute = Path(os.path.abspath(path or os.curdir))
-    above = [mount for mount in mounts if mount.mountpoint in (absolute, *absolute.parents)]
-    if above:
-        return _of_mount(max(above, key=lambda mount: len(mount.mountpoint.parts)))
+    mount = mount_of(path, "name a mountpoint or a backing directory")
+    if mount is not None:
+        answer = request(mount.socket_path, {"op": "status"})
+        return Place(Path(str(answer["backing"])), Path(str(answer["state"])), mount)
     if path is None:
-        if len(mounts) != 1:
-            found = "there is no mount" if not mounts else f"there are {len(mounts)} mounts"
-            raise SafefsError(f"{found}: name a mountpoint or a backing directory", errno.EINVAL)
-        return _of_mount(mounts[0])
+        raise SafefsError("there is no mount: name a mountpoint or a backing directory", errno.EINVAL)
+    absolute = Path(os.path.abspath(path))
     for directory in (absolute, *absolute.parents):
         if (directory / STATE_NAME).is_dir():
             return Place(directory, state_of(directory), None)
     raise SafefsError(f"{path}: neither on a safefs mount nor in a directory that safefs has worked on", errno.EINVAL)
 
 
-def _of_mount(mount: LiveMount) -> Place:
-    answer = request(mount.socket_path, {"op": "status"})
-    return Place(Path(str(answer["backing"])), Path(str(answer["state"])), mount)
+def mount_of(path: Path | None, remedy: str) -> LiveMount | None:
+    """The mount that a path lies on; without a path, that of the working directory, or the only one there is.
+
+    Where there are several, `remedy` says how to name one.
+    """
+    if path is not None:
+        return mount_above(Path(os.path.abspath(path)))
+    with suppress(FileNotFoundError):  # it was removed
+        mount = mount_above(Path.cwd())
+        if mount is not None:
+            return mount
+    mounts = find_mounts()
+    if len(mounts) > 1:
+        raise SafefsError(f"there are {len(mounts)} mounts: {remedy}", errno.EINVAL)
+    return mounts[0] if mounts else None

@@ -13,25 +13,19 @@ from pathlib import Path
 import click
 
 from safefs.config import load_rules
-from safefs.control import LiveMount, find_mounts, request
+from safefs.control import LiveMount, mount_above, request
 from safefs.errors import SafefsError
 
 
 def show_rules(path: Path, config: Path | None, *, as_json: bool) -> None:
     """Print which class and rule apply to `path`."""
     absolute = Path(os.path.abspath(path))
-    mount = _mount_above(absolute)
+    mount = mount_above(absolute.parent)  # a mountpoint itself is no name on its mount
     relative = _relative(path, absolute, mount)
     answer = _ask(mount, relative) if mount and config is None else None
     if answer is None:
         answer = load_rules(config).explain(os.fsencode(relative))
     click.echo(json.dumps(answer, indent=2) if as_json else _sentence(relative, answer))
-
-
-def _mount_above(path: Path) -> LiveMount | None:
-    """The innermost mount that holds the path, judged by its text: nothing is looked up on the mount."""
-    above = [mount for mount in find_mounts() if mount.mountpoint in path.parents]
-    return max(above, key=lambda mount: len(mount.mountpoint.parts), default=None)
 
 
 def _relative(path: Path, absolute: Path, mount: LiveMount | None) -> Path:

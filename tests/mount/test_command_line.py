@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -23,14 +25,14 @@ COMMAND_SECONDS = 90
 
 
 def safefs(
-    *arguments: str | Path, prefix: Sequence[str] = (), python: str = sys.executable
+    *arguments: str | Path, prefix: Sequence[str] = (), python: str = sys.executable, cwd: str | Path = "/"
 ) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [*prefix, *safefs_command(*arguments, python=python)],
         capture_output=True,
         text=True,
         timeout=COMMAND_SECONDS,
-        cwd="/",
+        cwd=cwd,
         check=False,
     )
 
@@ -156,6 +158,70 @@ def test_rules_of_the_mount_that_is_asked(make_mount: MountFactory, tmp_path: Pa
         file.write("1,2\n")
         file.flush()
         assert (mount.backing / "live/loss.csv").read_text() == "1,2\n"
+
+
+@pytest.fixture
+def locked(mount: Mount) -> Iterator[Path]:
+    """A file in a directory of the mount, locked by this process."""
+    path = mount / "d" / "x.lock"
+    path.parent.mkdir()
+    path.touch()
+    fd = os.open(path, os.O_RDONLY)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    yield path
+    with suppress(OSError):  # EIO, where the lock was broken
+        os.close(fd)
+
+
+def breaks(mount: Mount) -> list[str]:
+    """The paths of what is on record as broken."""
+    noted = [json.loads(line) for line in safefs("events", mount.path, "--json").stdout.splitlines()]
+    return [event["path"] for event in noted if event["event"] == "lock broken"]
+
+
+@pytest.mark.parametrize("way", ["itself", "link to it", "link to its directory", "link from elsewhere", "unlinked"])
+def test_a_lock_is_broken_whatever_leads_to_it(mount: Mount, locked: Path, tmp_path: Path, way: str) -> None:
+    path = locked
+    if way == "link to it":
+        path = mount / "link"
+        path.symlink_to("d/x.lock")
+    elif way == "link to its directory":
+        (mount / "link").symlink_to("d")
+        path = mount / "link" / locked.name
+    elif way == "link from elsewhere":
+        (tmp_path / "link").symlink_to(mount.path)
+        path = tmp_path / "link" / "d" / locked.name
+    elif way == "unlinked":
+        locked.unlink()
+    done = safefs("locks", "break", path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "1 broken\n", "")
+    assert wait_until(lambda: breaks(mount) == ["d/x.lock"])
+
+
+def test_where_nothing_is_broken(mount: Mount, locked: Path, tmp_path: Path) -> None:
+    """One line that says so, and nothing on record."""
+    (mount / "file").touch()
+    (mount / "link").symlink_to("file")
+    (mount / "out").symlink_to(tmp_path)
+    for path in (mount / "file", mount / "missing", mount / "d", mount.path, mount / ".safefs" / "x", mount / "link"):
+        assert f"nobody holds a lock on {path}" in one_line(safefs("locks", "break", path))
+    assert f"link (which is {mount / 'file'})" in one_line(safefs("locks", "break", mount / "link"))
+    assert "No such file or directory" in one_line(safefs("locks", "break", mount / "no/such/dir/file"))
+    assert "Not a directory" in one_line(safefs("locks", "break", mount / "file/x"))
+    assert "no safefs mount there" in one_line(safefs("locks", "break", mount / "out/x"))
+    assert safefs("locks", "break", locked).stdout == "1 broken\n"
+    assert wait_until(lambda: breaks(mount))
+    assert breaks(mount) == ["d/x.lock"]
+
+
+def test_locks_of_the_mount_that_is_meant(two_mounts: tuple[Mount, Mount], locked: Path) -> None:
+    """Of several, that of the working directory; else --at says which."""
+    assert "--at" in one_line(safefs("locks"))
+    for done in (safefs("locks", cwd=locked.parent), safefs("locks", "--at", locked)):
+        assert done.returncode == 0, done
+        assert "d/x.lock" in done.stdout
+    assert "--at PATH" in one_line(safefs("locks", locked))
+    assert "no safefs mount there" in one_line(safefs("locks", "--at", "/"))
 
 
 def test_options_reach_the_kernel(make_mount: MountFactory) -> None:

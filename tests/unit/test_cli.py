@@ -16,6 +16,7 @@ from types import ModuleType
 import pytest
 from click.testing import CliRunner, Result
 
+from safefs import control
 from safefs.cli import checks, logs, mounting, status, unmounting
 from safefs.cli import rules as rules_command
 from safefs.cli.main import cli, mount_helper
@@ -363,13 +364,13 @@ class TestRules:
             asked.append(message)
             return {"class": "lock", "glob": "g", "source": "s", "reason": "r"}
 
-        monkeypatch.setattr(rules_command, "find_mounts", lambda: [LIVE])
+        monkeypatch.setattr(control, "find_mounts", lambda: [LIVE])
         monkeypatch.setattr(rules_command, "request", request)
         assert run("rules", "/nowhere/mnt/a/b").output == "a/b: lock (s, glob g): r\n"
         assert asked == [{"op": "rules", "path": "a/b"}]
 
     def test_a_silent_mount_is_no_hindrance(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(rules_command, "find_mounts", lambda: [LIVE])
+        monkeypatch.setattr(control, "find_mounts", lambda: [LIVE])
         result = run("rules", "/nowhere/mnt/a/b.lock")
         assert result.stdout.startswith("a/b.lock: lock (shipped rules.toml:")
         assert "no daemon listens" in result.stderr
