@@ -10,7 +10,6 @@ import errno
 import json
 import os
 import signal
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from safefs.locking import PATIENCE_SECONDS
 from tests.cluster.conftest import CALM_LEASE, LAB, Cluster
 from tests.cluster.hosts import Node
 from tests.mount.actors import Actor
-from tests.mount.test_locks import BLOCK, BLOCKED, RELEASE, TRY, opened
+from tests.mount.test_locks import BLOCK, BLOCKED, RELEASE, TRY, opened, waits
 from tests.support.mounting import Mount, safefs, status, wait_until
 
 HOLDS = int(os.environ.get("SAFEFS_CLUSTER_HOLDS", "90"))  # by each kind of lock
@@ -30,6 +29,7 @@ PARTIES = 6
 MANY = 50 if LAB else 500  # locks of one node
 FAIR_SHARE = 0.2  # of an equal share: what each gets at least while all want the lock, if that is long enough
 LONG = 1000  # holds: of less a node that the machine keeps waiting misses most
+AT_ONCE_SECONDS = 5.0  # and not only once the lock is free, or START_SECONDS are over
 START_SECONDS, HOLD_SECONDS = 60.0, 0.25  # many times what it takes on a busy machine
 
 # Each turn takes the lock, by waiting or by trying, looks whether anybody else is inside, and says who it was.
@@ -169,9 +169,9 @@ def test_a_lock_of_another_node(cluster: Cluster, parties: Make, kind: str) -> N
     one(TRY[kind])
     assert two.errno(TRY[kind]) in BLOCKED
     two.start(BLOCK[kind])
-    time.sleep(0.3)
+    assert waits(two)
     one.kill(signal.SIGKILL)
-    two.result(10)
+    two.result(START_SECONDS)
 
 
 @pytest.mark.parametrize(
@@ -242,9 +242,9 @@ def test_every_node_sees_the_locks_of_all(cluster: Cluster, parties: Make) -> No
     for node in nodes[:2]:
         assert shown(node.mount) == [held]
     waiter.start("record(fd, WAIT, EXCLUSIVE)")
-    waits = ("data", "record", "waiting", waiter.pid)
+    waiting = ("data", "record", "waiting", waiter.pid)
     for node in (*nodes, *nodes):
-        assert wait_until(lambda node=node: shown(node.mount) == [held, waits], START_SECONDS)
+        assert wait_until(lambda node=node: shown(node.mount) == [held, waiting], START_SECONDS)
     holder("record(fd, SET, UNLOCK)")
     waiter.result(START_SECONDS)
     for node in nodes:
@@ -276,11 +276,12 @@ def test_a_child_passes_those_of_another_node_that_wait_for_its_parent(cluster: 
     parent("flock(fd, LOCK_SH)")
     far.start("flock(fd, LOCK_EX)")
     assert wait_until(lambda: status(nodes[1].mount)["locks"]["waiting"] == 1, START_SECONDS)
-    child = "import fcntl, sys; fcntl.flock(open(sys.argv[1], 'rb'), fcntl.LOCK_SH)"
-    run = f"__import__('subprocess').run([{sys.executable!r}, '-c', {child!r}, {str(nodes[0] / 'data')!r}]).returncode"
+    child = parent.fork()
+    opened(child, nodes[0] / "data")
     start = time.monotonic()
-    assert parent(run) == 0
-    assert time.monotonic() - start < PATIENCE_SECONDS
+    child("flock(fd, LOCK_SH)")
+    assert time.monotonic() - start < PATIENCE_SECONDS  # from when on everybody passes
+    child.exit()
     parent("flock(fd, LOCK_UN)")
     far.result(START_SECONDS)
 
@@ -289,14 +290,14 @@ def test_a_waiter_on_another_node_can_be_interrupted(cluster: Cluster, parties: 
     _, one, two = one_on_each(cluster, parties)
     one(TRY["flock"])
     two.start(BLOCK["flock"])
-    time.sleep(0.3)
+    assert waits(two)
     start = time.monotonic()
     two.kill(signal.SIGKILL)
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < AT_ONCE_SECONDS
     # Its request, too, is gone soon, whether it was still in the queue at the unlock or not.
     one(RELEASE["flock"])
     one.start(BLOCK["flock"])
-    one.result(10)
+    one.result(START_SECONDS)
 
 
 def test_exclusive_creation(cluster: Cluster, parties: Make) -> None:

@@ -90,11 +90,17 @@ class Actor:
         self.pid = pid
         self._channel = channel
         self._process = process
+        self._owed = 0  # answers that nobody has fetched
 
     def start(self, code: str, /, **names: Any) -> None:
         """Send code that may block; `result` fetches its outcome."""
         body = pickle.dumps((code, names))
         self._channel.sendall(struct.pack("<I", len(body)) + body)
+        self._owed += 1
+
+    def answered(self, seconds: float = 0.0) -> bool:
+        """Whether it has nothing to do, has an outcome for `result`, or ends within this time."""
+        return not self._owed or bool(select.select([self._channel], [], [], seconds)[0])
 
     def result(self, seconds: float = CALL_SECONDS) -> Any:
         """The value of what `start` sent; an OSError in the actor is raised here with the same errno."""
@@ -104,6 +110,7 @@ class Actor:
             done, value = pickle.loads(self._exactly(struct.unpack("<I", header)[0]))
         except TimeoutError:
             raise ActorError(f"actor {self.pid} did not answer within {seconds} s") from None
+        self._owed -= 1
         if done is False:
             raise OSError(*value)
         if done is None:

@@ -22,6 +22,7 @@ from tests.support.mounting import Mount, safefs, status, wait_until
 NAMES = ["data", "x.lock", "db.sqlite", "weights.incomplete"]  # private, lock, shared, partial
 CREATE = os.O_RDWR | os.O_CREAT
 SECONDS = 20.0
+WAITS_SECONDS = 0.3  # an answer that is not there by then is one that somebody waits for
 
 # Loaded into the actors: record locks as a process (fcntl) or as an open file (OFD), and flock.
 CODE = r"""
@@ -86,10 +87,16 @@ def opened(process: Actor, path: Path, flags: int = CREATE) -> int:
     return fd
 
 
-def waits(process: Actor) -> bool:
-    """Whether the process sleeps in a system call, and goes on doing so."""
-    time.sleep(0.3)
-    return Path(f"/proc/{process.pid}/wchan").exists() and process_state(process.pid) in "SD"
+def waits(process: Actor, seconds: float = SECONDS) -> bool:
+    """Whether what was started in the process comes to sleep in a system call that a signal ends, and goes on doing so.
+
+    `seconds` are for coming there, on a busy machine.
+    """
+    return (
+        wait_until(lambda: process.answered() or process_state(process.pid) == "S", seconds)
+        and not process.answered(WAITS_SECONDS)
+        and process_state(process.pid) == "S"
+    )
 
 
 def process_state(pid: int) -> str:
@@ -112,6 +119,38 @@ RELEASE = {
     "ofd": "record(fd, OFD_SET, UNLOCK)",
 }
 kinds = pytest.mark.parametrize("kind", list(TRY))
+
+
+# What a test sees of who waits.
+
+
+@kinds
+def test_control_who_has_a_free_lock_does_not_wait(place: Path, party: Make, kind: str) -> None:
+    """Nor does who was told nothing since, who sleeps all the same."""
+    one = party()
+    opened(one, place / "data")
+    one.start(BLOCK[kind])
+    assert one.answered(SECONDS)
+    assert not waits(one)
+    one.result()
+    assert wait_until(lambda: process_state(one.pid) == "S", SECONDS)
+    assert not waits(one)
+
+
+def test_control_who_a_signal_does_not_end_does_not_wait(mount: Mount, party: Make) -> None:
+    """Of a daemon that is frozen nobody hears that the call was interrupted: who has made it is in state D."""
+    one = party()
+    opened(one, mount / "data")
+    mount.process.send_signal(signal.SIGSTOP)
+    try:
+        one.start("interruptible(flock, fd, LOCK_EX)")
+        assert waits(one)
+        os.kill(one.pid, signal.SIGUSR1)
+        assert wait_until(lambda: process_state(one.pid) == "D", SECONDS)
+        assert not waits(one, seconds=1.0)
+    finally:
+        mount.process.send_signal(signal.SIGCONT)
+    assert one.result(SECONDS) in ("interrupted", "done")
 
 
 # One lock, two processes.
@@ -457,27 +496,59 @@ def test_whoever_gets_the_lock_sees_what_was_written_under_it(mount: Mount, part
         reader.closefd(other)
 
 
-def test_readers_do_not_starve_a_writer(mount: Mount, party: Make) -> None:
-    """Shared locks that overlap without end; a bare directory's writer would wait for ever."""
+def test_readers_do_not_starve_a_writer(mount: Mount, party: Make, tmp_path: Path) -> None:
+    """Shared locks that overlap without end."""
     readers, writer = [party() for _ in range(3)], party()
     for process in (*readers, writer):
         opened(process, mount / "x.lock")
     code = """
-end = time.monotonic() + 15
-while time.monotonic() < end:
+while not os.path.exists(stop):
     flock(fd, LOCK_SH)
     time.sleep(0.05)
     flock(fd, LOCK_UN)
 """
     for number, reader in enumerate(readers):
         time.sleep(0.02 * number)
-        reader.start(code)
-    start = time.monotonic()
-    writer("flock(fd, LOCK_EX)")
-    assert time.monotonic() - start < 10
+        reader.start(code, stop=str(tmp_path / "stop"))
+    writer.start("flock(fd, LOCK_EX)")
+    try:
+        writer.result(SECONDS)
+    finally:
+        (tmp_path / "stop").touch()
     writer("flock(fd, LOCK_UN)")
     for reader in readers:
         reader.result(SECONDS)
+
+
+def test_a_reader_that_comes_later_waits_behind_a_writer(mount: Mount, party: Make) -> None:
+    one, two, writer = party(), party(), party()
+    for process in (one, two, writer):
+        opened(process, mount / "x.lock")
+    one("flock(fd, LOCK_SH)")
+    writer.start("flock(fd, LOCK_EX)")
+    assert waits(writer)
+    two.start("flock(fd, LOCK_SH)")
+    assert waits(two)
+    one("flock(fd, LOCK_UN)")
+    writer.result(SECONDS)
+    assert not two.answered()
+    writer("flock(fd, LOCK_UN)")
+    two.result(SECONDS)
+
+
+def test_control_on_a_bare_directory_readers_starve_a_writer(tmp_path: Path, party: Make) -> None:
+    one, two, writer = party(), party(), party()
+    for process in (one, two, writer):
+        opened(process, tmp_path / "x.lock")
+    one("flock(fd, LOCK_SH)")
+    writer.start("flock(fd, LOCK_EX)")
+    assert waits(writer)
+    for holder, other in 20 * [(one, two), (two, one)]:
+        other("flock(fd, LOCK_SH)")
+        holder("flock(fd, LOCK_UN)")
+    assert waits(writer)
+    one("flock(fd, LOCK_UN)")
+    writer.result(SECONDS)
 
 
 def test_a_child_passes_a_writer_that_waits_for_its_parent(place: Path, party: Make) -> None:
