@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from safefs.lease import DELAY_SECONDS
-from tests.cluster.conftest import LEASE_SECONDS, WHOLE, Cluster, etcd_of
+from tests.cluster.conftest import CALM_LEASE, LEASE_SECONDS, WHOLE, Cluster, etcd_of
 from tests.cluster.hosts import LOST, Node
 from tests.mount.actors import Actor
-from tests.mount.test_locks import BLOCK, TRY, opened, process_state
+from tests.mount.test_locks import BLOCK, RELEASE, TRY, opened, process_state, waits
 from tests.support.mounting import status_at, wait_until
 from tests.underlay.test_bad_underlay import underlay
 
@@ -38,15 +38,21 @@ class Outage:
     end: Callable[[], None]
 
 
+@pytest.fixture
+def lease() -> float:
+    """Of the nodes, where a test does not say otherwise."""
+    return LEASE_SECONDS
+
+
 @pytest.fixture(params=["etcd that is killed", "etcd that hangs", "a link that is cut", "a backing that hangs"])
-def outage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Outage]:
+def outage(request: pytest.FixtureRequest, tmp_path: Path, lease: float) -> Iterator[Outage]:
     """Of all of etcd; or of one node's link to it, or one node's client of the backing filesystem."""
     with ExitStack() as stack:
         if request.param == "a backing that hangs":
-            yield stack.enter_context(hanging_backing(tmp_path))
+            yield stack.enter_context(hanging_backing(tmp_path, lease=lease))
             return
         cluster: Cluster = request.getfixturevalue("etcd_cluster")
-        nodes = cluster.make(2)
+        nodes = cluster.make(2, lease=lease)
         assert cluster.etcd is not None and nodes[0].host is not None
         member = cluster.etcd.members[0]
         begin, end = {
@@ -64,7 +70,7 @@ def etcd_cluster(tmp_path: Path, backing: Path) -> Iterator[Cluster]:
 
 
 @contextmanager
-def hanging_backing(place: Path, options: str = "") -> Iterator[Outage]:
+def hanging_backing(place: Path, options: str = "", lease: float = LEASE_SECONDS) -> Iterator[Outage]:
     """Each node has its own mount of a filesystem in user space, as clients of a shared filesystem; the first hangs."""
     source = place / "disk"
     source.mkdir()
@@ -74,21 +80,21 @@ def hanging_backing(place: Path, options: str = "") -> Iterator[Outage]:
         views = [place / f"view{number}" for number in range(2)]
         clients = [stack.enter_context(underlay(source, view, *fresh)) for view in views]
         cluster = Cluster(place, [source], f"locks=leasefile{options}", stack)
-        nodes = [cluster.node(cluster.host(), backing=view) for view in views]
+        nodes = [cluster.node(cluster.host(), backing=view, lease=lease) for view in views]
         stack.callback(clients[0].send_signal, signal.SIGCONT)
         yield Outage(
             nodes, lambda: clients[0].send_signal(signal.SIGSTOP), lambda: clients[0].send_signal(signal.SIGCONT)
         )
 
 
-def waiter(process: Actor, path: Path, kind: str) -> None:
-    """Waits for the lock of a file until it has it, or a signal comes."""
+def waiter(process: Actor, path: Path, kind: str, place: int) -> None:
+    """Waits for the lock of a file until it has it, or a signal comes; `place` of them do then."""
     opened(process, path)
     process.start(
         {"flock": "interruptible(flock, fd, LOCK_EX)", "fcntl": "interruptible(record, fd, WAIT, EXCLUSIVE)"}[kind]
     )
-    assert wait_until(lambda: status_at(path.parent)["locks"]["waiting"] > 0, SECONDS)
-    assert process_state(process.pid) == "S"
+    assert wait_until(lambda: status_at(path.parent)["locks"]["waiting"] == place, SECONDS)
+    assert waits(process)
 
 
 @pytest.mark.parametrize("kind", ["flock", "fcntl"] if WHOLE else ["flock"])
@@ -101,8 +107,8 @@ def test_an_outage(outage: Outage, parties: Make, kind: str) -> None:
         each.may_lose_its_lease()
     place = opened(holder, node / "held.db")
     holder(TRY[kind])
-    for process in (killed, interrupted, patient):
-        waiter(process, node / "held.db", kind)
+    for number, process in enumerate((killed, interrupted, patient), 1):
+        waiter(process, node / "held.db", kind, number)
     outage.begin()
     try:
         assert wait_until(lambda: LOST in node.mount.log_text(), GONE_SECONDS)
@@ -112,7 +118,7 @@ def test_an_outage(outage: Outage, parties: Make, kind: str) -> None:
         start = time.monotonic()
         killed.kill(signal.SIGKILL)
         assert time.monotonic() - start < AT_ONCE_SECONDS
-        assert process_state(patient.pid) == "S"
+        assert waits(patient)
     finally:
         outage.end()
     assert patient.result(SECONDS) == "done"
@@ -123,6 +129,7 @@ def test_an_outage(outage: Outage, parties: Make, kind: str) -> None:
     interrupted.result(SECONDS)
 
 
+@pytest.mark.parametrize("lease", [CALM_LEASE])
 @pytest.mark.parametrize("kind", ["flock", "fcntl"] if WHOLE else ["flock"])
 def test_an_outage_that_is_shorter_than_the_lease(outage: Outage, parties: Make, kind: str) -> None:
     """Nobody notices but who asks for something: and he can be killed at once, too."""
@@ -130,13 +137,14 @@ def test_an_outage_that_is_shorter_than_the_lease(outage: Outage, parties: Make,
     node, _ = outage.nodes
     opened(holder, node / "held.db")
     holder(TRY[kind])
-    for process in (killed, patient):
-        waiter(process, node / "held.db", kind)
+    for number, process in enumerate((killed, patient), 1):
+        waiter(process, node / "held.db", kind, number)
     outage.begin()
     try:
         start = time.monotonic()
         killed.kill(signal.SIGKILL)
         assert time.monotonic() - start < AT_ONCE_SECONDS
+        assert waits(patient)
     finally:
         outage.end()
     holder("os.pwrite(fd, b'held', 0)")
@@ -161,7 +169,9 @@ def test_a_change_that_waits_for_a_thread(tmp_path: Path, parties: Make) -> None
         try:
             for process in crowd:
                 process.start("os.pwrite(fd, b'whatever', 0)")
-            time.sleep(1.0)  # they hang
+            assert wait_until(lambda: all(process_state(process.pid) == "S" for process in crowd), SECONDS)
+            time.sleep(0.5)
+            assert not any(process.answered() for process in crowd)  # they hang
             holder.start("os.pwrite(fd, b'late', 0)")
             truncating.start("os.ftruncate(fd, 0)")
             for process in (holder, truncating):
@@ -182,13 +192,18 @@ def test_a_change_that_waits_for_a_thread(tmp_path: Path, parties: Make) -> None
 
 @pytest.mark.parametrize("cluster", ["leasefile", "etcd"], indirect=True)
 def test_a_daemon_does_not_wait_for_its_own_old_lease(cluster: Cluster, parties: Make) -> None:
-    """It is known on its host that its predecessor has died."""
-    node = cluster.node(cluster.host(), lease=LONG_LEASE)
-    one, two = parties(), parties()
+    """It is known on its host that its predecessor has died, and nowhere else before."""
+    node, other = cluster.make(2, lease=LONG_LEASE)
+    one, two, far = (parties() for _ in range(3))
     opened(one, node / "data")
+    opened(far, other / "data")
     one(TRY["flock"])
     node.kill()
+    far.start(BLOCK["flock"])
+    assert waits(far)
     node.start()
+    far.result(SECONDS)
+    far(RELEASE["flock"])
     opened(two, node / "data")
     two.start(BLOCK["flock"])
     two.result(SECONDS)
@@ -203,5 +218,6 @@ def test_a_neighbour_knows_that_a_daemon_has_died(cluster: Cluster, parties: Mak
     opened(two, nodes[1] / "data")
     one(TRY["flock"])
     two.start(BLOCK["flock"])
+    assert waits(two)
     nodes[0].kill()
     two.result(SECONDS)
