@@ -17,13 +17,13 @@ from safefs.cluster.backend import BackendError, Stored
 from safefs.cluster.etcd import EtcdBackend
 from safefs.cluster.etcd_client import Access, Answer, Watch, decode
 from safefs.cluster.record import NameRecord
+from safefs.lease import Terms
 from safefs.locktable import Kind, Mode
-from tests.conformance.test_backends import access_of, etcd_node, held_by
+from tests.conformance.test_backends import CALM, ETCD_TERMS, access_of, etcd_node, held_by
 from tests.support.etcd import PREFIX, TOKEN_SECONDS, Etcd, etcd
 from tests.unit.test_names import Node
 
 SECONDS = 60.0
-LEASE_SECONDS = 5.0
 
 
 @pytest.fixture
@@ -41,12 +41,12 @@ def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Etcd]:
 def play(
     scenario: Callable[[EtcdBackend, EtcdBackend], Awaitable[None]],
     access: Access,
-    lease_seconds: float = LEASE_SECONDS,
+    terms: Terms = CALM,
 ) -> None:
     prefix = PREFIX + secrets.token_hex(4)
 
     async def main() -> None:
-        one, two = (etcd_node(access, prefix, lease_seconds) for _ in range(2))
+        one, two = (etcd_node(access, prefix, terms) for _ in range(2))
         with trio.fail_after(SECONDS):
             await one.join()
             await two.join()
@@ -94,17 +94,21 @@ def test_a_lease_outlives_the_member_that_renewed_it(three: Etcd, how: str) -> N
         bad = three.leader()
         getattr(bad, how)()
         try:
-            end = trio.current_time() + 2 * LEASE_SECONDS
+            end, looks = trio.current_time() + 1.5 * ETCD_TERMS.gone_seconds, 0
             while trio.current_time() < end:
                 for node in (one, two):
                     with suppress(BackendError):
                         await node.renew()
+                with suppress(BackendError):
+                    assert await one.gone([two.node]) == set()
+                    looks += 1
                 await trio.sleep(0.1)
-            assert await one.gone([two.node]) == set()
+            assert looks > 1  # the first begins the delay
+            await two.renew()
         finally:
             bad.resume()
 
-    play(scenario, access_of(three))
+    play(scenario, access_of(three), ETCD_TERMS)
 
 
 def test_a_change_is_noticed_through_a_member_that_failed(three: Etcd) -> None:
@@ -187,7 +191,7 @@ def test_what_a_hand_over_costs(secured: Etcd, monkeypatch: pytest.MonkeyPatch) 
                 requests[holder.name].clear()
             nursery.cancel_scope.cancel()
 
-    play(scenario, access_of(secured), lease_seconds=60)
+    play(scenario, access_of(secured))
 
 
 def test_who_follows_a_record_misses_nothing(secured: Etcd) -> None:
@@ -210,7 +214,7 @@ def test_who_follows_a_record_misses_nothing(secured: Etcd) -> None:
         assert seen is not None and await follower.next_change(seen, 0.01) is None
         await follower.aclose()
 
-    play(scenario, access_of(secured), lease_seconds=60)
+    play(scenario, access_of(secured))
 
 
 def test_a_watch_that_takes_long_to_begin(secured: Etcd, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,7 +240,7 @@ def test_a_watch_that_takes_long_to_begin(secured: Etcd, monkeypatch: pytest.Mon
         assert await follower.next_change(first, SECONDS) == latest
         await follower.aclose()
 
-    play(scenario, access_of(secured), lease_seconds=60)
+    play(scenario, access_of(secured))
 
 
 def test_a_watch_that_etcd_ends(three: Etcd) -> None:
@@ -282,7 +286,7 @@ def test_tokens_that_are_too_old(secured: Etcd) -> None:
             nursery.start_soon(notify)
             assert await one.next_notice() == "name"
 
-    play(scenario, access_of(secured), lease_seconds=60)
+    play(scenario, access_of(secured))
 
 
 def refused(access: Access, prefix: str = PREFIX) -> str:
