@@ -1,8 +1,9 @@
-"""A program that takes a lock as a given tool takes it: `ARGV: TOOL PATH MARKER TURNS|hold`.
+"""A program that takes a lock as a given tool takes it: `ARGV: TOOL PATH MARKER TURNS|hold|wait`.
 
 With a number it takes the lock so often, and inside makes the file MARKER with O_EXCL and removes it again: who is not
 alone inside finds another one's.  It prints, as JSON, how often it was inside and how often it found another one.
-With `hold` it takes the lock once, prints `held` and stays inside until it is killed.
+With `hold` it takes the lock once, prints `held` and stays inside until it is killed.  With `wait` it does the same as
+with 1, and prints `begins` before.
 
 It runs with the interpreter of the environment that has the tool, on its own: it imports nothing of this project.
 """
@@ -147,8 +148,11 @@ def main() -> None:
                 time.sleep(60)
     chance = random.Random(os.getpid())
     overlaps = inside = 0
-    for _ in range(int(turns)):
-        with lock(path):
+    for _ in range(1 if turns == "wait" else int(turns)):
+        context = lock(path)  # has imported what it needs
+        if turns == "wait":
+            print("begins", flush=True)
+        with context:
             inside += 1
             try:
                 os.close(os.open(marker, os.O_CREAT | os.O_EXCL))

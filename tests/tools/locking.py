@@ -159,9 +159,9 @@ def holding(tool: Tool, place: Path, node: str | None = None) -> Iterator[Holder
 
 @contextmanager
 def waiting(tool: Tool, place: Path, marker: Path, node: str | None = None) -> Iterator[subprocess.Popen[str]]:
-    """A process that takes the lock once and ends; `inside` awaits that."""
+    """A process that is about to take the lock once, and ends then; `got_it` awaits that."""
     process = subprocess.Popen(
-        command(tool, place, marker, "1", node),
+        command(tool, place, marker, "wait", node),
         env=tool.environment,
         cwd="/",
         stdin=subprocess.DEVNULL,
@@ -171,6 +171,8 @@ def waiting(tool: Tool, place: Path, marker: Path, node: str | None = None) -> I
     )
     with process:
         try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "begins\n", f"{tool.name} did not begin"
             yield process
         finally:
             # What it started sleeps in a lock that nobody gives it any more.

@@ -56,7 +56,7 @@ def test_a_killed_holders_file_is_removed(
         holding(tool, nodes[0].path, "node-a") as holder,
         waiting(tool, nodes[waits].path, tmp_path / "marker", "node-b") as waiter,
     ):
-        assert not got_it(waiter, 2)
+        assert not got_it(waiter, 1)
         assert file.exists()
         if died == "node":
             nodes[0].kill()
