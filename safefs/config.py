@@ -296,6 +296,9 @@ _VALUE_OPTIONS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "log_level": ("log_level", _choice(_LOG_LEVELS)),
 }
 
+# What says how etcd is reached -> what it means nothing without.
+_ETCD_PAIRS = {"etcd_key": "etcd_cert", "etcd_user": "etcd_password_file", "etcd_password_file": "etcd_user"}
+
 # Option -> field; each may be written NAME, noNAME or NAME=yes|no.
 _BOOLEAN_OPTIONS = {"allow_other": "allow_other", "default_permissions": "default_permissions", "hot": "hot"}
 
@@ -307,14 +310,21 @@ def known_options() -> list[str]:
 
 
 def parse_options(texts: Iterable[str], source: str = "-o") -> list[Option]:
-    """Split `a,b=c` texts; a comma inside a value is written `\\,`."""
+    """Split `a,b=c` texts; a comma inside a value is written `\\,`, between the endpoints of etcd plainly."""
     words = [word for text in texts for word in _split_commas(text) if word]
     return [_parse_word(word, source) for word in words]
 
 
 def _split_commas(text: str) -> list[str]:
-    pieces = re.findall(r"(?:\\.|[^,\\]|\\$)+", text, re.DOTALL)
-    return [re.sub(r"\\([,\\])", r"\1", piece) for piece in pieces]
+    words: list[str] = []
+    for piece in re.findall(r"(?:\\.|[^,\\]|\\$)+", text, re.DOTALL):
+        word = re.sub(r"\\([,\\])", r"\1", piece)
+        # No option has a colon in its name, so what looks like an endpoint is one more of those before it.
+        if words and words[-1].lstrip().startswith(f"locks={ETCD_SCHEME}") and re.fullmatch("[^=]+:[^=]*", word):
+            words[-1] += f",{word}"
+        else:
+            words.append(word)
+    return words
 
 
 def _parse_word(word: str, source: str) -> Option:
@@ -349,8 +359,10 @@ def load_settings(
         rules=RuleSet([*_admin_rules(document, source), *shipped_rules()]),
         allow_other=privileged,
     )
-    for option in [*_document_options(document.data, source), *options]:
+    written = [*_document_options(document.data, source), *options]
+    for option in written:
         settings = _apply(settings, option)
+    _check_etcd(settings, written)
     return _validated(settings)
 
 
@@ -471,6 +483,21 @@ def _apply_subtype(settings: Settings, option: Option) -> Settings:
     if option.value != FILESYSTEM_TYPE:
         raise ConfigError(f"{option.source}: {option.text!r}: the subtype of a safefs mount is {FILESYSTEM_TYPE}")
     return settings
+
+
+def _check_etcd(settings: Settings, written: list[Option]) -> None:
+    """Refuse what says how etcd is reached where nobody would look at it, or where half of it is missing.
+
+    Who overrides `locks=etcd://…` overrides what was written with it in the same place.
+    """
+    served = {option.source for option in written if option.text.startswith(f"locks={ETCD_SCHEME}")}
+    etcd = [option for option in written if option.name.startswith("etcd_")]
+    for option in etcd:
+        if not settings.locks.startswith(ETCD_SCHEME) and option.source not in served:
+            raise ConfigError(f"{option.source}: option {option.name!r} needs locks={ETCD_SCHEME}HOST:PORT")
+        needed = _ETCD_PAIRS.get(option.name)
+        if needed and not any(other.name == needed for other in etcd):
+            raise ConfigError(f"{option.source}: option {option.name!r} needs {needed} as well: {needed}=…")
 
 
 def _validated(settings: Settings) -> Settings:

@@ -125,8 +125,8 @@ class Etcd:
 
     @property
     def options(self) -> str:
-        """For mount -o; commas in a value are escaped."""
-        options = ["locks=etcd://" + self.endpoints.replace(",", r"\,")]
+        """For mount -o."""
+        options = [f"locks=etcd://{self.endpoints}"]
         if self.certificates is not None:
             certificate, key = self.certificates.pair("client")
             options += [f"etcd_ca={self.certificates.ca}", f"etcd_cert={certificate}", f"etcd_key={key}"]

@@ -118,6 +118,62 @@ def test_a_comma_in_a_value_is_quoted() -> None:
     assert r"fsname=a\,b\\c" in settings(r"fsname=a\,b\\c").fusermount_options()
 
 
+@pytest.mark.parametrize(
+    ("written", "endpoints"),
+    [
+        ("locks=etcd://a:2379,b:2379", "a:2379,b:2379"),
+        (r"locks=etcd://a:2379\,b:2379", "a:2379,b:2379"),
+        (r"locks=etcd://a:1\,b:2,c:3", "a:1,b:2,c:3"),
+        ("locks=etcd://http://a:1,https://b:2,https://c", "http://a:1,https://b:2,https://c"),
+        ("locks=etcd://[::1]:1,[fe80::2]:2", "[::1]:1,[fe80::2]:2"),
+        ("locks=etcd://a:2379,b:abc", "a:2379,b:abc"),  # which is refused as an endpoint, not as an option
+    ],
+)
+def test_endpoints_of_etcd_have_commas_between_them(written: str, endpoints: str) -> None:
+    """As the README writes them; in fstab as well, with other options before and behind."""
+    loaded = settings(f"noatime,{written},lease_seconds=9,ro")
+    assert (loaded.locks, loaded.lease_seconds, loaded.read_only) == (f"etcd://{endpoints}", 9, True)
+
+
+def test_no_endpoint_of_etcd() -> None:
+    assert "unknown option 'b'" in refusal("locks=etcd://a:1,b")
+    assert "unknown option 'b:1'" in refusal("locks=memory,b:1")
+    assert "unknown option 'b:1'" in refusal("locks=etcd://a:1,ro,b:1")
+
+
+ETCD = "locks=etcd://a:1"
+
+
+@pytest.mark.parametrize(
+    ("options", "fragment"),
+    [
+        ("etcd_ca=/ca", "-o: option 'etcd_ca' needs locks=etcd://HOST:PORT"),
+        ("locks=leasefile,etcd_prefix=/x", "-o: option 'etcd_prefix' needs locks=etcd://"),
+        (f"{ETCD},etcd_key=/k", "option 'etcd_key' needs etcd_cert as well"),
+        (f"{ETCD},etcd_user=u", "option 'etcd_user' needs etcd_password_file as well"),
+        (f"{ETCD},etcd_password_file=/p", "option 'etcd_password_file' needs etcd_user as well"),
+    ],
+)
+def test_how_etcd_is_reached_where_nobody_would_look_at_it(options: str, fragment: str) -> None:
+    assert fragment in refusal(options)
+    assert fragment in refusal(options, privileged=False)
+
+
+def test_how_etcd_is_reached() -> None:
+    loaded = settings(f"{ETCD},etcd_cert=/c,etcd_user=u", "etcd_key=/k,etcd_password_file=/p,etcd_prefix=/x")
+    assert (loaded.etcd_cert, loaded.etcd_key, loaded.etcd_user) == (Path("/c"), Path("/k"), "u")
+    assert settings(f"{ETCD},etcd_cert=/c").etcd_key is None  # one file can hold both
+
+
+def test_who_overrides_etcd_overrides_how_it_is_reached(no_default_config: Path) -> None:
+    no_default_config.write_text('[mount]\nlocks = "etcd://a:1"\netcd_ca = "/ca"\n')
+    assert settings("locks=memory").locks == "memory"
+    assert "needs locks=etcd://" in refusal("locks=memory,etcd_prefix=/x")
+    no_default_config.write_text('[mount]\netcd_ca = "/ca"\n')
+    assert refusal().startswith(f"{no_default_config}: option 'etcd_ca' needs")
+    assert settings(ETCD).etcd_ca == Path("/ca")
+
+
 def test_fusermount_options() -> None:
     user = settings("noexec,noatime,allow_other", privileged=False)
     words = "nosuid,nodev,noexec,noatime,allow_other,default_permissions,fsname=/b,subtype=safefs"
@@ -232,6 +288,9 @@ def test_has_option() -> None:
     assert has_option(options, "nonempty") and not has_option(options, "rw")
 
 
+ETCD_WHOLE = f"{ETCD},etcd_cert=/c,etcd_user=u,etcd_password_file=/p"
+
+
 def test_every_known_option_can_be_named() -> None:
     values = {"temp": "auto", "negative_refresh": "on", "log_level": "info", "subtype": "safefs"}
     values |= {
@@ -243,7 +302,7 @@ def test_every_known_option_can_be_named() -> None:
         "locks": "etcd://one:2379",
     }
     for name in known_options():
-        written = [name, f"{name}={values.get(name, '9')}", f"{name}=/x"]
+        written = [name, f"{name}={values.get(name, '9')}", f"{name}=/x", f"{ETCD_WHOLE},{name}=/x"]
         assert any(accepted(option) for option in written), name
 
 
