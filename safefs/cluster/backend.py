@@ -24,7 +24,16 @@ T = TypeVar("T")
 
 
 class BackendError(Exception):
-    """The backend cannot be reached, or what it says makes no sense; the text is one line."""
+    """The backend cannot be reached, or what it says makes no sense; the text is one line.
+
+    `answered`: something is there, but what it says does not help.  `is_final`: it lets this node not in, and to ask
+    again changes nothing unless somebody changes it there.
+    """
+
+    def __init__(self, text: str, *, answered: bool = False, is_final: bool = False) -> None:
+        super().__init__(text)
+        self.answered = answered
+        self.is_final = is_final
 
 
 class LeaseLostError(Exception):

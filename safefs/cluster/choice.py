@@ -76,21 +76,55 @@ def etcd_access(settings: Settings) -> Access:
         raise SafefsError(f"-o locks: {error}", errno.EINVAL) from None
     if not endpoints:
         raise SafefsError("-o locks=etcd:// names no endpoint: write etcd://HOST:PORT", errno.EINVAL)
-    tls = None
-    if any(endpoint.tls for endpoint in endpoints):
-        try:
-            tls = ssl.create_default_context(cafile=settings.etcd_ca)
-            if settings.etcd_cert is not None:
-                tls.load_cert_chain(settings.etcd_cert, settings.etcd_key)
-        except (OSError, ssl.SSLError) as error:
-            raise SafefsError(f"the certificates for etcd cannot be used: {error}", errno.EINVAL) from None
+    has_tls = any(endpoint.tls for endpoint in endpoints)
+    if scheme == "https://" and not has_tls:
+        raise SafefsError("-o locks: etcd_ca and etcd_cert need an endpoint that is not http://", errno.EINVAL)
+    tls = _tls(settings.etcd_ca, settings.etcd_cert, settings.etcd_key) if has_tls else None
     return Access(endpoints, tls, settings.etcd_user, _password(settings.etcd_password_file))
 
 
 def _password(path: Path | None) -> str:
-    if path is None:
-        return ""
     try:
-        return path.read_text(encoding="utf-8").strip()
+        return _read("etcd_password_file", path).decode("utf-8").strip() if path else ""
+    except UnicodeDecodeError:
+        raise _unusable("etcd_password_file", path, "is not text (UTF-8)") from None
+
+
+def _tls(ca: Path | None, certificate: Path | None, key: Path | None) -> ssl.SSLContext:
+    """What is wrong is found out file by file: OpenSSL names none."""
+    context = _trusting("etcd_ca", ca) if ca else ssl.create_default_context()
+    if certificate is None:
+        return context
+    _trusting("etcd_cert", certificate)
+    holder = "etcd_key" if key else "etcd_cert"
+    _read(holder, key or certificate)
+    try:
+        context.load_cert_chain(certificate, key, password="")  # nobody is asked for one
+    except ssl.SSLError as error:
+        why = "holds no private key (PEM, without a password)"
+        if error.reason == "KEY_VALUES_MISMATCH":
+            why = f"holds the key of another certificate than {certificate}"
+        elif key is None:
+            why += ": name the file that does with etcd_key"
+        raise _unusable(holder, key or certificate, why) from None
+    return context
+
+
+def _unusable(option: str, path: Path | None, why: str) -> SafefsError:
+    return SafefsError(f"-o {option}={path}: {why}", errno.EINVAL)
+
+
+def _trusting(option: str, path: Path) -> ssl.SSLContext:
+    """With the certificates of a file."""
+    _read(option, path)
+    try:
+        return ssl.create_default_context(cafile=path)
+    except ssl.SSLError:
+        raise _unusable(option, path, "holds no certificate (PEM)") from None
+
+
+def _read(option: str, path: Path) -> bytes:
+    try:
+        return path.read_bytes()
     except OSError as error:
-        raise SafefsError(f"{path}: {error.strerror}", error.errno or errno.EACCES) from None
+        raise SafefsError(f"-o {option}={path}: {error.strerror}", error.errno or errno.EACCES) from None

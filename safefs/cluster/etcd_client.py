@@ -23,6 +23,7 @@ import trio
 
 from safefs.cluster.backend import BackendError
 
+PORT = 2379
 CALL_SECONDS = 5.0
 CONNECT_SECONDS = 2.0
 ATTEMPTS = 3  # at each endpoint: a connection that was kept, and the token, can both be too old
@@ -31,6 +32,14 @@ MAX_ANSWER_BYTES = 16 << 20
 READ_BYTES = 1 << 16
 # What etcd says where a token is too old for it, or missing.
 SIGNED_OUT = ("invalid auth token", "auth store is old", "user name is empty")
+
+# What etcd says to who may not come in -> what to do about it.
+NOT_LET_IN = {
+    "authentication failed": "look at -o etcd_user and etcd_password_file",
+    "authentication is not enabled": "leave out -o etcd_user and etcd_password_file",
+    "user name is empty": "it wants -o etcd_user and etcd_password_file",
+    "permission denied": "it must let this user (-o etcd_user) read and write all keys below -o etcd_prefix",
+}
 
 # What a connection that is lost, or talks nonsense, comes out as.
 LOST = (OSError, trio.BrokenResourceError, h11.ProtocolError, ValueError)
@@ -68,13 +77,16 @@ class Endpoint:
     @classmethod
     def parse(cls, text: str) -> Endpoint:
         """ValueError for what is no URL of a member."""
-        parts = urlsplit(text if "//" in text else f"//{text}", scheme="http")
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.path not in ("", "/"):
-            raise ValueError(f"{text} is no endpoint of etcd (write HOST:PORT or https://HOST:PORT)")
-        return cls(parts.hostname, parts.port or 2379, parts.scheme == "https")
+        with suppress(ValueError):
+            parts = urlsplit(text if "//" in text else f"//{text}", scheme="http")
+            port = PORT if parts.port is None else parts.port
+            has_more = parts.path.strip("/") or parts.query or parts.fragment or "@" in parts.netloc
+            if parts.scheme in ("http", "https") and parts.hostname and port and not has_more:
+                return cls(parts.hostname, port, parts.scheme == "https")
+        raise ValueError(f"{text!r} is no endpoint of etcd (write HOST:PORT or https://HOST:PORT, PORT up to 65535)")
 
     def __str__(self) -> str:
-        return f"{self.host}:{self.port}"
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
 @dataclass(frozen=True)
@@ -95,10 +107,30 @@ class RefusedError(BackendError):
     """etcd answered with an error."""
 
     def __init__(self, endpoint: Endpoint, status: int, message: str) -> None:
-        super().__init__(f"etcd at {endpoint}: {message} (HTTP {status})")
+        remedy = next((f": {remedy}" for words, remedy in NOT_LET_IN.items() if words in message), "")
+        super().__init__(
+            f"etcd at {endpoint}: {message} (HTTP {status}){remedy}", answered=True, is_final=bool(remedy)
+        )
         self.status = status
         self.may_be_repeated = any(words in message for words in SIGNED_OUT)  # nothing was done: sign in first
         self.is_members_own = status >= 500  # this member has no leader, or no quorum; others may have
+
+
+def lost(endpoint: Endpoint, error: Exception) -> BackendError:
+    """What a connection that is lost, or talks nonsense, comes out as for whoever has asked."""
+    text = reason(error, "the connection was lost")
+    by_tls = isinstance(error.__cause__, ssl.SSLError)
+    hint = " (does it take what -o etcd_cert names?)" if by_tls and "alert" in text else ""
+    answered = by_tls or isinstance(error, (h11.ProtocolError, ValueError))
+    return BackendError(f"etcd at {endpoint}: {text}{hint}", answered=answered)
+
+
+def _parsed(status: int, body: bytes) -> Answer:
+    """ValueError for what is none of etcd's answers."""
+    try:
+        return dict(json.loads(body))
+    except (ValueError, TypeError):
+        raise ValueError(f"what is there answers HTTP {status}, and not as etcd does") from None
 
 
 class _Connection:
@@ -106,6 +138,7 @@ class _Connection:
 
     def __init__(self, endpoint: Endpoint, stream: trio.abc.Stream) -> None:
         self.endpoint = endpoint
+        self._has_answered = False
         self._stream = stream
         self._http = h11.Connection(h11.CLIENT)
 
@@ -115,8 +148,15 @@ class _Connection:
         request = h11.Request(method="POST", target=path, headers=list({**fields, **headers}.items()))
         data = b"".join(filter(None, map(self._http.send, (request, h11.Data(data=body), h11.EndOfMessage()))))
         await self._stream.send_all(data)
-        while not isinstance(event := await self._next_event(), h11.Response):
-            pass
+        try:
+            while not isinstance(event := await self._next_event(), h11.Response):
+                pass
+        except h11.RemoteProtocolError as error:
+            if self._has_answered:
+                raise
+            hint = "" if self.endpoint.tls else " (does it want https://HOST:PORT, or -o etcd_ca?)"
+            raise h11.RemoteProtocolError(f"what is there does not answer HTTP{hint}") from error
+        self._has_answered = True
         return event.status_code
 
     async def next_part(self) -> bytes | None:
@@ -193,7 +233,7 @@ class Watch:
         return self._answers.popleft()
 
     def _broken(self, error: Exception) -> BackendError:
-        return BackendError(f"etcd at {self._connection.endpoint}: {reason(error, 'the connection was lost')}")
+        return lost(self._connection.endpoint, error)
 
 
 class EtcdClient:
@@ -293,11 +333,11 @@ class EtcdClient:
                 body += part
                 if len(body) > MAX_ANSWER_BYTES:
                     raise BackendError(f"etcd at {endpoint} sends too much")
-            answer = json.loads(body)
+            answer = _parsed(status, body)
             reusable = connection.start_next()
         except LOST as error:
             await connection.aclose()
-            raise BackendError(f"etcd at {endpoint}: {reason(error, 'the connection was lost')}") from None
+            raise lost(endpoint, error) from None
         except BaseException:
             with trio.CancelScope(shield=True):
                 await connection.aclose()
@@ -309,7 +349,7 @@ class EtcdClient:
         if status != 200:
             raise RefusedError(endpoint, status, str(answer.get("message") or answer.get("error") or body[:200]))
         self._first = self._access.endpoints.index(endpoint)
-        return dict(answer)
+        return answer
 
     async def _watch_once(self, endpoint: Endpoint, what: Mapping[str, str]) -> Watch:
         watch = Watch(await self._connect(endpoint))
@@ -339,6 +379,11 @@ class EtcdClient:
                     stream = trio.SSLStream(stream, context, server_hostname=endpoint.host, https_compatible=True)
                     with suppress(AttributeError):
                         await stream.do_handshake()
-        except (OSError, trio.TooSlowError, trio.BrokenResourceError) as error:
+        except (OSError, trio.TooSlowError) as error:
             raise UnreachableError(f"etcd at {endpoint} cannot be reached: {reason(error, 'no answer')}") from None
+        except trio.BrokenResourceError as error:
+            known = isinstance(error.__cause__, ssl.SSLCertVerificationError)
+            hint = "is it signed by what -o etcd_ca names?" if known else "does it want http://HOST:PORT?"
+            text = f"etcd at {endpoint}: no TLS with it: {reason(error, 'no answer')} ({hint})"
+            raise UnreachableError(text, answered=True) from None
         return _Connection(endpoint, stream)

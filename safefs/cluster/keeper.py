@@ -31,11 +31,11 @@ class Keeper:
         self._terms = terms
         self._on_joined = on_joined
         self._on_lost = on_lost
-        self.problem = ""  # why there is no lease; empty: no attempt to get one has failed
+        self.problem: BackendError | None = None  # why there is no lease; None: no attempt to get one has failed
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Serve until cancelled; started once there is a first lease."""
-        await self._join()
+        """Serve until cancelled; started once there is a first lease.  BackendError where this node is not let in."""
+        await self._join(is_first=True)
         task_status.started()
         try:
             while True:
@@ -47,19 +47,21 @@ class Keeper:
             with trio.move_on_after(RETRY_SECONDS[1], shield=True):
                 await self._leave()
 
-    async def _join(self) -> None:
+    async def _join(self, *, is_first: bool = False) -> None:
         pause, longest = RETRY_SECONDS
         while True:
             try:
                 await self._backend.join()
             except BackendError as error:
                 log.warning("the lock backend: %s", error)
-                self.problem = str(error)
+                self.problem = error
+                if is_first and error.is_final:  # later there is a mount that is better off when it is let in again
+                    raise
                 await trio.sleep(pause)
                 pause = min(2 * pause, longest)
             else:
                 log.info("this node is %s", self._backend.node)
-                self.problem = ""
+                self.problem = None
                 self._on_joined()
                 return
 

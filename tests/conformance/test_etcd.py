@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import secrets
+import socket
 import ssl
+import threading
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -15,12 +17,12 @@ import trio
 
 from safefs.cluster.backend import BackendError, Stored
 from safefs.cluster.etcd import EtcdBackend
-from safefs.cluster.etcd_client import Access, Answer, Watch, decode
+from safefs.cluster.etcd_client import Access, Answer, Endpoint, Watch, decode
 from safefs.cluster.record import NameRecord
 from safefs.lease import Terms
 from safefs.locktable import Kind, Mode
 from tests.conformance.test_backends import CALM, ETCD_TERMS, access_of, etcd_node, held_by
-from tests.support.etcd import PREFIX, TOKEN_SECONDS, Etcd, etcd
+from tests.support.etcd import PASSWORD, PREFIX, TOKEN_SECONDS, USER, Etcd, etcd
 from tests.unit.test_names import Node
 
 SECONDS = 60.0
@@ -289,24 +291,85 @@ def test_tokens_that_are_too_old(secured: Etcd) -> None:
     play(scenario, access_of(secured))
 
 
-def refused(access: Access, prefix: str = PREFIX) -> str:
-    """What is said to a node that is not let in."""
+def refusal(access: Access, prefix: str = PREFIX) -> BackendError:
+    """What comes of a node that cannot join."""
 
     async def main() -> None:
         await etcd_node(access, prefix).join()
 
     with pytest.raises(BackendError) as caught:
         trio.run(main)
-    return str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+    return caught.value
+
+
+def refused(access: Access, prefix: str = PREFIX) -> str:
+    """What is said to a node that is not let in."""
+    error = refusal(access, prefix)
+    assert error.answered
+    return str(error)
 
 
 def test_who_may_not_come_in(secured: Etcd) -> None:
     """And is told why."""
     access = access_of(secured)
-    assert "authentication failed" in refused(replace(access, password="guessed"))
+    assert "look at -o etcd_user and etcd_password_file" in refused(replace(access, password="guessed"))
     assert "permission denied" in refused(replace(access, user=""))
-    assert "permission denied" in refused(access, "/other/")
+    assert "all keys below -o etcd_prefix" in refused(access, "/other/")
+    for wrong, prefix in ((replace(access, password="guessed"), PREFIX), (access, "/other/")):
+        assert refusal(wrong, prefix).is_final
     assert secured.certificates is not None
     without = ssl.create_default_context(cafile=secured.certificates.ca)
-    assert "certificate" in refused(replace(access, tls=without))
-    assert "certificate verify failed" in refused(replace(access, tls=ssl.create_default_context()))
+    assert "what -o etcd_cert names" in refused(replace(access, tls=without))
+    unknown = refused(replace(access, tls=ssl.create_default_context()))
+    assert "certificate verify failed" in unknown and "what -o etcd_ca names" in unknown
+
+
+def test_a_user_where_etcd_wants_none(three: Etcd) -> None:
+    error = refusal(replace(access_of(three), user=USER, password=PASSWORD))
+    assert error.is_final and "leave out -o etcd_user" in str(error)
+
+
+def test_http_where_there_is_tls_and_the_other_way_round(secured: Etcd, three: Etcd) -> None:
+    (tls,), (plain, *_) = access_of(secured).endpoints, access_of(three).endpoints
+    said = refused(Access((replace(tls, tls=False),)))
+    assert "does not answer HTTP (does it want https://HOST:PORT, or -o etcd_ca?)" in said
+    said = refused(replace(access_of(secured), endpoints=(replace(plain, tls=True),)))
+    assert "does it want http://HOST:PORT?" in said
+
+
+@pytest.mark.parametrize(
+    ("says", "why"),
+    [
+        (b"SSH-2.0-none\r\n", "does not answer HTTP"),
+        (b"HTTP/1.1 404 Not Found\r\nContent-Length: 2\r\n\r\nno", "answers HTTP 404, and not as etcd does"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n17", "answers HTTP 200, and not as etcd does"),
+    ],
+)
+def test_what_is_no_etcd(says: bytes, why: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            with suppress(OSError):
+                while True:
+                    connection, _ = server.accept()
+                    with connection:
+                        connection.recv(1 << 16)
+                        connection.sendall(says)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            assert why in refused(Access((Endpoint("127.0.0.1", server.getsockname()[1], tls=False),)))
+        finally:
+            server.shutdown(socket.SHUT_RDWR)
+            thread.join()
+
+
+def test_nobody_there() -> None:
+    """Of that it cannot be known what etcd would say."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = server.getsockname()
+    error = refusal(Access((Endpoint(*address, tls=False),)))
+    assert "cannot be reached" in str(error)
+    assert not error.answered and not error.is_final
