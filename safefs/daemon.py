@@ -181,6 +181,7 @@ class Daemon:
         self.connection: mount.Connection | None = None
         self.stopping = False
         self.serving = False
+        self.has_served = False
 
     def _retain_seconds(self) -> float:
         """By default versions are retained where readers on other nodes would lose theirs without it."""
@@ -227,15 +228,19 @@ class Daemon:
     def _lock_backend(self, cluster: str) -> tuple[Names | None, Keeper | None]:
         """What is shared with other nodes."""
         settings, state = self.settings, self.state
-        backend = lock_backend(
-            settings,
-            state.path / LOCK_FILES,
-            cluster,
-            host_identity(),
-            lambda identity: self._known_dead(identity) is True,
-            locks_answered,
-            self._as_service,
-        )
+        try:
+            backend = lock_backend(
+                settings,
+                state.path / LOCK_FILES,
+                cluster,
+                host_identity(),
+                lambda identity: self._known_dead(identity) is True,
+                locks_answered,
+                self._as_service,
+            )
+        except SafefsError:
+            self._withdraw()
+            raise
         if backend is None:
             return None, None
         return Names(backend), Keeper(backend, Terms(settings.lease_seconds), self._on_joined, self._on_lost)
@@ -282,6 +287,18 @@ class Daemon:
 
     async def run(self, ready: Callable[[], None]) -> None:
         """Mount, serve, and return once the mount is gone and everything is settled."""
+        try:
+            await self._run(ready)
+        finally:
+            if not self.has_served:
+                self._withdraw()
+
+    def _withdraw(self) -> None:
+        """A start that failed leaves nothing that others would have to settle."""
+        with suppress(OSError):
+            self._as_service(self.record.remove)
+
+    async def _run(self, ready: Callable[[], None]) -> None:
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         native.closer_start(max(1, min(MOST_CLOSING, limit // CLOSING_DESCRIPTORS)))
         recovery = Recovery(self.backing, self.state, self.record, self.events)
@@ -307,7 +324,7 @@ class Daemon:
                 ready()
                 sd_notify("READY=1")
                 log.info("mounted %s on %s", self.settings.backing, self.settings.mountpoint)
-                self.serving = True
+                self.serving = self.has_served = True
                 try:
                     await pyfuse3.main(MIN_TASKS, MAX_TASKS)
                 finally:
@@ -321,11 +338,14 @@ class Daemon:
         try:
             with trio.fail_after(JOIN_SECONDS):
                 await helpers.start(keeper.run)
+        except BackendError as error:
+            raise SafefsError(f"no lease: {error}", errno.EACCES) from None
         except trio.TooSlowError:
+            problem = keeper.problem or BackendError("the lock backend does not answer")
+            # Locks that others share are not done without because something in the options is wrong.
+            hint = "; where no other node uses this directory, -o locks=memory does without"
             raise SafefsError(
-                f"no lease within {JOIN_SECONDS:g} s: {keeper.problem or 'the lock backend does not answer'}; where no"
-                " other node uses this directory, -o locks=memory does without",
-                errno.ETIMEDOUT,
+                f"no lease within {JOIN_SECONDS:g} s: {problem}{'' if problem.answered else hint}", errno.ETIMEDOUT
             ) from None
         helpers.start_soon(names.run)
 
