@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import math
 import os
 import pickle
+import re
 import secrets
 import select
 import shutil
 import signal
 import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,8 +36,13 @@ MEET_SECONDS = 120.0
 STEP_SECONDS = 90.0  # a client of NFS can go on missing a new file for half a minute
 RACES_SECONDS, MOST_PACED_SECONDS = 60.0, 30.0
 POLL_SECONDS = 0.02
+BEAT_SECONDS = 0.1  # between the names of one who waits
+QUIET_SECONDS = 10.0  # who waits and is not seen to change his name for so long is not there any more
 RACES, PEER_RACES = 20, 100
 MEETING = ".safefs-probe"
+PLACE = re.compile("[0-9a-f]+-[0-9a-f]+")  # of two who have met there
+
+AGAIN = "run `safefs probe DIR --peer` on two nodes at once"
 
 F_OFD_SETLK = 37
 _WRITE_LOCK = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
@@ -55,7 +62,7 @@ class Finding:
 def bounded(function: Callable[..., T], *arguments: Any, seconds: float = CALL_SECONDS) -> T:
     """Call a function in a child process; OSError is passed on, TimeoutError (ETIMEDOUT) when it takes too long."""
     reading, writing = os.pipe2(os.O_CLOEXEC)
-    pid = os.fork()
+    pid = _fork()
     if pid == 0:
         status = 1
         with suppress(BaseException):
@@ -79,6 +86,18 @@ def bounded(function: Callable[..., T], *arguments: Any, seconds: float = CALL_S
     if not worked:
         raise OSError(value, os.strerror(value))
     return value  # type: ignore[no-any-return]
+
+
+def _fork() -> int:
+    """As os.fork(); the child ends without a word where the terminal interrupts both."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        pid = os.fork()
+        if pid == 0:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+        return pid
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
 
 
 # ------------------------------------------------------------------ one node
@@ -176,10 +195,11 @@ def _tried(what: str, check: Callable[[str], bool], directory: str) -> Finding:
 def _scratch(directory: Path) -> Iterator[str]:
     path = directory / f"{MEETING}-{secrets.token_hex(4)}"
     try:
-        bounded(os.mkdir, path)
-    except OSError as error:
-        raise SafefsError(f"nothing can be made in {directory}: {error.strerror}", error.errno or errno.EIO) from None
-    try:
+        try:
+            bounded(os.mkdir, path)
+        except OSError as error:
+            reason = f"nothing can be made in {directory}: {error.strerror}"
+            raise SafefsError(reason, error.errno or errno.EIO) from None
         yield os.fspath(path)
     finally:
         with suppress(OSError):
@@ -190,56 +210,135 @@ def _touch(path: str) -> None:
     os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
 
 
-def until(condition: Callable[[], bool], seconds: float) -> bool:
+def until(condition: Callable[[], bool], seconds: float, pause: float = POLL_SECONDS) -> bool:
     """Poll; False when the time is over."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
             return False
-        time.sleep(POLL_SECONDS)
+        time.sleep(pause)
     return True
 
 
 # ----------------------------------------------------------------- two nodes
 
 
+@dataclass(frozen=True)
+class _Here:
+    """What a probe that waits is known by: a name that goes on changing, with the one whom it has chosen.
+
+    It is a directory's, since some clients send a file to the server only when it has been there for seconds (rclone).
+    """
+
+    name: str
+    beat: int
+    chosen: str
+
+    @classmethod
+    def parse(cls, entry: str) -> _Here | None:
+        found = re.fullmatch(r"here-([0-9a-f]+)-(\d+)-([0-9a-f]*)", entry)
+        return cls(found[1], int(found[2]), found[3]) if found else None
+
+    def __str__(self) -> str:
+        return f"here-{self.name}-{self.beat}-{self.chosen}"
+
+
 class Meeting:
-    """Two probes in one directory: they say things to each other by making files there."""
+    """Two probes in one directory: they say things to each other by making files there.
+
+    Two who have chosen each other go on in a place of their own, so they hear nothing that others have left.  Who is
+    chosen has been seen to change, or has chosen this one, whose name is new.  What is not seen to change is a leftover
+    and goes: of one who lives after all, no more goes than a name that it has already replaced, or is about to.
+    """
 
     def __init__(self, directory: Path) -> None:
-        self.path = os.fspath(directory / MEETING)
-        self.name = secrets.token_hex(4)
+        self.hall = os.fspath(directory / MEETING)
+        self.path = ""  # of the place of these two, once they have met
         self.first = False
+        self._is_others = False  # to take away what is in the place
+        self._me = _Here(secrets.token_hex(4), 0, "")
+        self._changed: dict[str, tuple[int, float]] = {}  # others: the latest beat, and when it was seen to rise
+        self._same: dict[str, tuple[int, float]] = {}  # entries of others: what is in it, and since when
         self._said = 0
         self._heard = 0
 
     def open(self) -> None:
         """Wait for the other; the one with the smaller name is the first.  SafefsError when nobody comes."""
+        if not until(self._meet, MEET_SECONDS, BEAT_SECONDS):
+            raise SafefsError(f"no other probe came to {self.hall} within {MEET_SECONDS:g} s: {AGAIN}", errno.ETIMEDOUT)
+        self.first = self._me.name < self._me.chosen
+        self.path = f"{self.hall}/{self._place()}"
         with suppress(FileExistsError):
             bounded(os.mkdir, self.path)
-        bounded(_touch, f"{self.path}/here-{self.name}")
-        if not until(lambda: bool(self._others()), MEET_SECONDS):
-            raise SafefsError(
-                f"no other probe came to {self.path} within {MEET_SECONDS:g} s: run `safefs probe DIR --peer` on two"
-                " nodes at once",
-                errno.ETIMEDOUT,
-            )
-        self.first = self.name < self._others()[0]
 
-    def _others(self) -> list[str]:
-        names = [entry.removeprefix("here-") for entry in self._entries() if entry.startswith("here-")]
-        return [name for name in names if name != self.name]
+    def _place(self) -> str:
+        return "-".join(sorted((self._me.name, self._me.chosen)))
 
-    def _entries(self) -> list[str]:
-        """As the server has them: a file that is made here has this client look anew."""
-        return bounded(self._look)
+    def _meet(self) -> bool:
+        """Show that this one is here, and look who else is; whether two have chosen each other."""
+        self._me = replace(self._me, beat=self._me.beat + 1)
+        leftovers = [entry for entry in self._leftovers() if not entry.endswith(f"-{self._me.name}")]  # he waits for us
+        try:
+            others = self._note(bounded(self._look_around, leftovers))
+        except FileNotFoundError:
+            return False  # two who left have just removed the directory
+        chosen = self._choose(others)
+        if chosen and chosen == self._me.chosen and others[chosen].chosen == self._me.name:
+            return True
+        self._me = replace(self._me, chosen=chosen)
+        return False
 
-    def _look(self) -> list[str]:
-        look = f"{self.path}/look-{self.name}-{secrets.token_hex(4)}"  # some go on seeing a name that is removed
+    def _look_around(self, leftovers: list[str]) -> dict[str, int]:
+        """The entries of others, and a hash of what is in each."""
+        with suppress(FileExistsError):
+            os.mkdir(self.hall)  # again and again: those who leave remove it
+        os.mkdir(f"{self.hall}/{self._me}")
+        entries = set(self._look(self.hall))
+        mine = {entry for entry in entries if self._is_mine(entry)}
+        _remove_all(self.hall, [*(mine - {str(self._me)}), *leftovers])
+        return {entry: self._inside(entry) for entry in entries - mine}
+
+    def _is_mine(self, entry: str) -> bool:
+        return entry.startswith((f"here-{self._me.name}-", f"look-{self._me.name}-"))
+
+    def _inside(self, entry: str) -> int:
+        return hash(frozenset(_listed(f"{self.hall}/{entry}")))
+
+    def _note(self, entries: dict[str, int]) -> dict[str, _Here]:
+        """Remember what has changed, by this node's clock alone; the probes that are, or were, here."""
+        now = time.monotonic()
+        same, self._same = self._same, {}
+        for entry, inside in entries.items():
+            before, since = same.get(entry, (inside, now))
+            self._same[entry] = (inside, since if inside == before else now)
+        others: dict[str, _Here] = {}
+        for here in sorted(filter(None, map(_Here.parse, entries)), key=lambda here: here.beat):
+            others[here.name] = here  # some go on seeing names that are gone: the latest counts
+            beat, at = self._changed.get(here.name, (here.beat, -math.inf))
+            self._changed[here.name] = (max(beat, here.beat), now if here.beat > beat else at)
+        return others
+
+    def _choose(self, others: dict[str, _Here]) -> str:
+        """One who has chosen this one, or lives and has chosen nobody; whoever was chosen before, if that is one."""
+        lately = time.monotonic() - QUIET_SECONDS
+        choosing = sorted(name for name, here in others.items() if here.chosen == self._me.name)
+        free = sorted(name for name, here in others.items() if not here.chosen and self._changed[name][1] > lately)
+        candidates = [*choosing, *free]
+        return self._me.chosen if self._me.chosen in candidates else next(iter(candidates), "")
+
+    def _leftovers(self) -> list[str]:
+        """Names of those who do not change them, and places in which nobody says anything any more."""
+        now = time.monotonic()
+        patience = {entry: STEP_SECONDS if PLACE.fullmatch(entry) else QUIET_SECONDS for entry in self._same}
+        return [entry for entry, (_, since) in self._same.items() if now - since > patience[entry]]
+
+    def _look(self, directory: str) -> list[str]:
+        """What is there, as the server has it: a file that is made there has this client look anew."""
+        look = f"{directory}/look-{self._me.name}-{secrets.token_hex(4)}"  # some go on seeing a name that is removed
         _touch(look)
         with suppress(OSError):
             os.unlink(look)
-        return os.listdir(self.path)
+        return os.listdir(directory)
 
     def say(self, word: str = "") -> None:
         """Something that the other waits for; `word` is without a dash."""
@@ -253,11 +352,12 @@ class Meeting:
         words: list[str] = []
 
         def said() -> bool:
-            words[:] = [entry.removeprefix(start) for entry in self._entries() if entry.startswith(start)]
+            entries = bounded(self._look, self.path)
+            words[:] = [entry.removeprefix(start) for entry in entries if entry.startswith(start)]
             return bool(words)
 
         if not until(said, STEP_SECONDS):
-            raise SafefsError("the other probe does not go on", errno.ETIMEDOUT)
+            raise SafefsError(f"the other probe does not go on: {AGAIN}", errno.ETIMEDOUT)
         return words[0]
 
     def word_seconds(self) -> float:
@@ -269,16 +369,48 @@ class Meeting:
         self.say(f"{waited:.6f}")
         return max(waited, float(self.hear()))
 
-    def close(self) -> None:
-        """The second leaves last, and takes everything away."""
+    def part(self) -> None:
+        """All is said: the second leaves last."""
         if self.first:
-            with suppress(SafefsError):
-                self.say("done")
-            return
-        with suppress(SafefsError):
+            self.say("done")
+            self._is_others = True
+        else:
             self.hear()
+
+    def close(self) -> None:
+        """Take away what these two have here, and what others have left; whoever goes on in it finds it gone."""
         with suppress(OSError):
-            bounded(shutil.rmtree, self.path)
+            bounded(self._take_away)
+
+    def _take_away(self) -> None:
+        if self._me.chosen and not self._is_others:  # who was chosen may have gone there before
+            place, gone = self._place(), f"gone-{self._me.name}"
+            with suppress(OSError):  # at once, since the other may be making files in it: one is on its way yet
+                os.rename(f"{self.hall}/{place}", f"{self.hall}/{gone}")
+            _remove_all(self.hall, 3 * [place, gone])
+        entries = _listed(self.hall)
+        _remove_all(self.hall, [entry for entry in entries if self._is_mine(entry)])
+        still = [entry for entry in self._leftovers() if entry in entries]
+        _remove_all(self.hall, [entry for entry in still if self._same[entry][0] == self._inside(entry)])
+        with suppress(OSError):
+            os.rmdir(self.hall)
+
+
+def _listed(path: str) -> list[str]:
+    """What is in a directory; nothing where that is none, or gone."""
+    try:
+        return os.listdir(path)
+    except OSError:
+        return []
+
+
+def _remove_all(directory: str, entries: Iterable[str]) -> None:
+    """Files, and directories with what is in them; what cannot be removed stays."""
+    for entry in entries:
+        try:
+            os.unlink(f"{directory}/{entry}")
+        except OSError:
+            shutil.rmtree(f"{directory}/{entry}", ignore_errors=True)
 
 
 def _flock(path: str) -> int:
@@ -312,8 +444,12 @@ def probe_with_peer(directory: Path, mounted: Mounted) -> tuple[list[Finding], V
         findings.append(_race(meeting, "O_EXCL", _touch))
         findings.append(_race(meeting, "rename", _rename_away))
         findings += [_new_file(meeting), _replaced_file(meeting)]
+        meeting.part()
     except OSError as error:
-        raise SafefsError(f"{meeting.path}: {error.strerror}", error.errno or errno.EIO) from None
+        place = meeting.path or meeting.hall
+        if meeting.path and error.errno in (errno.ENOENT, errno.ESTALE):
+            raise SafefsError(f"the other probe has ended: {AGAIN}", errno.ECONNRESET) from None
+        raise SafefsError(f"{place}: {error.strerror}", error.errno or errno.EIO) from None
     finally:
         meeting.close()
     excludes = any(finding.what == OFD_EXCLUDES and finding.good is True for finding in findings)
@@ -361,7 +497,7 @@ def _excludes(meeting: Meeting, kind: str) -> Finding:
 def _held(kind: str, path: str) -> Iterator[str]:
     """A lock, held by a child process; yields the name of the errno where it cannot be had."""
     reading, writing = os.pipe2(os.O_CLOEXEC)
-    pid = os.fork()
+    pid = _fork()
     if pid == 0:
         problem = ""
         try:

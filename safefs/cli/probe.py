@@ -31,8 +31,11 @@ def show_probe(directory: Path, *, state: Path | None, peer: bool, as_json: bool
     identities = identities_of(kept) if kept.exists() else Identities(impersonate=os.geteuid() == 0)
     if identities.service_uid != os.geteuid():
         path = kept  # a service user's, who has no rights elsewhere: nor has root then
-    with identities.acting(SERVICE):
-        findings = _findings(path, kept, peer=peer)
+    try:
+        with identities.acting(SERVICE):
+            findings = _findings(path, kept, peer=peer)
+    except KeyboardInterrupt:
+        raise SafefsError("the probe was interrupted", errno.EINTR) from None
     if as_json:
         click.echo(json.dumps([vars_of(finding) for finding in findings], indent=2))
     else:

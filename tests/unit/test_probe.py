@@ -1,12 +1,15 @@
-"""What `-o locks=auto` makes of a filesystem: it is known, or it is tried, or there are no locks."""
+"""What `-o locks=auto` makes of a filesystem: it is known, or it is tried, or there are no locks; and two who probe."""
 
 from __future__ import annotations
 
 import errno
 import os
 import shutil
+import signal
+import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,9 @@ import pytest
 from safefs import probe
 from safefs.errors import SafefsError
 from safefs.family import Mounted
+from safefs.probe import MEETING, Meeting
+from safefs.verdict import Client
+from tests.support.mounting import safefs_command
 
 EXT4 = Mounted("ext4", "/dev/vda", "254:0", ("rw",))
 NFS = Mounted("nfs4", "srv:/export", "0:58", ("rw", "local_lock=none"))
@@ -88,3 +94,218 @@ def test_state_that_other_nodes_do_not_see(tmp_path: Path) -> None:
     """A state directory on this node's disk, for a backing that others have as well."""
     assert "other nodes on the backing (nfs4) cannot look" in refusal(tmp_path, EXT4, NFS)
     assert probe.why_lease_files(tmp_path, NFS, NFS)
+
+
+# Two who meet.  In one process they look in turns.
+
+SECONDS = 60.0
+AT_ONCE = 5.0  # on a busy machine
+OLD = ("here-c0ffee00", "first-1-0123.6e", "second-1-0123.6e", "second-3-refused", "lock.flock", "O_EXCL.0")
+
+
+def leave(directory: Path) -> Path:
+    """What killed probes have left: of today and of before, waiting and in the middle."""
+    hall = directory / MEETING
+    place = hall / "0aaa0000-1bbb0000"
+    place.mkdir(parents=True)
+    for name in OLD:
+        (hall / name).touch()
+        (place / name).touch()
+    (hall / "here-0aaa0000-17-1bbb0000").mkdir()
+    (hall / "here-00000000-3-").mkdir()
+    (hall / "look-00000000-1234abcd").touch()
+    return hall
+
+
+def rounds(*meetings: Meeting, most: int = 20) -> set[Meeting]:
+    """Those who have met, after they have looked in turns."""
+    met: set[Meeting] = set()
+    for _ in range(most):
+        met |= {meeting for meeting in meetings if meeting not in met and meeting._meet()}
+    return met
+
+
+@pytest.fixture
+def is_quiet_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "QUIET_SECONDS", 0.3)
+
+
+def test_two_meet_whatever_others_have_left(tmp_path: Path) -> None:
+    """They choose each other, and hear no word of an earlier meeting."""
+    hall = leave(tmp_path)
+    one, two = Meeting(tmp_path), Meeting(tmp_path)
+    assert rounds(one, two) == {one, two}
+    assert (one._me.chosen, two._me.chosen) == (two._me.name, one._me.name)
+    for meeting in (one, two):
+        meeting.open()
+    assert one.path == two.path and one.first is not two.first
+    assert [entry for entry in os.listdir(one.path) if "look" not in entry] == []
+    one.say("hello")
+    assert two.hear() == "hello"
+    for meeting in (one, two):
+        meeting.close()
+    assert not Path(one.path).exists()
+    assert not list(hall.glob("here-*" + one._me.name + "*"))
+
+
+def test_leftovers_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_quiet_soon: None) -> None:
+    """By this node's own clock: those who have not changed for a while; places later, since much is done in silence."""
+    hall = leave(tmp_path)
+    for path in hall.iterdir():
+        os.utime(path, (time.time() + 9999,) * 2)
+    one = Meeting(tmp_path)
+    rounds(one)
+    time.sleep(0.4)
+    rounds(one)
+    assert sorted(os.listdir(hall)) == ["0aaa0000-1bbb0000", str(one._me)]
+    monkeypatch.setattr(probe, "STEP_SECONDS", 0.1)
+    rounds(one)
+    one.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_place_in_which_something_is_said_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_quiet_soon: None
+) -> None:
+    monkeypatch.setattr(probe, "STEP_SECONDS", 0.3)
+    one, two, third = (Meeting(tmp_path) for _ in range(3))
+    assert rounds(one, two) == {one, two}
+    one.open()
+    two.open()
+    for word in range(10):
+        one.say(str(word))
+        assert rounds(third, most=1) == set()
+        assert two.hear() == str(word)
+        time.sleep(0.1)
+    third.close()
+    one.say("still here")
+    assert two.hear() == "still here"
+    for meeting in (one, two):
+        meeting.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_who_is_taken_for_gone_and_lives(tmp_path: Path, is_quiet_soon: None) -> None:
+    """Loses a name, which costs nothing: two who were both frozen meet."""
+    one, two = Meeting(tmp_path), Meeting(tmp_path)
+    rounds(two, most=1)
+    rounds(one, most=1)
+    time.sleep(0.4)
+    rounds(one, most=3)
+    assert not list((tmp_path / MEETING).glob(f"here-{two._me.name}-*"))
+    assert rounds(one, two) == {one, two}
+    for meeting in (one, two):
+        meeting.close()
+
+
+def test_of_three_two_meet(tmp_path: Path) -> None:
+    three = [Meeting(tmp_path) for _ in range(3)]
+    met = rounds(*three)
+    assert len(met) == 2
+    (one, two) = met
+    assert (one._me.chosen, two._me.chosen) == (two._me.name, one._me.name)
+    for meeting in three:
+        meeting.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_who_is_gone_before_he_is_chosen(tmp_path: Path, is_quiet_soon: None) -> None:
+    """He has been seen to change, and is not any more; somebody else is chosen."""
+    one, gone, two = (Meeting(tmp_path) for _ in range(3))
+    for _ in range(2):
+        gone._meet()
+        one._meet()
+    assert one._me.chosen == gone._me.name
+    time.sleep(0.4)
+    assert rounds(one, two) == {one, two}
+    for meeting in (one, two):
+        meeting.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_nobody_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "MEET_SECONDS", 0.5)
+    leave(tmp_path)
+    start = time.monotonic()
+    with pytest.raises(SafefsError, match=r"^no other probe came to .* within 0.5 s: run `safefs probe DIR --peer`"):
+        probe.probe_with_peer(tmp_path, EXT4)
+    assert time.monotonic() - start < AT_ONCE
+
+
+@contextmanager
+def probing(directory: Path) -> Iterator[subprocess.Popen[str]]:
+    """`safefs probe --peer`, of which the first line has been read: it waits."""
+    process = subprocess.Popen(
+        safefs_command("probe", directory, "--peer"),
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        assert process.stderr is not None and process.stderr.readline().startswith("waiting for the other node")
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def await_here(directory: Path, count: int) -> None:
+    hall = directory / MEETING
+    assert probe.until(lambda: hall.exists() and len({name[:13] for name in os.listdir(hall)}) >= count, SECONDS)
+
+
+def ended(process: subprocess.Popen[str]) -> str:
+    """The one line with which it fails, soon."""
+    output, said = process.communicate(timeout=AT_ONCE)
+    assert process.returncode == 1 and not output
+    assert said.startswith("safefs: ") and said.count("\n") == 1, said
+    return said
+
+
+def test_probes_after_one_that_was_killed(tmp_path: Path) -> None:
+    leave(tmp_path)
+    with probing(tmp_path) as killed:
+        await_here(tmp_path, 4)
+        killed.kill()
+    with probing(tmp_path) as one, probing(tmp_path) as two:
+        for process in (one, two):
+            output, said = process.communicate(timeout=SECONDS)
+            assert process.returncode == 0, said
+            assert said.startswith("recorded in ") and "OFD excludes" in output
+            assert "good" in next(line for line in output.splitlines() if line.startswith("OFD excludes"))
+
+
+@pytest.mark.parametrize("kill", [os.kill, os.killpg])
+def test_an_interrupt(tmp_path: Path, kill: Callable[[int, int], None]) -> None:
+    """Of the process, or of all that the terminal's Ctrl-C reaches."""
+    with probing(tmp_path) as process:
+        await_here(tmp_path, 1)
+        kill(process.pid, signal.SIGINT)
+        assert "the probe was interrupted" in ended(process)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kill", [os.kill, os.killpg])
+def test_an_interrupt_in_the_middle(tmp_path: Path, kill: Callable[[int, int], None]) -> None:
+    """Whoever is still there hears it at once, and nothing is on record."""
+    with probing(tmp_path) as process:
+        peer = Meeting(tmp_path)
+        peer.open()
+        kill(process.pid, signal.SIGINT)
+        assert "the probe was interrupted" in ended(process)
+        with pytest.raises(FileNotFoundError):
+            peer.say()
+        peer.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_other_ends_in_the_middle(tmp_path: Path) -> None:
+    with probing(tmp_path) as process:
+        peer = Meeting(tmp_path)
+        peer.open()
+        assert probe._introduced(peer, Client("other", "there"))
+        peer.close()
+        assert "the other probe has ended: run `safefs probe DIR --peer` on two nodes at once" in ended(process)
+    assert not list(tmp_path.iterdir())
