@@ -125,6 +125,13 @@ class LockTable:
         """Whether the owner of a lock has one in its range already."""
         return any(held.owner == lock.owner and held.overlaps(lock.first, lock.last) for held in self.held)
 
+    def has(self, lock: Lock) -> bool:
+        """Whether a lock is held as a whole."""
+        return any(
+            held.owner == lock.owner and held.mode is lock.mode and held.first <= lock.first and lock.last <= held.last
+            for held in self.held
+        )
+
     def waits_for(self, owner: Owner) -> set[Owner]:
         """The owners for which the requests of `owner` wait here."""
         waits = (wait for wait in self.waiting if wait.lock.owner == owner)

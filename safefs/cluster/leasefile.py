@@ -85,6 +85,7 @@ class Files:
 
     def __init__(self, root: str, identity: ProcessIdentity, has_died: HasDied) -> None:
         self.root = root
+        self.node = ""  # this node, once it has joined
         self._identity = identity
         self._has_died = has_died
         for part in ("", "names", "nodes", "new"):
@@ -98,20 +99,33 @@ class Files:
         assert what
         return nullcontext()
 
+    def _require_place(self) -> None:
+        """OSError where the backing is not mounted, or nothing of ours is there: then what is missing means nothing."""
+        own = self._path("nodes", self.node)
+        if not os.path.exists(own):
+            raise OSError(errno.ENXIO, f"{own} is not there; is the filesystem mounted?")
+
     # -------------------------------------------------------------- records
 
     def _state(self, name: str) -> tuple[int, str] | None:
         """Version and id of a record; None when there is none.
 
         A listing can miss a state that is renamed meanwhile, and in one that a client remembers there can be none.
+        What is not there twice, and this node's own directory in between, is not there at all.
         """
+        is_missing = False
         for attempt in range(LIST_ATTEMPTS):
-            if attempt:
+            if attempt and not is_missing:
                 self.refresh(name)
             try:
                 entries = os.listdir(self._path("names", directory_of(name)))
             except FileNotFoundError:
-                return None
+                if is_missing:
+                    return None
+                is_missing = True
+                self._require_place()
+                continue
+            is_missing = False
             states = [(int(found[1]), found[2]) for entry in entries if (found := STATE.fullmatch(entry))]
             if states:
                 return max(states)
@@ -269,6 +283,7 @@ class Files:
         """A new node, with its lease and the place for what others want of it."""
         home = self._path("nodes", node)
         os.mkdir(home, 0o700)
+        self.node = node
         os.mkdir(f"{home}/wanted", 0o700)
         with open(f"{home}/process", "x", encoding="utf-8") as file:
             json.dump(dict(self._identity), file)
@@ -296,6 +311,7 @@ class Files:
             try:
                 entries = os.listdir(self._path("nodes", node))
             except FileNotFoundError:
+                self._require_place()
                 self._look_anew(self._path("nodes"))
                 continue
             counts = [entry for entry in entries if entry.isdigit() or entry == ENDED]

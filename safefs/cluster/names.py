@@ -56,7 +56,7 @@ class _Queued:
     """A request in the queue; `had_part`: its owner held a part of the range before."""
 
     kind: Kind
-    lock: Lock
+    wait: Wait
     had_part: bool
 
 
@@ -68,7 +68,7 @@ def _is_refused(step: Step, done: bool) -> bool:
 def _queued(locks: NameLocks) -> dict[int, _Queued]:
     """All requests in the queues, by ticket."""
     return {
-        wait.ticket: _Queued(kind, wait.lock, table.has_part_of(wait.lock))
+        wait.ticket: _Queued(kind, wait, table.has_part_of(wait.lock))
         for kind, table in locks.tables.items()
         for wait in table.waiting
     }
@@ -348,7 +348,6 @@ class Names:
         name.taking = None
         name.telling = name.telling and bool(record.broken)
         if node in record.broken:
-            self._settle_waits(name, record)  # who got his lock before it was broken has it broken now
             self.broken(name.key, record.locks)
             record = record.heeded(node)
         if name.gone:
@@ -490,7 +489,7 @@ class Names:
     def _asks(pending: Pending, step: Acquire, locks: NameLocks) -> _Queued:
         if pending.had_part is None:
             pending.had_part = locks[step.kind].has_part_of(step.wait.lock)
-        return _Queued(step.kind, step.wait.lock, pending.had_part)
+        return _Queued(step.kind, step.wait, pending.had_part)
 
     def _note(self, name: _Name, step: Step, done: bool, asked: dict[int, _Queued]) -> None:
         """What a step that has been carried out means for those who asked for it."""
@@ -505,18 +504,26 @@ class Names:
     def _granted(self, name: _Name, ticket: int, asked: _Queued) -> None:
         """A request has its lock.  Where nobody wants it any more it is unlocked, unless its owner had a part of it."""
         if not self.resolve(ticket, True) and not asked.had_part:
-            lock = asked.lock
+            lock = asked.wait.lock
             # Before everything else: the owner may have asked for another lock since.
             name.pending.insert(0, Pending(Release(asked.kind, lock.owner, lock.first, lock.last)))
 
     def _settle_waits(self, name: _Name, record: NameRecord) -> None:
-        """Requests of ours that are not in the queue any more have their locks: nobody else takes them out of it."""
+        """Requests of ours that are not in the queue any more have their locks, if the record says so.
+
+        Nobody else takes them out of it.  But an operator may have broken the lock since, or a step of ours have
+        unlocked it; and etcd may have been restored from an older snapshot.  Then it is asked for again.
+        """
         if record.delegate:
             return
         for ticket, asked in list(name.waits.items()):
             if not record.waits(self._backend.node, asked.kind, ticket):
                 del name.waits[ticket]
-                self._granted(name, ticket, asked)
+                if record.has(asked.kind, asked.wait.lock):
+                    self._granted(name, ticket, asked)
+                else:
+                    again = Acquire(asked.kind, asked.wait, may_wait=True)
+                    name.pending.insert(0, Pending(again, asked.had_part))  # before it is given up, if it is
 
     async def _put(self, name: _Name, stored: Stored, new: NameRecord) -> bool:
         """A swap; but a record that would only be written anew is left alone, if it is still there.

@@ -163,6 +163,11 @@ class NameRecord:
         table = self.locks.tables.get(kind)
         return table is not None and table.waits(node, ticket)
 
+    def has(self, kind: Kind, lock: Lock) -> bool:
+        """Whether a lock is held as a whole."""
+        table = self.locks.tables.get(kind)
+        return table is not None and table.has(lock)
+
     def turns_before(self, node: str, kind: Kind) -> int:
         """How many requests have to get their locks before the first of the node's can."""
         before: list[Lock] = []

@@ -671,6 +671,45 @@ def test_a_record_that_is_damaged(tmp_path: Path) -> None:
     trio.run(scenario)
 
 
+@pytest.mark.parametrize("appears", [False, True])
+def test_a_directory_that_is_not_mounted_is_not_one_without_records(
+    appears: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`umount -l` and a new mount, at any moment: no record is taken for none, and no node for gone."""
+
+    async def scenario() -> None:
+        place, away = tmp_path / "place", tmp_path / "away"
+        one, other = leasefile(place), leasefile(place)
+        await one.join()
+        await other.join()
+        stored = await one.swap("name", Stored(), held_by("a"))
+        place.rename(away)
+        real_exists = os.path.exists
+
+        def exists(path: str) -> bool:
+            if appears and away.exists():
+                away.rename(place)
+            return real_exists(path)
+
+        monkeypatch.setattr(module.os.path, "exists", exists)
+        if appears:
+            assert await one.read("name") == stored
+            return
+        for ask in (one.read("name"), one.swap("name", Stored(), held_by("b")), one.is_current("name", Stored())):
+            with pytest.raises(BackendError):
+                await ask
+        with pytest.raises(BackendError):
+            await one.renew()
+        with pytest.raises(BackendError):
+            await one.gone([other.node])
+        away.rename(place)
+        await one.renew()
+        assert await one.read("name") == stored
+        assert await one.gone([other.node]) == set()
+
+    trio.run(scenario)
+
+
 def test_a_node_that_was_listed_while_it_was_being_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A client that keeps what it has listed, until it changes the directory itself, does not take it for gone."""
     mine, other = (module.Files(str(tmp_path), {}, lambda _identity: False) for _ in range(2))

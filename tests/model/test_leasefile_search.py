@@ -29,8 +29,9 @@ from tests.model.shared_directory import Answer, Call, Replay, Tree, Waits, carr
 
 KEY = "name"
 MOST_TRIES = 14  # reads, swaps and discards of one node: more of them never end
+NODE = "node"
 HOME = f"/names/{directory_of(KEY)}"
-EMPTY: Tree = frozenset({("", None), ("/", None), ("/names", None), ("/new", None)})
+EMPTY: Tree = frozenset({(each, None) for each in ("", "/", "/names", "/new", "/nodes", f"/nodes/{NODE}")})
 Marks = tuple[str, ...]
 
 
@@ -45,6 +46,8 @@ class Actor(NamedTuple):
     committed: bool = False  # its swap has become the record
     unsure: bool = False  # a rename of its swap has been repeated
     dead: bool = False
+    away: bool = False  # nothing is mounted where it looks, until it is done at the latest
+    none: bool = True  # there was no record at some time since it began what it is doing
     past: frozenset[tuple[str, ...]] = frozenset()  # listings that it may still be given
 
 
@@ -78,7 +81,7 @@ def run(actor: Actor) -> Call | Any:
     """What an actor does next: a call; or what came out of it, where all calls are answered."""
     replay = Replay(actor.answers)
     files = Files.__new__(Files)
-    files.root = "/"
+    files.root, files.node = "/", NODE
     version, marks, token = actor.old
     old = Stored(version, record_of(marks), token)
     numbers = count()
@@ -107,7 +110,7 @@ def run(actor: Actor) -> Call | Any:
 
 def follow(actor: Actor, result: object) -> tuple[Actor, str]:
     """What an actor does after what it has done; and what was wrong with the result."""
-    fresh = actor._replace(answers=(), tried=actor.tried + 1)
+    fresh = actor._replace(answers=(), tried=actor.tried + 1, away=False)
     if isinstance(result, OSError) or actor.doing == "discard":
         over = fresh._replace(doing="done" if actor.committed or actor.doing == "discard" else "read")
         return over, ""
@@ -129,7 +132,7 @@ def follow(actor: Actor, result: object) -> tuple[Actor, str]:
 
 
 class Search:
-    """The steps of some actors; `kinds` of faults: death, lost (answers), stale (listings)."""
+    """The steps of some actors; `kinds` of faults: death, lost (answers), stale (listings), away (no mount)."""
 
     def __init__(self, marks: str, faults: int = 0, kinds: tuple[str, ...] = ()) -> None:
         self.first = State(EMPTY, tuple(self._settle(Actor(mark))[0] for mark in marks), faults)
@@ -150,6 +153,11 @@ class Search:
             if actor.dead or actor.doing == "done":
                 continue
             call = self._calls.get(actor) or self._calls.setdefault(actor, run(actor))
+            if actor.away:
+                answer = ("value", False) if call[0] == "exists" else ("error", ENOENT)
+                yield f"{actor.mark}: nothing is there", self._after(state, at, call, state.tree, answer), True
+                yield f"{actor.mark}: all is there again", self._mounted(state, at, away=False), False
+                continue
             tree, answer = carry_out(state.tree, call)
             what = f"{actor.mark} {actor.doing}: {' '.join(call)}"
             yield what, self._after(state, at, call, tree, answer), False
@@ -159,6 +167,8 @@ class Search:
             if "death" in self._kinds:
                 dead = (*state.actors[:at], actor._replace(dead=True), *state.actors[at + 1 :])
                 yield f"{actor.mark} dies", one_less._replace(actors=dead), True
+            if "away" in self._kinds:
+                yield f"{actor.mark}: nothing is mounted", self._mounted(one_less, at, away=True), True
             if "lost" in self._kinds and call[0] == "rename" and answer[0] == "value":
                 unsure = (*state.actors[:at], actor._replace(unsure=True), *state.actors[at + 1 :])
                 repeated = self._after(one_less._replace(actors=unsure), at, call, tree, ("error", ENOENT))
@@ -167,6 +177,11 @@ class Search:
                 for listing in actor.past - {answer[1]}:
                     stale = self._after(one_less, at, call, tree, ("value", listing))
                     yield f"{what}, as it was: {listing}", stale, True
+
+    @staticmethod
+    def _mounted(state: State, at: int, *, away: bool) -> State:
+        actors = state.actors
+        return state._replace(actors=(*actors[:at], actors[at]._replace(away=away), *actors[at + 1 :]))
 
     def _after(self, state: State, at: int, call: Call, tree: Tree, answer: Answer) -> State:
         actor = state.actors[at]
@@ -177,8 +192,13 @@ class Search:
             actor = actor._replace(committed=True)
         elif actor.doing == "swap" and call[0] == "rename" and before == marks_after(actor) and tree != state.tree:
             actor = actor._replace(committed=True)  # from nothing to nothing
+        before_it = actor
         actor, said = self._settle(actor._replace(answers=(*actor.answers, answer)))
+        if before_it.doing == "read" != actor.doing and not actor.old[0] and not before_it.none:
+            said = f"{actor.mark} reads that there is no record"
         actors = [*state.actors[:at], actor, *state.actors[at + 1 :]]
+        if "away" in self._kinds:
+            actors = [each._replace(none=not now or (each.none and bool(each.answers))) for each in actors]
         if "stale" in self._kinds:
             actors = [self._remember(each, number == at, state, tree, call) for number, each in enumerate(actors)]
         return State(tree, tuple(actors), state.faults, wrong or said)
@@ -229,6 +249,8 @@ ENDS = {"ab": BOTH, "a-": {("a",), ()}, "a--": {("a",), ()}, "ab-": BOTH | {("a"
         ("ab", 1, ("stale",)),
         ("a-", 1, ("death", "lost")),
         ("a-", 1, ("stale",)),
+        ("ab", 1, ("away",)),
+        ("a-", 1, ("away",)),
         ("a-", 2, ("death", "lost", "stale")),
         ("ab", 2, ("death", "lost", "stale")),
         ("ab-", 0, ()),
@@ -262,6 +284,12 @@ def test_control_swaps_that_look_and_then_write(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(Files, "swap", swap)
     with pytest.raises(Violation, match="becomes"):
         search("abc")
+
+
+def test_control_whatever_is_missing_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Files, "_require_place", lambda _files: None)
+    with pytest.raises(Violation, match="no record"):
+        search("ab", 1, ("away",))
 
 
 def test_control_whoever_empties_a_directory_empties_what_is_there_now(monkeypatch: pytest.MonkeyPatch) -> None:

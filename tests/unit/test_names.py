@@ -672,6 +672,33 @@ def test_waiters_of_all_nodes_get_the_lock_in_turn() -> None:
     play(scenario, MemoryBackend)
 
 
+def test_a_record_that_has_lost_a_request_grants_nothing() -> None:
+    """One from an old snapshot of etcd: it is asked again."""
+
+    async def scenario(nodes: list[Node]) -> None:
+        holder, waiter, _ = nodes
+        cluster, got = holder.backend._cluster, trio.Event()
+
+        async def wait() -> None:
+            assert await waiter.acquire("name", 1, Mode.EXCLUSIVE)
+            got.set()
+
+        assert await holder.acquire("name", 1, Mode.EXCLUSIVE)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(wait)
+            await trio.sleep(5)
+            locks = cluster.records["name"].record.locks.copy()
+            locks[Kind.FLOCK].waiting.clear()
+            cluster.records["name"] = Stored(cluster.new_version(), NameRecord(locks=locks))
+            await trio.sleep(5)
+            assert not got.is_set()
+            await holder.release("name", 1)
+            with trio.fail_after(5):
+                await got.wait()
+
+    play(scenario, MemoryBackend)
+
+
 @pytest.mark.parametrize("shared_before", [False, True])
 def test_what_a_lost_node_held_is_free(shared_before: bool) -> None:
     """Delegated to it, or on record."""
