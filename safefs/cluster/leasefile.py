@@ -4,7 +4,7 @@ Everything rests on one thing that shared filesystems do on their servers, whate
 with ENOENT when its source is not there (any more).  So what has to change at once is in the *name* of a file, and a
 change is a rename from the old name to the new one, which one of several succeeds with:
 
-    names/KEY/VERSION~ID      the state of a name's record, which is in names/KEY/data~ID (ID `none`: it is empty)
+    names/KEY/VERSION~ID      the state of a name's record, which is in names/KEY/data~ID (`none` and an ID: empty)
     nodes/NODE/COUNT          a node's lease: renewed by a rename to COUNT+1, ended by a rename to `ended`
 
 A record's bytes are written before its name says that they count, and never changed.  A stale listing names a state
@@ -57,8 +57,8 @@ NOTICE_SHARE = 0.1  # in between, this part of the time since a name that others
 # do so, after this part of the time that has been waited for, else only in case; at least and at most after so long.
 REFRESH_SHARE, REFRESH_SECONDS = 0.05, (0.01, 0.5)
 
-STATE = re.compile(r"(\d+)~([0-9a-f]+|none)")
-NONE = "none"  # the id of an empty record
+STATE = re.compile(r"(\d+)~([0-9a-f]+|none[0-9a-f]*)")
+NONE = "none"  # how the id of an empty record begins: a rename that comes late must not find another one in its place
 DATA, LOOK = "data~", "look~"  # how the names of a record's bytes begin, and of what is made to have a client look anew
 GONE = "gone"  # the state after which there is none: gone~ID, so that nobody takes it for that of a later directory
 ENDED = "ended"
@@ -137,7 +137,7 @@ class Files:
             if state is None:
                 return Stored()
             version, token = state
-            if token == NONE:
+            if token.startswith(NONE):
                 return Stored(version, token=token)
             try:
                 with open(self._path("names", directory_of(name), DATA + token), encoding="utf-8") as file:
@@ -167,7 +167,7 @@ class Files:
         return stored.version == 0 if state is None else state == (stored.version, stored.token)
 
     def swap(self, name: str, old: Stored, new: NameRecord) -> Stored | None:
-        token = secrets.token_hex(8) if new else NONE
+        token = ("" if new else NONE) + secrets.token_hex(8)
         stored = Stored(old.version + 1, new, token)
         with self._deciding(directory_of(name)):
             if old.version:
@@ -184,7 +184,7 @@ class Files:
             os.rename(f"{home}/{old.version}~{old.token}", f"{home}/{stored.version}~{token}")
         except FileNotFoundError:
             # Of another's rename, or of our own whose answer was lost and that the client has repeated.
-            if self._state(name) != (stored.version, token) or token == NONE:
+            if self._state(name) != (stored.version, token):
                 self._remove(f"{home}/{DATA}{token}")
                 return None
         self._remove(f"{home}/{DATA}{old.token}")
@@ -213,7 +213,7 @@ class Files:
         """Remove what an empty record has left; nothing happens where it is not empty any more."""
         home = self._path("names", directory_of(name))
         with suppress(FileNotFoundError), self._deciding(directory_of(name)):
-            os.rename(f"{home}/{stored.version}~{NONE}", f"{home}/{GONE}~{secrets.token_hex(8)}")
+            os.rename(f"{home}/{stored.version}~{stored.token}", f"{home}/{GONE}~{secrets.token_hex(8)}")
             self._bury(home)
 
     def leftovers(self, name: str) -> tuple[str, ...]:
@@ -232,7 +232,7 @@ class Files:
             self._empty(self._path("names", directory_of(name)), data)
 
     def _write(self, directory: str, name: str, stored: Stored) -> None:
-        if stored.token == NONE:
+        if stored.token.startswith(NONE):
             return
         path = f"{directory}/{DATA}{stored.token}"
         fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)

@@ -412,13 +412,38 @@ def test_a_removal_that_was_cut_short_is_finished(tmp_path: Path) -> None:
         empty = await one.swap("name", first, NameRecord())
         assert empty is not None
         (home,) = (tmp_path / "names").iterdir()
-        (home / f"{empty.version}~none").rename(home / "gone")
+        (home / f"{empty.version}~{empty.token}").rename(home / "gone")
         (home / "data~left").touch()
         assert await one.read("name") == Stored()
         again = [await one.swap("name", Stored(), held_by("b")) for _ in range(2)]
         assert any(again) and (await one.read("name")).record == held_by("b")
 
     trio.run(scenario)
+
+
+def test_a_rename_that_comes_late_finds_no_other_empty_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of the same version, in a directory that was removed and made anew meanwhile: its data would be missing."""
+    files = module.Files(str(tmp_path), {}, lambda _identity: False)
+
+    def use_once() -> Stored:
+        first = files.swap("name", Stored(), held_by("b"))
+        assert first is not None
+        empty = files.swap("name", first, NameRecord())
+        assert empty is not None
+        return empty
+
+    empty, rename = use_once(), os.rename
+
+    def late(source: str, target: str) -> None:
+        monkeypatch.undo()
+        files.discard("name", empty)
+        use_once()
+        rename(source, target)
+
+    monkeypatch.setattr(module.os, "rename", late)
+    assert files.swap("name", empty, held_by("late")) is None
+    assert not files.read("name").record
+    assert files.swap("name", files.read("name"), held_by("c")) is not None
 
 
 async def taken(backend: LockBackend, name: str) -> Stored:

@@ -39,10 +39,11 @@ class Actor(NamedTuple):
     """A node that puts its mark on the record (`a`, `b` ...), or takes all marks off and removes what is left (`-`)."""
 
     mark: str
+    number: int
     doing: str = "read"  # swap, discard; done
     old: tuple[int, Marks, str] = (0, (), "")  # what it has read: version, marks, token
     answers: tuple[Answer, ...] = ()  # of the calls that it has made in what it is doing
-    tried: int = 0  # makes its tokens its own
+    tried: int = 0  # makes its tokens its own, with its number
     committed: bool = False  # its swap has become the record
     unsure: bool = False  # a rename of its swap has been repeated
     dead: bool = False
@@ -71,7 +72,7 @@ def current(tree: Tree) -> Marks:
     entries = dict(tree)
     names = [path.removeprefix(HOME + "/") for path in entries if path.startswith(HOME + "/")]
     states = sorted((int(found[1]), found[2]) for name in names if (found := STATE.fullmatch(name)))
-    if not states or states[-1][1] == leasefile.NONE:
+    if not states or states[-1][1].startswith(leasefile.NONE):
         return ()
     text = entries.get(f"{HOME}/data~{states[-1][1]}")
     return tuple(json.loads(text)["record"]["wanted"]) if text else ("nothing that can be read",)
@@ -87,7 +88,7 @@ def run(actor: Actor) -> Call | Any:
     numbers = count()
 
     def token_of(_bytes: int) -> str:
-        return f"{ord(actor.mark):x}{actor.tried:x}{next(numbers):x}"
+        return f"{actor.number:x}{actor.tried:x}{next(numbers):x}"
 
     with (
         mock.patch.object(leasefile, "os", replay),
@@ -135,7 +136,9 @@ class Search:
     """The steps of some actors; `kinds` of faults: death, lost (answers), stale (listings), away (no mount)."""
 
     def __init__(self, marks: str, faults: int = 0, kinds: tuple[str, ...] = ()) -> None:
-        self.first = State(EMPTY, tuple(self._settle(Actor(mark))[0] for mark in marks), faults)
+        self.first = State(
+            EMPTY, tuple(self._settle(Actor(mark, number))[0] for number, mark in enumerate(marks, 1)), faults
+        )
         self._kinds = kinds
         self._calls: dict[Actor, Call] = {}
 
