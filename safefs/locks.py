@@ -70,7 +70,7 @@ class NameService(Protocol):
     def submit(self, key: str, step: Step) -> trio.Event:
         """Queue a step; the event is set once it is on record."""
 
-    async def look(self, key: str) -> NameLocks:
+    async def look(self, key: str, *, clears: bool = False) -> NameLocks:
         """The locks of a name that is not local."""
 
     async def survey(self) -> Survey:
@@ -124,8 +124,8 @@ class Alone:
     def submit(self, key: str, step: Step) -> trio.Event:
         raise AssertionError(f"{step} on {key}: every name is local")
 
-    async def look(self, key: str) -> NameLocks:
-        raise AssertionError(f"{key}: every name is local")
+    async def look(self, key: str, *, clears: bool = False) -> NameLocks:
+        raise AssertionError(f"{key} ({clears=}): every name is local")
 
 
 @dataclass(slots=True, eq=False)
@@ -192,10 +192,10 @@ class Locks:
         """What is held and in the way of a lock (F_GETLK)."""
         return (await self._latest(key))[kind].conflict(lock)
 
-    async def _latest(self, key: str) -> NameLocks:
+    async def _latest(self, key: str, *, clears: bool = False) -> NameLocks:
         """The locks of a name as they are now, on all nodes."""
         locks = self._names.local(key)
-        return await self._names.look(key) if locks is None else locks
+        return await self._names.look(key, clears=clears) if locks is None else locks
 
     async def report(self) -> list[dict[str, Any]]:
         """Every holder and waiter on all nodes, in words; and names of which only a node knows that does not answer."""
@@ -215,7 +215,7 @@ class Locks:
 
     async def break_locks(self, key: str) -> int:
         """Take all locks on a name from their holders, whose open files are fenced; how many there were."""
-        locks = await self._latest(key)
+        locks = await self._latest(key, clears=True)
         held = sum(len(table.held) for table in locks.tables.values())
         done = self._do(key, Break(frozenset(locks.holders())))
         if done is None:

@@ -65,6 +65,17 @@ class Stored:
     token: str = field(default="", compare=False)  # the backend's own
 
 
+class DamagedError(BackendError):
+    """A record is not what was written: by the end of a machine, or of its disk.
+
+    `stored` is what an operator can put into its place: all who could be on it hear that what they had is broken.
+    """
+
+    def __init__(self, text: str, stored: Stored) -> None:
+        super().__init__(text)
+        self.stored = stored
+
+
 class Follower(Protocol):
     """One record, for as long as a node has to do with it; for one task at a time."""
 

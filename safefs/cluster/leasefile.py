@@ -27,25 +27,38 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import logging
 import os
 import re
 import secrets
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar, cast
 
 import trio
 
-from safefs.cluster.backend import Act, BackendError, HasDied, LeaseLostError, ProcessIdentity, Stored, plainly
+from safefs.cluster.backend import (
+    Act,
+    BackendError,
+    DamagedError,
+    HasDied,
+    LeaseLostError,
+    ProcessIdentity,
+    Stored,
+    plainly,
+)
 from safefs.cluster.record import NameRecord
 from safefs.lease import OwnLease, Sightings, Terms, boottime
+
+log = logging.getLogger(__name__)
 
 CALL_SECONDS = 5.0  # a call of the backing filesystem that takes longer counts as unanswered
 MAX_THREADS = 16
 HOMES_AT_ONCE = 100  # directories of names that one call reads
 BURIED_SECONDS = 86400.0  # after that long nobody looks for an ended node any more
+MOST_DAMAGED = 100  # records of which it is remembered who could be on them
 LIST_ATTEMPTS = 5  # a listing can miss a file that is renamed meanwhile
 # For changes of a record, at first and at most: the first in the queue, and who is behind him so many times as seldom.
 # No more often than every other moment is spent with it, be the filesystem as slow as it may.
@@ -132,6 +145,7 @@ class Files:
         return None
 
     def read(self, name: str) -> Stored:
+        """DamagedError where the data of a record are none."""
         for _ in range(LIST_ATTEMPTS):
             state = self._state(name)
             if state is None:
@@ -145,6 +159,10 @@ class Files:
             except FileNotFoundError:
                 self.refresh(name)  # it has been replaced, just now or behind a cached listing
                 continue
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                nodes = tuple(self._listed(self._path("nodes")))
+                what = f"{self._path('names', directory_of(name))}: the record of {name!r} cannot be read: {error}"
+                raise DamagedError(what, Stored(version, NameRecord(broken=nodes), token)) from None
             if data["name"] != name:
                 raise ValueError(f"{directory_of(name)} is about another name")
             return Stored(version, NameRecord.from_json(data["record"]), token)
@@ -238,6 +256,8 @@ class Files:
         fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
         with os.fdopen(fd, "w", encoding="utf-8") as file:  # closed before its name says that it counts
             json.dump({"name": name, "record": stored.record.to_json()}, file)
+            file.flush()
+            os.fsync(fd)  # else after a power cut there could be the name without them
 
     def refresh(self, name: str) -> None:
         """Have this node's client look anew at the directory of a name."""
@@ -471,6 +491,7 @@ class LeasefileBackend:
         self._sightings = Sightings(site.terms)
         self._lease = OwnLease(site.terms)
         self._files: Files | None = None
+        self._damaged: dict[str, set[str]] = {}  # records, by their ids, and the nodes that could be on them
         self._count = 0
         self._wanted: list[str] = []
         self._used = float("-inf")  # when a name that is delegated to this node was used last
@@ -549,7 +570,24 @@ class LeasefileBackend:
     # -------------------------------------------------------------- records
 
     async def read(self, name: str) -> Stored:
-        return await self._call(self._read, name)
+        """A record that is damaged is nobody's once all others are gone that could have been on it."""
+        before = boottime()
+        try:
+            return await self._call(self._read, name)
+        except DamagedError as error:
+            damaged = error.stored
+            if not await self._are_gone(name, damaged, before):
+                raise
+        log.warning("the record of %r was damaged; all are gone who could be on it", name)
+        return replace(damaged, record=NameRecord(broken=(self.node,)))  # what this node has of it is lost
+
+    async def _are_gone(self, name: str, damaged: Stored, before: float) -> bool:
+        """Those who were there when this node first saw the damage: it never changes, so nobody comes to it later."""
+        if damaged.token not in self._damaged and len(self._damaged) >= MOST_DAMAGED:
+            self._damaged.clear()
+        others = self._damaged.setdefault(damaged.token, set(damaged.record.broken) - {self.node})
+        is_lasting = self._sightings.see(f"names/{directory_of(name)}", damaged.token, before, boottime())
+        return is_lasting and not others - await self.gone(others)
 
     def _read(self, name: str) -> Stored:
         """Not an older record than this node has seen or written: what is missing there would be taken for granted."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import trio
 
-from safefs.cluster.backend import BackendError, Follower, LeaseLostError, LockBackend, Stored
+from safefs.cluster.backend import BackendError, DamagedError, Follower, LeaseLostError, LockBackend, Stored
 from safefs.cluster.record import Acquire, Break, GiveUp, LetPass, NameRecord, Release, Step, carry_out
 from safefs.cluster.survey import QUESTION, Answers, Survey, survey
 from safefs.lease import boottime
@@ -43,6 +43,7 @@ class Pending:
     step: Step
     had_part: bool | None = None  # as in `_Queued`, before the first attempt: a later one may see the lock itself
     found: NameLocks | None = None  # the locks then, for who only looks
+    clears: bool = False  # a record that is damaged
     done: trio.Event = field(default_factory=trio.Event)
 
     def settle(self, locks: NameLocks) -> None:
@@ -165,13 +166,13 @@ class Names:
         """Queue a step; those of one name are carried out in their order.  The event is set once it is on record."""
         return self._queue(key, step).done
 
-    def _queue(self, key: str, step: Step) -> Pending:
+    def _queue(self, key: str, step: Step, *, clears: bool = False) -> Pending:
         """Between a lost lease and the next one nothing is queued.
 
         There is nothing to unlock, and who waits will ask again under the node's new name: what was asked under the old
         one would never be its own.
         """
-        pending = Pending(step)
+        pending = Pending(step, clears=clears)
         if not self._has_lease_to_serve():
             pending.done.set()
             return pending
@@ -181,10 +182,13 @@ class Names:
         self._wake(name)
         return pending
 
-    async def look(self, key: str) -> NameLocks:
-        """The locks of a name as they are now; what another node serves from memory is put on record for it."""
+    async def look(self, key: str, *, clears: bool = False) -> NameLocks:
+        """The locks of a name as they are now; what another node serves from memory is put on record for it.
+
+        `clears`, for an operator who is going to break them: a record that cannot be read is taken from everybody.
+        """
         nobody = Wait(0, Lock(Owner(self.node, 0), Mode.SHARED))
-        pending = self._queue(key, LetPass(Kind.FLOCK, nobody))
+        pending = self._queue(key, LetPass(Kind.FLOCK, nobody), clears=clears)
         await pending.done.wait()
         return self.known(key) if pending.found is None else pending.found
 
@@ -375,7 +379,12 @@ class Names:
         elif name.replaced is not None and name.follower is not None:
             name.stored = await self._pause(name, name.replaced, LOOK_SECONDS)  # it is about to be told
         name.replaced = None
-        stored = name.stored or await self._backend.read(name.key)
+        try:
+            stored = name.stored or await self._backend.read(name.key)
+        except DamagedError as error:
+            if not any(pending.clears for pending in name.pending):
+                raise
+            stored, name.telling = error.stored, True
         self._require_lease(name)
         name.stored = stored
         return stored

@@ -16,7 +16,7 @@ import trio.testing
 
 from safefs.cluster import leasefile as module
 from safefs.cluster import ofd as locked_module
-from safefs.cluster.backend import BackendError, LeaseLostError, LockBackend, Stored
+from safefs.cluster.backend import BackendError, DamagedError, LeaseLostError, LockBackend, Stored
 from safefs.cluster.choice import etcd_access
 from safefs.cluster.etcd import EtcdBackend
 from safefs.cluster.etcd_client import Access
@@ -683,15 +683,54 @@ def test_how_soon_a_notice_is_seen_of_a_name_that_is_lent(tmp_path: Path, monkey
     listening(tmp_path, monkeypatch, scenario)
 
 
-def test_a_record_that_is_damaged(tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", ["", "{", "\0" * 100])
+def test_a_record_that_is_damaged(damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by a power cut.  It is nobody's once all are gone that could be on it; who comes later could not."""
+
+    async def scenario() -> None:
+        one, two = leasefile(tmp_path, terms=SHORT), leasefile(tmp_path, terms=SHORT)
+        await two.join()
+        assert await two.swap("name", Stored(), held_by(two.node))
+        (data,) = (tmp_path / "names").glob("*/data~*")
+        data.write_text(damage)
+        await one.join()
+
+        async def renewing(*nodes: LeasefileBackend) -> None:
+            for node in nodes:
+                await node.renew()
+            with pytest.raises(DamagedError, match=data.parent.name) as caught:
+                await one.read("name")
+            assert {one.node, two.node} <= set(caught.value.stored.record.broken)
+            await trio.sleep(SHORT.renew_seconds)
+
+        end = trio.current_time() + 2 * SHORT.gone_seconds
+        while trio.current_time() < end:
+            await renewing(one, two)
+        await two.leave()
+        await leasefile(tmp_path, terms=SHORT).join()
+        await one.renew()
+        found = await one.read("name")
+        assert found.record == NameRecord(broken=(one.node,))
+        assert await one.swap("name", found, held_by("a"))
+        assert (await one.read("name")).record == held_by("a")
+
+    trio.run(scenario, clock=without_threads(monkeypatch))
+
+
+def test_a_record_is_on_the_disk_before_it_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[str] = []
+    for name in ("fsync", "rename"):
+        real = getattr(os, name)
+        monkeypatch.setattr(
+            module.os, name, lambda *arguments, name=name, real=real: (steps.append(name), real(*arguments))
+        )
+
     async def scenario() -> None:
         one = leasefile(tmp_path)
         await one.join()
-        assert await one.swap("name", Stored(), held_by("a"))
-        (data,) = (tmp_path / "names").glob("*/data~*")
-        data.write_text("{")
-        with pytest.raises(BackendError):
-            await one.read("name")
+        first = await one.swap("name", Stored(), held_by("a"))
+        assert first is not None and await one.swap("name", first, held_by("b"))
+        assert steps == 2 * ["fsync", "rename"]
 
     trio.run(scenario)
 

@@ -154,6 +154,9 @@ class Replay:
     def close(self, _descriptor: int) -> None:
         """What was created is empty."""
 
+    def fsync(self, _descriptor: int) -> None:
+        """Nothing is ever lost here."""
+
     def fdopen(self, descriptor: int, _mode: str, encoding: str) -> io.StringIO:
         replay, path = self, self._descriptors[descriptor]
 

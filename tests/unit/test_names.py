@@ -14,7 +14,7 @@ import trio
 import trio.testing
 
 from safefs.cluster import names as module
-from safefs.cluster.backend import BackendError, Stored
+from safefs.cluster.backend import BackendError, DamagedError, Stored
 from safefs.cluster.memory import MemoryBackend, MemoryCluster, MemoryFollower
 from safefs.cluster.names import LOOK_SECONDS, Names
 from safefs.cluster.record import FORMAT, Acquire, Break, GiveUp, NameRecord, Release, Step, carry_out
@@ -650,6 +650,39 @@ def test_a_node_hears_that_what_it_held_is_broken(share: float, breaker: int) ->
                 await trio.sleep(1)
 
     play(scenario, lambda cluster, node: Faulty(cluster, node, chance, share))
+
+
+class Damaged(MemoryBackend):
+    """What is on record without a lock cannot be read."""
+
+    async def read(self, name: str) -> Stored:
+        stored = await super().read(name)
+        if stored.record == NameRecord(wanted=("damaged",)):
+            raise DamagedError("damaged", Stored(stored.version, NameRecord(broken=("node0", "node1", "node2"))))
+        return stored
+
+
+def test_an_operator_can_break_a_record_that_is_damaged() -> None:
+    """All who could be on it hear that what they had is broken; and whoever waited goes on."""
+
+    async def scenario(nodes: list[Node]) -> None:
+        holder, waiter, other = nodes
+        cluster, heard = holder.backend._cluster, set[str]()
+        for node in nodes:
+            node.names.broken = lambda _key, locks, name=node.name: heard.add(name) if not locks.holders() else None
+        assert await holder.acquire("name", 1, Mode.EXCLUSIVE)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(waiter.acquire, "name", 1, Mode.EXCLUSIVE)
+            await trio.sleep(2)
+            cluster.records["name"] = Stored(cluster.new_version(), NameRecord(wanted=("damaged",)))
+            with trio.move_on_after(60) as scope:
+                await other.names.look("name")
+            assert scope.cancelled_caught
+            await other.names.look("name", clears=True)
+        await trio.sleep(60)
+        assert {"node0", "node2"} <= heard
+
+    play(scenario, Damaged)
 
 
 def test_waiters_of_all_nodes_get_the_lock_in_turn() -> None:
