@@ -35,7 +35,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
 import trio
 
@@ -56,6 +56,7 @@ log = logging.getLogger(__name__)
 
 CALL_SECONDS = 5.0  # a call of the backing filesystem that takes longer counts as unanswered
 MAX_THREADS = 16
+MAX_OWN_THREADS = 2  # for this node's own lease
 HOMES_AT_ONCE = 100  # directories of names that one call reads
 BURIED_SECONDS = 86400.0  # after that long nobody looks for an ended node any more
 MOST_DAMAGED = 100  # records of which it is remembered who could be on them
@@ -480,6 +481,22 @@ class Site:
     stale_listings: bool = False  # clients may go on listing what a directory had before
 
 
+class _Call(Generic[T]):
+    """What a thread does, which may be given up."""
+
+    def __init__(self, act: Act, function: Callable[[], T]) -> None:
+        self._act = act
+        self._function = function
+        self.is_running = False
+
+    def run(self) -> T:
+        self.is_running = True
+        try:
+            return self._act(self._function)
+        finally:
+            self.is_running = False
+
+
 class LeasefileBackend:
     """One node's view (backend.LockBackend)."""
 
@@ -488,6 +505,8 @@ class LeasefileBackend:
     def __init__(self, site: Site) -> None:
         self._site = site
         self._limiter = trio.CapacityLimiter(MAX_THREADS)
+        self._own_limiter = trio.CapacityLimiter(MAX_OWN_THREADS)
+        self._hanging: dict[str, _Call[Any]] = {}  # calls that were given up, by what they are about
         self._sightings = Sightings(site.terms)
         self._lease = OwnLease(site.terms)
         self._files: Files | None = None
@@ -502,17 +521,36 @@ class LeasefileBackend:
     def _open(self) -> Files:
         return Files(self._site.root, self._site.identity, self._site.has_died)
 
-    async def _call(self, function: Callable[..., T], *arguments: Any) -> T:
-        """In a thread; BackendError for whatever goes wrong, also where there is no answer in time."""
+    async def _call(self, function: Callable[..., T], *arguments: Any, **options: Any) -> T:
+        """In a thread; BackendError for whatever goes wrong, also where there is no answer in time.
+
+        What a call is about is its first argument: while one for it hangs there is no other.  So a directory that hangs
+        takes few of the threads.
+        """
+        about = str(arguments[0]) if arguments else function.__name__
+        return await self._run(about, self._limiter, partial(function, *arguments, **options))
+
+    async def _call_own(self, function: Callable[..., T], *arguments: Any) -> T:
+        """The same for this node's own lease, which other calls that hang must not cost."""
+        return await self._run("", self._own_limiter, partial(function, *arguments))
+
+    async def _run(self, about: str, limiter: trio.CapacityLimiter, function: Callable[[], T]) -> T:
+        hanging = self._hanging.get(about)
+        if hanging is not None and hanging.is_running:
+            raise BackendError(f"{self._site.root} does not answer to an earlier call")
+        self._hanging.pop(about, None)
+        call = _Call(self._site.act, function)
         try:
             with trio.fail_after(CALL_SECONDS):
-                return await trio.to_thread.run_sync(
-                    self._site.act, function, *arguments, abandon_on_cancel=True, limiter=self._limiter
-                )
+                return await trio.to_thread.run_sync(call.run, abandon_on_cancel=True, limiter=limiter)
         except trio.TooSlowError:
+            if call.is_running:  # it may also have had no thread
+                self._hanging[about] = call
             raise BackendError(f"{self._site.root} does not answer") from None
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise BackendError(f"{self._site.root}: {error}") from None
+        except RuntimeError as error:  # there are no more threads to be had
+            raise BackendError(str(error)) from None
 
     @property
     def files(self) -> Files:
@@ -525,9 +563,9 @@ class LeasefileBackend:
     async def join(self) -> None:
         """Become a node of the cluster, with a new name."""
         if self._files is None:
-            self._files = await self._call(self._open)
+            self._files = await self._call_own(self._open)
         node, sent = secrets.token_hex(8), boottime()
-        await self._call(self.files.join, node)
+        await self._call_own(self.files.join, node)
         await self._call(self.files.tidy_up, node)
         self.node, self._count, self._wanted = node, 0, []
         self._lease.renew(sent)
@@ -537,14 +575,14 @@ class LeasefileBackend:
         sent = boottime()
         if not self._lease.holds(sent):
             raise LeaseLostError("the lease was not renewed in time")
-        if not await self._call(self.files.renew, self.node, self._count):
+        if not await self._call_own(self.files.renew, self.node, self._count):
             raise LeaseLostError("another node has ended the lease")
         self._count += 1
         self._lease.renew(sent)
 
     async def leave(self) -> None:
         """End this node's own lease: what it held is free at once."""
-        await self._call(self.files.end, self.node, str(self._count))
+        await self._call_own(self.files.end, self.node, str(self._count))
 
     def lease_ends(self) -> float:
         return self._lease.ends()
@@ -559,7 +597,7 @@ class LeasefileBackend:
     async def _is_gone(self, node: str) -> bool:
         before = boottime()
         # An old count would be seen for a lease and a delay, and then the new one for as long again.
-        heartbeat = await self._call(partial(self.files.heartbeat, node, anew=self._site.stale_listings))
+        heartbeat = await self._call(self.files.heartbeat, node, anew=self._site.stale_listings)
         if heartbeat == ENDED:
             return True
         unseen = self._sightings.see(node, heartbeat, before, boottime())
@@ -641,7 +679,7 @@ class LeasefileBackend:
         await self._call(self.files.answer, self.node, question, text)
 
     async def take_answer(self, node: str, question: str) -> str | None:
-        return await self._call(partial(self.files.take_answer, node, question, anew=self._site.stale_listings))
+        return await self._call(self.files.take_answer, node, question, anew=self._site.stale_listings)
 
     def expect_notices(self) -> None:
         self._used = trio.current_time()
@@ -650,7 +688,7 @@ class LeasefileBackend:
     async def next_notice(self) -> str:
         while not self._wanted:
             self._expecting = trio.Event()
-            self._wanted = await self._call(partial(self.files.notices, self.node, anew=self._site.stale_listings))
+            self._wanted = await self._call(self.files.notices, self.node, anew=self._site.stale_listings)
             if not self._wanted:
                 await self._pause_for_notices()
         return self._wanted.pop(0)

@@ -247,7 +247,7 @@ class NativeBackend(LeasefileBackend):
 
     async def renew(self) -> None:
         """Renew the lease; LeaseLostError also where the backing has taken this node's lock away."""
-        if not await self._call(self._locked.keeps_its_lock):
+        if not await self._call_own(self._locked.keeps_its_lock):
             raise LeaseLostError("the backing filesystem has taken this node's lock away")
         await super().renew()
 
@@ -256,4 +256,4 @@ class NativeBackend(LeasefileBackend):
         try:
             await super().leave()
         finally:
-            await self._call(self._locked.let_go)
+            await self._call_own(self._locked.let_go)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import threading
 import time
 from collections.abc import Awaitable, Callable, Container, Iterator
 from dataclasses import dataclass, field, replace
@@ -125,11 +126,14 @@ def lapsing(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
 def without_threads(monkeypatch: pytest.MonkeyPatch, takes: float = 0) -> trio.testing.MockClock:
     """A clock for lease files whose calls are done in no time, or always take the same: it goes on when all wait."""
 
-    async def in_place(_backend: object, function: Callable[..., object], *arguments: object) -> object:
+    async def in_place(
+        _backend: object, function: Callable[..., object], *arguments: object, **options: object
+    ) -> object:
         await trio.sleep(takes)
-        return function(*arguments)
+        return function(*arguments, **options)
 
-    monkeypatch.setattr(LeasefileBackend, "_call", in_place)
+    for call in ("_call", "_call_own"):
+        monkeypatch.setattr(LeasefileBackend, call, in_place)
     for each in (module, locked_module):
         monkeypatch.setattr(each, "boottime", trio.current_time)
     return trio.testing.MockClock(autojump_threshold=0)
@@ -541,6 +545,59 @@ def test_a_backend_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.Monk
         one.files.read = lambda _name: time.sleep(0.5)  # type: ignore[method-assign, assignment, return-value]
         with pytest.raises(BackendError, match="does not answer"):
             await one.read("name")
+
+    trio.run(scenario)
+
+
+def test_directories_that_hang_do_not_cost_the_lease(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor do they take more than one thread each, however often they are asked for."""
+    monkeypatch.setattr(module, "CALL_SECONDS", 0.05)
+    goes_on, calls = threading.Event(), list[str]()
+
+    def hang(name: str) -> Stored:
+        calls.append(name)
+        goes_on.wait(SECONDS)
+        return Stored()
+
+    async def ask(one: LeasefileBackend, name: str, times: int) -> None:
+        for _ in range(times):
+            with pytest.raises(BackendError, match="does not answer"):
+                await one.read(name)
+
+    async def scenario() -> None:
+        one = leasefile(tmp_path)
+        await one.join()
+        monkeypatch.setattr(one.files, "read", hang)
+        await ask(one, "name", 5)
+        assert calls == ["name"]
+        async with trio.open_nursery() as nursery:
+            for number in range(2 * module.MAX_THREADS):
+                nursery.start_soon(ask, one, str(number), 2)
+        assert len(calls) == module.MAX_THREADS
+        await one.renew()
+        goes_on.set()
+        await trio.sleep(0.1)
+        assert await one.read("name") == Stored()
+
+    trio.run(scenario)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("can't start new thread"), TypeError("not what it was")])
+def test_whatever_goes_wrong_is_an_error_of_the_backend(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(*_: object, **__: object) -> None:
+        raise error
+
+    async def scenario() -> None:
+        one = leasefile(tmp_path)
+        await one.join()
+        monkeypatch.setattr(module.trio.to_thread, "run_sync", fail)
+        for ask in (one.read, one.process_of):
+            with pytest.raises(BackendError, match=str(error)):
+                await ask("name")
+        with pytest.raises(BackendError):
+            await one.renew()
 
     trio.run(scenario)
 
