@@ -56,6 +56,7 @@ log = logging.getLogger(__name__)
 
 CALL_SECONDS = 5.0  # a call of the backing filesystem that takes longer counts as unanswered
 MAX_THREADS = 16
+MOST_PROCESSES = 10_000  # that are remembered
 MAX_OWN_THREADS = 2  # for this node's own lease
 HOMES_AT_ONCE = 100  # directories of names that one call reads
 BURIED_SECONDS = 86400.0  # after that long nobody looks for an ended node any more
@@ -101,6 +102,7 @@ class Files:
         self.root = root
         self.node = ""  # this node, once it has joined
         self._identity = identity
+        self._processes: dict[str, ProcessIdentity] = {}  # of nodes that have been asked for
         self._has_died = has_died
         for part in ("", "names", "nodes", "new"):
             os.makedirs(os.path.join(root, part), mode=0o700, exist_ok=True)
@@ -344,11 +346,18 @@ class Files:
         return None
 
     def process_of(self, node: str) -> ProcessIdentity:
-        try:
-            with open(self._path("nodes", node, "process"), encoding="utf-8") as file:
-                return dict(json.load(file))
-        except (OSError, ValueError):
-            return {}
+        """Read once: it never changes."""
+        known = self._processes.get(node)
+        if known is None:
+            try:
+                with open(self._path("nodes", node, "process"), encoding="utf-8") as file:
+                    known = dict(json.load(file))
+            except (OSError, ValueError):
+                return {}
+            if len(self._processes) >= MOST_PROCESSES:
+                self._processes.clear()
+            self._processes[node] = known
+        return known
 
     def has_died(self, node: str) -> bool:
         """Whether a node's process is known to have ended."""

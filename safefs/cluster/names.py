@@ -25,6 +25,7 @@ LOOK_SECONDS = 0.5
 FOLLOW_SECONDS = 5.0  # the same for who does not wait, and only wants to know the record when he needs it
 LINGER_SECONDS = 1.0  # so long after it was last used a record that others use, too, is followed
 MOST_FOLLOWED = 32  # names at once, with those on which somebody waits: these are followed however many there are
+MOST_LOST = 1000  # nodes of which it is remembered that they are gone
 RETRY_SECONDS = (0.05, 1.0)  # after a failure of the backend, at first and at most
 IDLE_SECONDS = 60.0  # a name that nobody has used for so long is given back without being asked for
 
@@ -118,6 +119,7 @@ class Names:
         self.broken: Broken = lambda _key, _locks: None
         self._names: dict[str, _Name] = {}
         self._looked: dict[str, float] = {}  # when it was asked last whether a node is still there
+        self._lost: dict[str, None] = {}  # nodes that are known to be gone
         self._followed = 0  # names that are followed, for whatever reason
         self._lost_as = ""  # the last name under which this node has lost its lease
         self._nursery: trio.Nursery | None = None
@@ -404,7 +406,7 @@ class Names:
             await self._await_change(name, stored, FOLLOW_SECONDS if holds else LINGER_SECONDS)
 
     async def _wait_for_others(self, name: _Name, stored: Stored) -> None:
-        name.gone = await self._gone(stored.record)
+        name.gone = await self._gone(stored.record.in_the_way(self._backend.node))
         if not name.gone:
             await self._await_change(name, stored, LOOK_SECONDS)
 
@@ -414,13 +416,20 @@ class Names:
             await self._backend.notify(node, name.key)
         await self._wait_for_others(name, stored)
 
-    async def _gone(self, record: NameRecord) -> set[str]:
-        """The other nodes on record that have lost their leases; each is looked at once in LOOK_SECONDS."""
+    async def _gone(self, nodes: set[str]) -> set[str]:
+        """Those of some nodes that have lost their leases; each is looked at once in LOOK_SECONDS, for all names.
+
+        One that is gone never comes back under its name.
+        """
         now = trio.current_time()
         self._looked = {node: at for node, at in self._looked.items() if now - at < LOOK_SECONDS}
-        due = record.nodes() - {self._backend.node} - self._looked.keys()
+        due = nodes - {self._backend.node} - self._looked.keys() - self._lost.keys()
         self._looked.update(dict.fromkeys(due, now))
-        return await self._backend.gone(due) if due else set()
+        if due:
+            self._lost.update(dict.fromkeys(await self._backend.gone(due)))
+            for node in list(self._lost)[:-MOST_LOST]:
+                del self._lost[node]
+        return nodes & self._lost.keys()
 
     def _work_locally(self, name: _Name, locks: NameLocks) -> None:
         while name.pending:
@@ -465,7 +474,7 @@ class Names:
             outcomes.append(carry_out(locks, pending.step)[0])
         if any(_is_refused(pending.step, done) for pending, done in zip(batch, outcomes, strict=True)):
             # Who only tries does not wait, and who tries again and again must get what a dead node held all the same.
-            name.gone = await self._gone(record)
+            name.gone = await self._gone(record.nodes())
             if name.gone:
                 return
         node = self._backend.node
@@ -486,7 +495,9 @@ class Names:
             self._note(name, pending.step, done, asked)
             pending.settle(locks)
         self._settle_waits(name, after)
-        name.gone = await self._gone(after)  # also where all got what they wanted: else the name would stay shared
+        name.gone = await self._gone(
+            after.nodes()
+        )  # also where all got what they wanted: else the name would stay shared
 
     @staticmethod
     def _batch(pending: list[Pending]) -> list[Pending]:

@@ -109,6 +109,20 @@ class NameRecord:
         """All nodes that are named."""
         return {node for node in (self.delegate, *self.wanted, *self.locks.nodes(), *self.broken) if node}
 
+    def in_the_way(self, node: str) -> set[str]:
+        """The nodes that one that waits has to look after: were one of these gone it could wait for ever.
+
+        Of those who wait before it, the first is enough: when that one has had his turn, another is the first.
+        """
+        found = {self.delegate, *self.broken}
+        for table in self.locks.tables.values():
+            found.update(held.owner.node for held in table.held)
+            for at, wait in enumerate(table.waiting):
+                if wait.lock.owner.node == node:
+                    before = [other.lock for other in table.waiting[:at] if other.lock.conflicts(wait.lock)]
+                    found.update(lock.owner.node for lock in before[:1])
+        return found - {"", node}
+
     # -------------------------------------------------------------- steps
 
     def may_take(self, node: str) -> bool:

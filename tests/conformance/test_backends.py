@@ -537,6 +537,15 @@ def test_a_node_whose_process_died_is_gone_at_once(tmp_path: Path) -> None:
     trio.run(scenario)
 
 
+def test_the_process_of_a_node_is_read_once(tmp_path: Path) -> None:
+    one, other = (module.Files(str(tmp_path), {"pid": 1}, lambda _identity: False) for _ in range(2))
+    assert one.process_of("node") == {}
+    other.join("node")
+    assert one.process_of("node") == {"pid": 1}
+    (tmp_path / "nodes" / "node" / "process").unlink()
+    assert one.process_of("node") == {"pid": 1} and not one.has_died("node")
+
+
 def test_a_backend_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario() -> None:
         one = leasefile(tmp_path)

@@ -126,8 +126,8 @@ class SearchedNames(Names):
     def _lingers(self, name: module._Name) -> bool:
         return False
 
-    async def _gone(self, record: NameRecord) -> set[str]:
-        others = record.nodes() - {self.node}
+    async def _gone(self, nodes: set[str]) -> set[str]:
+        others = nodes - {self.node}
         return await self._backend.gone(others) if others else set()
 
 

@@ -732,6 +732,59 @@ def test_a_record_that_has_lost_a_request_grants_nothing() -> None:
     play(scenario, MemoryBackend)
 
 
+def test_all_names_of_a_lost_node_are_free_at_once() -> None:
+    """It is looked for once whether it is gone, for all of them."""
+
+    async def scenario(nodes: list[Node]) -> None:
+        one, two, _ = nodes
+        keys = [f"name{number}" for number in range(40)]
+        for key in keys:
+            assert await one.acquire(key, 1, Mode.EXCLUSIVE)
+        async with trio.open_nursery() as nursery:
+            for key in keys:
+                nursery.start_soon(two.acquire, key, 1, Mode.EXCLUSIVE)
+            await trio.sleep(5)
+            one.names.submit = lambda *_: None  # type: ignore[method-assign, assignment]
+            await one.backend.leave()
+            nursery.cancel_scope.deadline = trio.current_time() + 3 * LOOK_SECONDS
+        assert not nursery.cancel_scope.cancelled_caught
+
+    play(scenario, MemoryBackend)
+
+
+def test_who_waits_looks_after_those_who_stand_in_his_way() -> None:
+    """Not after all who wait: of a hundred nodes each would look after a hundred."""
+    locks = NameLocks()
+    table = locks[Kind.FLOCK]
+    table.held = [Lock(Owner("holder", 1), Mode.SHARED)]
+    modes = {"reader": Mode.SHARED, "first": Mode.EXCLUSIVE, "second": Mode.EXCLUSIVE, "me": Mode.SHARED}
+    table.waiting = [Wait(1, Lock(Owner(node, 1), mode)) for node, mode in modes.items()]
+    record = NameRecord(locks=locks, wanted=("late",), broken=("fenced",))
+    assert record.in_the_way("me") == {"holder", "first", "fenced"}
+    assert record.in_the_way("first") == {"holder", "fenced", "reader"}
+    assert NameRecord("delegate", ("me", "other")).in_the_way("me") == {"delegate"}
+
+
+def test_one_who_waits_and_is_gone_stands_in_nobodys_way() -> None:
+    """Readers who came after a writer that is gone go on, though another reader holds the lock for long."""
+
+    async def scenario(nodes: list[Node]) -> None:
+        reader, writer, late = nodes
+        assert await reader.acquire("name", 1, Mode.SHARED)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(writer.acquire, "name", 1, Mode.EXCLUSIVE)
+            await trio.sleep(1)
+            nursery.start_soon(writer.acquire, "name", 2, Mode.EXCLUSIVE)
+            await trio.sleep(1)
+            writer.names.submit = lambda *_: None  # type: ignore[method-assign, assignment]
+            await writer.backend.leave()
+            with trio.fail_after(5):
+                assert await late.acquire("name", 1, Mode.SHARED)
+            nursery.cancel_scope.cancel()
+
+    play(scenario, MemoryBackend)
+
+
 @pytest.mark.parametrize("shared_before", [False, True])
 def test_what_a_lost_node_held_is_free(shared_before: bool) -> None:
     """Delegated to it, or on record."""
