@@ -143,6 +143,9 @@ class LockBackend(Protocol):
     async def gone(self, nodes: Iterable[str]) -> set[str]:
         """Those of the nodes that have lost their leases."""
 
+    async def tidy_up(self) -> None:
+        """Remove some of what nodes have left that are gone.  Called now and then."""
+
     async def all_names(self) -> list[str]:
         """The names that have records."""
 

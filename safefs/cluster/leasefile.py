@@ -29,6 +29,7 @@ import hashlib
 import json
 import logging
 import os
+import random
 import re
 import secrets
 from collections.abc import Awaitable, Callable, Iterable
@@ -58,7 +59,10 @@ CALL_SECONDS = 5.0  # a call of the backing filesystem that takes longer counts 
 MAX_THREADS = 16
 MOST_PROCESSES = 10_000  # that are remembered
 MAX_OWN_THREADS = 2  # for this node's own lease
-HOMES_AT_ONCE = 100  # directories of names that one call reads
+HOMES_AT_ONCE = 100  # directories of names, or of nodes, that one call reads
+LOOKED_AT_ONCE = 10  # nodes, for what they have left
+MOST_FORMER = 10  # names of this node, which are looked at each time
+MOST_UNFINISHED = 100
 BURIED_SECONDS = 86400.0  # after that long nobody looks for an ended node any more
 MOST_DAMAGED = 100  # records of which it is remembered who could be on them
 LIST_ATTEMPTS = 5  # a listing can miss a file that is renamed meanwhile
@@ -307,11 +311,15 @@ class Files:
         home = self._path("nodes", node)
         os.mkdir(home, 0o700)
         self.node = node
-        os.mkdir(f"{home}/wanted", 0o700)
-        with open(f"{home}/process", "x", encoding="utf-8") as file:
-            json.dump(dict(self._identity), file)
-        self._move_in(home)
-        _touch(f"{home}/0")
+        try:
+            os.mkdir(f"{home}/wanted", 0o700)
+            with open(f"{home}/process", "x", encoding="utf-8") as file:
+                json.dump(dict(self._identity), file)
+            self._move_in(home)
+            _touch(f"{home}/0")
+        except OSError:
+            self._remove_node(node)
+            raise
 
     def _move_in(self, home: str) -> None:
         """What a node has in its directory before others take it for one."""
@@ -397,22 +405,50 @@ class Files:
             return [entry for entry in os.listdir(directory) if not entry.startswith(LOOK)]
         return []
 
-    def tidy_up(self, node: str) -> None:
-        """End the nodes whose processes have died; remove what is left of nodes that ended long ago.
-
-        How long is told by the filesystem's clock: it made the files of this node just now.
-        """
-        now = os.stat(self._path("nodes", node, "process")).st_ctime
+    def others(self, node: str) -> list[str]:
+        """All other nodes that have left anything; what dead ones have left beside them is removed."""
+        before = self._now(node) - BURIED_SECONDS
         for part in ("nodes", "names"):
-            self._remove_looks(self._path(part), now - BURIED_SECONDS)
-        for other in self._listed(self._path("nodes")):
+            self._remove_looks(self._path(part), before)
+        return [other for other in self._listed(self._path("nodes")) if other != node]
+
+    def end_the_dead(self, others: Iterable[str]) -> None:
+        """Those of them whose processes are known to have died."""
+        for other in others:
+            if self.has_died(other) and (heartbeat := self.heartbeat(other)) not in (None, ENDED):
+                self.end(other, str(heartbeat))
+
+    def bury(self, node: str, others: Iterable[str]) -> None:
+        """Remove what is left of nodes that are gone, and have been for long."""
+        now = self._now(node)
+        for other in others:
             home, heartbeat = self._path("nodes", other), self.heartbeat(other)
             with suppress(OSError):
-                if heartbeat not in (None, ENDED) and self.has_died(other):
-                    self.end(other, heartbeat)
-                elif now - os.stat(home if heartbeat is None else f"{home}/{ENDED}").st_ctime > BURIED_SECONDS:
-                    self._clear(f"{home}/wanted")
-                    self._clear(home)
+                if heartbeat in (None, ENDED):
+                    ended = os.stat(home if heartbeat is None else f"{home}/{ENDED}").st_ctime
+                    if now - ended > BURIED_SECONDS:
+                        self._remove_node(other)
+
+    def _now(self, node: str) -> float:
+        """By the filesystem's clock: it renamed this node's own heartbeat just now."""
+        home = self._path("nodes", node)
+        return os.stat(f"{home}/{self.heartbeat(node)}").st_ctime
+
+    def _remove_node(self, node: str) -> None:
+        self._clear(self._path("nodes", node, "wanted"))
+        self._clear(self._path("nodes", node))
+
+    def unfinished(self) -> list[str]:
+        """First states of names that are not in their place yet."""
+        return self._listed(self._path("new"))[:MOST_UNFINISHED]
+
+    def remove_unfinished(self, entry: str) -> None:
+        """Whoever is about to rename it finds that it is gone, and not that a part of it is."""
+        path = self._path("new", entry)
+        over = path if entry.startswith(GONE) else self._path("new", f"{GONE}~{entry}")
+        with suppress(OSError):
+            os.rename(path, over)
+            self._clear(over)
 
     @staticmethod
     def _remove_looks(directory: str, before: float) -> None:
@@ -519,6 +555,10 @@ class LeasefileBackend:
         self._sightings = Sightings(site.terms)
         self._lease = OwnLease(site.terms)
         self._files: Files | None = None
+        self._former: list[str] = []  # this node's names, with the one that it has
+        self._known, self._unfinished = set[str](), set[str]()  # nodes and first states, as listed last
+        self._to_look_at: list[str] = []
+        self._tidied_as = ""
         self._damaged: dict[str, set[str]] = {}  # records, by their ids, and the nodes that could be on them
         self._count = 0
         self._wanted: list[str] = []
@@ -574,8 +614,8 @@ class LeasefileBackend:
         if self._files is None:
             self._files = await self._call_own(self._open)
         node, sent = secrets.token_hex(8), boottime()
+        self._former = [*self._former[-MOST_FORMER:], node]
         await self._call_own(self.files.join, node)
-        await self._call(self.files.tidy_up, node)
         self.node, self._count, self._wanted = node, 0, []
         self._lease.renew(sent)
 
@@ -595,6 +635,39 @@ class LeasefileBackend:
 
     def lease_ends(self) -> float:
         return self._lease.ends()
+
+    async def tidy_up(self) -> None:
+        """Some of the others are looked at each time: of a thousand nodes, each would else look at a thousand.
+
+        Nodes that do not renew are ended, as by who waits for them: so also those of hosts that never come back have
+        ended at some time, and are buried a day later.  The first time it is about those before this one on its host.
+        """
+        if self._tidied_as != self.node:
+            others, self._tidied_as = await self._call(self.files.others, self.node), self.node
+            for at in range(0, len(others), HOMES_AT_ONCE):
+                await self._call(self.files.end_the_dead, others[at : at + HOMES_AT_ONCE])
+        if not self._to_look_at:
+            self._to_look_at = await self._call(self.files.others, self.node)
+            random.shuffle(self._to_look_at)
+            self._sightings.forget(self._known - set(self._to_look_at))
+            self._known = set(self._to_look_at)
+        some, self._to_look_at = self._to_look_at[:LOOKED_AT_ONCE], self._to_look_at[LOOKED_AT_ONCE:]
+        own = {node for node in self._former if node != self.node}  # lost, or it was not known that it had joined
+        gone = await self.gone({*some, *own})
+        self._former = [node for node in self._former if node not in gone]
+        await self._call(self.files.bury, self.node, gone)
+        await self._remove_unfinished()
+
+    async def _remove_unfinished(self) -> None:
+        """What nodes have left that died while they made a name's first state."""
+        before = boottime()
+        entries = await self._call(self.files.unfinished)
+        keys = {f"new/{entry}": entry for entry in entries}
+        self._sightings.forget(self._unfinished - keys.keys())
+        self._unfinished = set(keys)
+        for key, entry in keys.items():
+            if self._sightings.see(key, entry, before, boottime()):
+                await self._call(self.files.remove_unfinished, entry)
 
     async def gone(self, nodes: Iterable[str]) -> set[str]:
         ended = set()

@@ -131,6 +131,10 @@ class MemoryBackend:
         await trio.lowlevel.checkpoint()
         return set(nodes) & self._cluster.ended
 
+    async def tidy_up(self) -> None:
+        """Nothing stays."""
+        await trio.lowlevel.checkpoint()
+
     async def all_names(self) -> list[str]:
         await trio.lowlevel.checkpoint()
         return list(self._cluster.records)

@@ -251,8 +251,12 @@ class Names:
                 self._wake(name)
 
     async def _tidy(self) -> None:
-        """Names that are not used any more leave no record behind."""
+        """Names that are not used any more leave no record behind, and nodes that are gone nothing else."""
         while True:
+            try:
+                await self._backend.tidy_up()
+            except BackendError as error:
+                log.info("the lock backend: %s", error)
             await trio.sleep(IDLE_SECONDS / 4)
             for name in list(self._names.values()):
                 if boottime() - name.used > IDLE_SECONDS:

@@ -401,8 +401,59 @@ def test_names_and_nodes_that_are_gone_leave_no_files(tmp_path: Path, monkeypatc
             (tmp_path / part / f"{module.LOOK}01234567").touch()
         monkeypatch.setattr(module, "BURIED_SECONDS", -1.0)
         await two.join()
+        await two.tidy_up()
         assert [path.name for path in (tmp_path / "nodes").iterdir()] == [two.node]
         assert not list((tmp_path / "names").iterdir()) and not list((tmp_path / "new").iterdir())
+
+    trio.run(scenario)
+
+
+def test_nodes_that_never_come_back_leave_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor do those that this node was itself, nor what was being made when a node died."""
+    monkeypatch.setattr(module, "BURIED_SECONDS", -1.0)
+    nodes = tmp_path / "nodes"
+
+    async def scenario() -> None:
+        one, lives = leasefile(tmp_path, terms=SHORT), leasefile(tmp_path, terms=SHORT)
+        for _ in range(3):
+            await one.join()  # each time it has lost its lease
+        await lives.join()
+        dead = module.Files(str(tmp_path), {}, lambda _identity: False)
+        for number in range(2 * module.LOOKED_AT_ONCE):
+            dead.join(f"dead{number}")
+        (nodes / "dead1" / "0").unlink()
+        (tmp_path / "new" / "aa").mkdir()
+        (tmp_path / "new" / "aa" / "data~aa").touch()
+        with trio.fail_after(SECONDS):
+            while len(list(nodes.iterdir())) > 2 or list((tmp_path / "new").iterdir()):
+                for node in (one, lives):
+                    await node.renew()
+                await one.tidy_up()
+                await trio.sleep(0.01)
+        assert {path.name for path in nodes.iterdir()} == {one.node, lives.node}
+        await lives.renew()
+
+    trio.run(scenario, clock=without_threads(monkeypatch))
+
+
+def test_who_joins_asks_for_no_other_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which there may be thousands."""
+    dead = module.Files(str(tmp_path), {}, lambda _identity: False)
+    dead.join("dead")
+    real = os.listdir
+    monkeypatch.setattr(module.os, "listdir", lambda path: real(path) if "dead" not in path else pytest.fail(path))
+    trio.run(leasefile(tmp_path).join)
+
+
+def test_who_could_not_join_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_files: module.Files, _home: str) -> None:
+        raise OSError("no locks here")
+
+    async def scenario() -> None:
+        monkeypatch.setattr(module.Files, "_move_in", fail)
+        with pytest.raises(BackendError):
+            await leasefile(tmp_path).join()
+        assert not list((tmp_path / "nodes").iterdir())
 
     trio.run(scenario)
 
@@ -530,6 +581,7 @@ def test_a_node_whose_process_died_is_gone_at_once(tmp_path: Path) -> None:
         await far.join()
         assert await far.gone([one.node]) == set()
         await near.join()
+        await near.tidy_up()
         assert await far.gone([one.node]) == {one.node}
         with pytest.raises(LeaseLostError):
             await one.renew()
