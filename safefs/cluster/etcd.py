@@ -88,11 +88,18 @@ class EtcdBackend:
     async def _end(self, node: str, lease: str) -> None:
         remembered = await self._client.call("/v3/lease/grant", {"TTL": str(ENDED_SECONDS)})
         await self._put(self._key("ended", node), b"", str(remembered["ID"]))
+        await self._forget_wanted(node)
         try:
             await self._client.call("/v3/lease/revoke", {"ID": lease})
         except RefusedError as error:
             if error.status != 404:
                 raise
+
+    async def _forget_wanted(self, node: str) -> None:
+        """What others wanted of a node that is gone would stay as long as they live."""
+        prefix = self._key("wanted", node, "")
+        request = {"key": encode(prefix), "range_end": encode(prefix_end(prefix))}
+        await self._client.call("/v3/kv/deleterange", request, changes=False)
 
     async def _end_the_dead(self) -> None:
         """Nodes whose processes have died on this host: a daemon that is started again does not wait for itself."""
@@ -134,7 +141,10 @@ class EtcdBackend:
             self._missing.pop(node, None)
             return await self._end_if_dead(node, value)
         # etcd's clock ended the lease; the delay is for what the node began before.
-        return boottime() - self._missing.setdefault(node, boottime()) >= self._terms.delay_seconds
+        is_gone = boottime() - self._missing.setdefault(node, boottime()) >= self._terms.delay_seconds
+        if is_gone:
+            await self._forget_wanted(node)
+        return is_gone
 
     # -------------------------------------------------------------- records
 
@@ -173,7 +183,7 @@ class EtcdBackend:
 
     async def all_names(self) -> list[str]:
         prefix = self._key("names", "")
-        entries = await self._range(prefix, prefix_end(prefix))
+        entries = await _entries(self._client, prefix, prefix_end(prefix), keys_only=True)
         return [decode(entry["key"])[len(prefix) :].decode("utf-8", "surrogateescape") for entry in entries]
 
     async def process_of(self, node: str) -> ProcessIdentity:
@@ -338,9 +348,11 @@ class Notices:
             await watch.aclose()
 
 
-async def _entries(client: EtcdClient, key: bytes, end: bytes = b"") -> list[Answer]:
+async def _entries(client: EtcdClient, key: bytes, end: bytes = b"", *, keys_only: bool = False) -> list[Answer]:
     """What is there under a key, or under all up to `end`."""
-    request = {"key": encode(key), **({"range_end": encode(end)} if end else {})}
+    request: dict[str, Any] = {"key": encode(key), "keys_only": keys_only}
+    if end:
+        request["range_end"] = encode(end)
     answer = await client.call("/v3/kv/range", request, changes=False)
     return list(answer.get("kvs", []))
 

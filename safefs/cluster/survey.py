@@ -68,9 +68,10 @@ async def survey(backend: LockBackend, served: Callable[[], dict[str, NameLocks]
         if record.delegate:
             by_node[record.delegate].append(key)
     nodes = by_node.keys() - {backend.node}
+    nodes -= await backend.gone(nodes)  # before they are asked: each would be waited for
     answers = await _for_each(nodes, lambda node: _ask(backend, node))
-    gone = await backend.gone(node for node in nodes if answers[node] is None)
-    for node in nodes - gone:
+    nodes -= await backend.gone(node for node in nodes if answers[node] is None)
+    for node in nodes:
         told = answers[node]
         if told is None:
             found.silent.update(dict.fromkeys(by_node[node], node))

@@ -16,8 +16,8 @@ import pytest
 import trio
 
 from safefs.cluster.backend import BackendError, Stored
-from safefs.cluster.etcd import EtcdBackend
-from safefs.cluster.etcd_client import Access, Answer, Endpoint, Watch, decode
+from safefs.cluster.etcd import EtcdBackend, _entries
+from safefs.cluster.etcd_client import Access, Answer, Endpoint, Watch, decode, prefix_end
 from safefs.cluster.record import NameRecord
 from safefs.lease import Terms
 from safefs.locktable import Kind, Mode
@@ -136,6 +136,36 @@ def test_a_change_is_noticed_through_a_member_that_failed(three: Etcd) -> None:
 
 
 # What it is asked.
+
+
+@pytest.mark.parametrize("leaves", [True, False])
+def test_what_was_wanted_of_a_node_goes_with_it(leaves: bool, secured: Etcd) -> None:
+    """Else it would stay as long as the nodes that wanted it."""
+
+    async def scenario(one: EtcdBackend, two: EtcdBackend) -> None:
+        wanted = two._key("wanted", one.node, "")
+        for name in ("a", "b/c"):
+            await two.notify(one.node, name)
+        assert len(await two._range(wanted, prefix_end(wanted))) == 2
+        if leaves:
+            await one.leave()
+        while not await two.gone([one.node]):
+            await two.renew()
+            await trio.sleep(0.2)
+        assert not await two._range(wanted, prefix_end(wanted))
+
+    play(scenario, access_of(secured), ETCD_TERMS)
+
+
+def test_names_are_listed_without_their_records(secured: Etcd) -> None:
+    async def scenario(one: EtcdBackend, _: EtcdBackend) -> None:
+        assert await one.swap("name", Stored(), held_by("a"))
+        prefix = one._key("names", "")
+        (entry,) = await _entries(one._client, prefix, prefix_end(prefix), keys_only=True)
+        assert "value" not in entry
+        assert await one.all_names() == ["name"]
+
+    play(scenario, access_of(secured))
 
 
 def note_requests(node: EtcdBackend, monkeypatch: pytest.MonkeyPatch) -> list[str]:

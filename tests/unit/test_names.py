@@ -512,7 +512,9 @@ def test_a_survey_tells_of_whom_it_does_not_know(fails: str, leaves: bool) -> No
         assert await two.acquire("another", 1, Mode.EXCLUSIVE)
         if leaves:
             await one.backend.leave()
+        start = trio.current_time()
         said = [(entry["node"], entry["key"], entry["state"]) for entry in await Locks(two.names).report()]
+        assert not leaves or trio.current_time() == start  # who is gone is not asked
         unknown = ("node0", "name", "unknown: the node does not answer")
         assert said == [("node1", "another", "held"), *([] if leaves else [unknown])]
 
