@@ -132,11 +132,6 @@ class LockTable:
             for held in self.held
         )
 
-    def waits_for(self, owner: Owner) -> set[Owner]:
-        """The owners for which the requests of `owner` wait here."""
-        waits = (wait for wait in self.waiting if wait.lock.owner == owner)
-        return {blocker.owner for wait in waits for blocker in self.blockers(wait)}
-
     def _passes(self, lock: Lock, earlier: Wait) -> bool:
         obstacles = {held.owner for held in self.held if held.conflicts(earlier.lock)}
         return lock.owner in self._reachable(obstacles)

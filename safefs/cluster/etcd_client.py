@@ -108,9 +108,7 @@ class RefusedError(BackendError):
 
     def __init__(self, endpoint: Endpoint, status: int, message: str) -> None:
         remedy = next((f": {remedy}" for words, remedy in NOT_LET_IN.items() if words in message), "")
-        super().__init__(
-            f"etcd at {endpoint}: {message} (HTTP {status}){remedy}", answered=True, is_final=bool(remedy)
-        )
+        super().__init__(f"etcd at {endpoint}: {message} (HTTP {status}){remedy}", answered=True, is_final=bool(remedy))
         self.status = status
         self.may_be_repeated = any(words in message for words in SIGNED_OUT)  # nothing was done: sign in first
         self.is_members_own = status >= 500  # this member has no leader, or no quorum; others may have

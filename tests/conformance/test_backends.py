@@ -1,4 +1,7 @@
-"""What every lock backend promises (safefs.cluster.backend), asked of each of them in the same words."""
+"""What every lock backend promises (safefs.cluster.backend), asked of each of them in the same words.
+
+`memory` here is the backend on which other tests put several nodes into one process; `-o locks=memory` shares nothing.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +25,13 @@ from safefs.cluster.choice import etcd_access
 from safefs.cluster.etcd import EtcdBackend
 from safefs.cluster.etcd_client import Access
 from safefs.cluster.leasefile import LeasefileBackend, Site
-from safefs.cluster.memory import MemoryBackend, MemoryCluster
 from safefs.cluster.ofd import NativeBackend
 from safefs.cluster.record import NameRecord
 from safefs.config import load_settings, parse_options
 from safefs.lease import Terms, boottime
 from safefs.locktable import Kind, Lock, Mode, NameLocks, Owner, Wait
 from tests.support.etcd import PREFIX, Etcd, etcd
+from tests.support.memory_backend import MemoryBackend, MemoryCluster
 
 # No test waits for the end of this lease, and no busy machine uses it up.
 CALM = Terms(lease_seconds=60.0, delay_seconds=0.2)

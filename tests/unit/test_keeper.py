@@ -12,12 +12,12 @@ import trio.testing
 
 from safefs.cluster.backend import BackendError, LeaseLostError, Stored
 from safefs.cluster.keeper import Keeper
-from safefs.cluster.memory import MemoryBackend, MemoryCluster
 from safefs.cluster.names import Names
 from safefs.cluster.record import NameRecord
 from safefs.lease import OwnLease, Sightings, Terms, boottime
 from safefs.locks import Alone, Locks, Waiting
 from safefs.locktable import Kind, Lock, Mode, Owner
+from tests.support.memory_backend import MemoryBackend, MemoryCluster
 
 TERMS = Terms(lease_seconds=6, delay_seconds=2)
 

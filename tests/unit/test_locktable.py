@@ -252,7 +252,8 @@ def test_two_upgrades_of_record_locks_wait_for_each_other(queue: Queue) -> None:
     """The table shows it, and who asks can be told EDEADLK."""
     assert queue.ask(A, SHARED) and queue.ask(B, SHARED)
     assert not queue.ask(A, EXCLUSIVE)
-    assert queue.table.waits_for(A) == {B}
+    (waiting,) = queue.table.waiting
+    assert {lock.owner for lock in queue.table.blockers(waiting)} == {B}
     assert {lock.owner for lock in queue.table.blockers(Wait(99, Lock(B, EXCLUSIVE)))} == {A}
 
 

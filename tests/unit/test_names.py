@@ -15,12 +15,12 @@ import trio.testing
 
 from safefs.cluster import names as module
 from safefs.cluster.backend import BackendError, DamagedError, Stored
-from safefs.cluster.memory import MemoryBackend, MemoryCluster, MemoryFollower
 from safefs.cluster.names import LOOK_SECONDS, Names
 from safefs.cluster.record import FORMAT, Acquire, Break, GiveUp, NameRecord, Release, Step, carry_out
 from safefs.cluster.survey import MOST_ANSWERS, QUESTION
 from safefs.locks import Locks
 from safefs.locktable import OFFSET_MAX, Kind, Lock, Mode, NameLocks, Owner, Wait
+from tests.support.memory_backend import MemoryBackend, MemoryCluster, MemoryFollower
 
 HOURS = 3600.0
 

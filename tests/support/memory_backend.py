@@ -1,4 +1,4 @@
-"""Records in the memory of one process: for one node alone, and for tests that put several nodes into one process."""
+"""A backend in the memory of one process, for tests that put several nodes into it."""
 
 from __future__ import annotations
 
