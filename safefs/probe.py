@@ -255,6 +255,7 @@ class Meeting:
         self.hall = os.fspath(directory / MEETING)
         self.path = ""  # of the place of these two, once they have met
         self.first = False
+        self._shown_since: int | None = None  # the beat of who is chosen, when he could see it first
         self._is_others = False  # to take away what is in the place
         self._me = _Here(secrets.token_hex(4), 0, "")
         self._changed: dict[str, tuple[int, float]] = {}  # others: the latest beat, and when it was seen to rise
@@ -283,9 +284,15 @@ class Meeting:
         except FileNotFoundError:
             return False  # two who left have just removed the directory
         chosen = self._choose(others)
-        if chosen and chosen == self._me.chosen and others[chosen].chosen == self._me.name:
+        if chosen != self._me.chosen:
+            self._me, self._shown_since = replace(self._me, chosen=chosen), None
+        elif chosen and self._shown_since is None:
+            self._shown_since = others[chosen].beat
+        elif chosen and others[chosen].chosen == self._me.name and others[chosen].beat > (self._shown_since or 0):
+            # He has looked since he could see that this one has chosen him, and stays with it.
+            self._me = replace(self._me, beat=self._me.beat + 1)
+            bounded(os.mkdir, f"{self.hall}/{self._me}")  # for him to see the same
             return True
-        self._me = replace(self._me, chosen=chosen)
         return False
 
     def _look_around(self, leftovers: list[str]) -> dict[str, int]:

@@ -24,6 +24,10 @@ class Violation(AssertionError):  # noqa: N818 - what a search is for, not somet
         self.way = way
 
 
+class TooManyError(Exception):
+    """The search was given up: it has found nothing, and does not say that there is nothing."""
+
+
 @dataclass
 class Explored(Generic[S]):
     """The states that were found, in the order in which they were, and the steps between them."""
@@ -63,7 +67,7 @@ class Explored(Generic[S]):
 
 
 def explore(first: S, steps: Steps[S], check: Callable[[S], str], most: int) -> Explored[S]:
-    """All states.  Violation where `check` says what is wrong with one, or there are more than `most`."""
+    """All states.  Violation where `check` says what is wrong with one; TooManyError for more than `most`."""
     found: Explored[S] = Explored([first])
     found._came.append((0, ""))
     numbers = {first: 0}
@@ -80,7 +84,7 @@ def explore(first: S, steps: Steps[S], check: Callable[[S], str], most: int) -> 
                 found._sources.append(at)
                 found._targets.append(number)
         if len(found.states) > most:
-            raise Violation(f"more than {most} states", found.way_to(len(found.states) - 1))
+            raise TooManyError(f"more than {most} states")
     return found
 
 

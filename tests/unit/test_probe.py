@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -198,15 +199,23 @@ def test_who_is_taken_for_gone_and_lives(tmp_path: Path, is_quiet_soon: None) ->
         meeting.close()
 
 
-def test_of_three_two_meet(tmp_path: Path) -> None:
-    three = [Meeting(tmp_path) for _ in range(3)]
-    met = rounds(*three)
-    assert len(met) == 2
-    (one, two) = met
-    assert (one._me.chosen, two._me.chosen) == (two._me.name, one._me.name)
-    for meeting in three:
-        meeting.close()
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize("come", [3, 4])
+def test_of_several_each_meets_one(tmp_path: Path, come: int) -> None:
+    """Whatever the order in which they look: who goes to a place finds the one there whom he has chosen."""
+    for attempt in range(8):
+        order, meetings = random.Random(attempt), [Meeting(tmp_path) for _ in range(come)]
+        met: dict[str, str] = {}
+        for _ in range(40 * come):
+            one = order.choice(meetings)
+            if one._me.name not in met and one._meet():
+                met[one._me.name] = one._me.chosen
+            if len(met) == come - come % 2:
+                break
+        assert len(met) == come - come % 2
+        assert all(met[chosen] == name for name, chosen in met.items())
+        for meeting in meetings:
+            meeting.close()
+        assert not list(tmp_path.iterdir())
 
 
 def test_who_is_gone_before_he_is_chosen(tmp_path: Path, is_quiet_soon: None) -> None:
