@@ -237,7 +237,7 @@ def search(marks: str, faults: int = 0, kinds: tuple[str, ...] = ()) -> set[Mark
     return {current(state.tree) for state in found.states if searched.is_settled(state) and state.faults == faults}
 
 
-DEEP = [("ab-", 1, ("death",)), ("ab-", 1, ("lost",)), ("a--", 1, ("death", "lost", "stale"))]
+DEEP = [("ab-", 0, ()), ("ab-", 1, ("death",)), ("ab-", 1, ("lost",)), ("a--", 1, ("death", "lost", "stale"))]
 BOTH = {("a", "b"), ("b", "a")}
 ENDS = {"ab": BOTH, "a-": {("a",), ()}, "a--": {("a",), ()}, "ab-": BOTH | {("a",), ("b",), ()}}
 
@@ -256,7 +256,6 @@ ENDS = {"ab": BOTH, "a-": {("a",), ()}, "a--": {("a",), ()}, "ab-": BOTH | {("a"
         ("a-", 1, ("away",)),
         ("a-", 2, ("death", "lost", "stale")),
         ("ab", 2, ("death", "lost", "stale")),
-        ("ab-", 0, ()),
         ("a--", 1, ("death",)),
     ],
 )

@@ -63,7 +63,6 @@ BROKEN = [
     (["XB"], Faults()),
     (["X", "B"], Faults()),
     (["X", "B"], DEATHS),
-    (["X", "TB"], PROMPT),
     (["R", "B"], PROMPT),
 ]
 TOLD = [
@@ -88,6 +87,7 @@ DEEP = [
     (["X", "B"], CALLS),
     (["X", "B"], STALE),
     (["X", "B"], PROMPT_LEASES),
+    (["X", "TB"], PROMPT),
     (["X", "TB"], Faults()),
     (["S", "SB"], PROMPT),
 ]
