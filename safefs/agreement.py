@@ -8,7 +8,6 @@ found out at the backing's root, where whoever keeps his state elsewhere leaves 
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import os
 import time
@@ -19,16 +18,29 @@ from typing import Any
 
 from safefs.errors import SafefsError
 from safefs.model import STATE_NAME
-from safefs.state import CLUSTER, DAEMONS, SHARING, StateDirectory, agreed
+from safefs.state import (
+    BEAT_SECONDS,
+    CLUSTER,
+    DAEMONS,
+    SHARING,
+    StateDirectory,
+    agreed,
+    heartbeat_of,
+    identity_of,
+    noted,
+)
 
 log = logging.getLogger(__name__)
 
-WATCH_SECONDS = 16.0  # for the heartbeat of a daemon on another host: three of them
+WATCH_SECONDS = 3 * BEAT_SECONDS + 1  # for the heartbeat of a daemon on another host
 LOOK_SECONDS = 0.25
 
 
-def require_one_state(state: StateDirectory, backing: Path) -> None:
-    """SafefsError where other nodes of the backing directory keep their state in another directory."""
+def require_one_state(state: StateDirectory, backing: Path) -> str:
+    """What the nodes of the backing directory call themselves together.
+
+    SafefsError where others keep their state in another directory.
+    """
     own, mark = state.cluster_id()
     default = backing / STATE_NAME
     found = own
@@ -38,7 +50,6 @@ def require_one_state(state: StateDirectory, backing: Path) -> None:
             found, mark = agreed(default, own, os.fspath(state.path))
         except OSError as error:
             log.warning("other nodes cannot be told that the state is in %s: %s", state.path, error)
-            return
     if found != own or (mark and state.path == default):
         raise SafefsError(
             f"the nodes of {backing} keep their state in {mark or default}, not in {state.path}: locks of the two would"
@@ -46,14 +57,15 @@ def require_one_state(state: StateDirectory, backing: Path) -> None:
             " it any more",
             errno.EBUSY,
         )
+    return own
 
 
 def state_of(backing: Path) -> Path:
     """Where the nodes of a backing directory keep their state."""
     default = backing / STATE_NAME
-    with suppress(OSError, ValueError):
-        [mark] = (default / CLUSTER).iterdir()
-        if elsewhere := mark.read_text(encoding="utf-8", errors="surrogateescape"):
+    with suppress(OSError):
+        _, elsewhere = noted(default) or ("", "")
+        if elsewhere:
             return Path(elsewhere)
     return default
 
@@ -63,17 +75,18 @@ def require_same_settings(
 ) -> None:
     """SafefsError where another living daemon shares its locks otherwise.  Blocks, where it may be a dead one's record.
 
-    After this daemon's own record is there: of two that start at once one sees the other.  `is_dead` is what this host
+    After this daemon's own record is there: of two that start at once one sees the other, and of a record that is being
+    made, whose identity is empty yet, the daemon will see this one.  `is_dead` is what this host
     knows of a daemon (state.known_dead).
     """
-    others = {path: _identity(path) for path in (state.path / DAEMONS).iterdir() if path.name != node_id}
+    others = {path: identity_of(path) for path in (state.path / DAEMONS).iterdir() if path.name != node_id}
     others = {path: each for path, each in others.items() if each.get(SHARING, sharing) != sharing}
-    beats = {path: _beat(path) for path in others}
+    beats = {path: heartbeat_of(path) for path in others}
     deadline = time.monotonic() + WATCH_SECONDS
     while others:
         for path, identity in list(others.items()):
             dead = is_dead(identity)
-            if dead is False or (dead is None and _beat(path) not in ("", beats[path])):
+            if dead is False or (dead is None and heartbeat_of(path) not in ("", beats[path])):
                 raise SafefsError(_difference(identity, sharing), errno.EBUSY)
             if dead or time.monotonic() > deadline:
                 del others[path]
@@ -89,18 +102,3 @@ def _difference(identity: Mapping[str, Any], sharing: Mapping[str, Any]) -> str:
         f"the daemon on {identity.get('host')} (process {identity.get('pid')}) has {what}: with other settings nodes"
         " would not exclude each other; mount with the same -o options, or unmount the others first"
     )
-
-
-def _identity(record: Path) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads((record / "identity.json").read_text(encoding="ascii"))
-    except (OSError, ValueError):
-        return {}  # being made: it will see this one
-    return found
-
-
-def _beat(record: Path) -> str:
-    try:
-        return (record / "heartbeat").read_text(encoding="ascii")
-    except OSError:
-        return ""

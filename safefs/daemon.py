@@ -210,15 +210,13 @@ class Daemon:
         SafefsError where they keep their locks otherwise: the two would not exclude each other.
         """
         settings = self.settings
-        cluster, _ = self.state.cluster_id()
-        if not settings.read_only:
-            require_one_state(self.state, settings.backing)
+        cluster = "" if settings.read_only else require_one_state(self.state, settings.backing)
         sharing = shared_settings(settings, cluster)
         self.record = DaemonRecord(self.state, self.backing.node_id, sharing)
         try:
             require_same_settings(self.state, self.backing.node_id, sharing, self._known_dead)
         except BaseException:
-            self.record.remove()
+            self._withdraw()
             raise
         return cluster
 

@@ -67,10 +67,9 @@ def flock_lock(nodeid: int, handle: int, owner: int, operation: int, pid: int) -
 class Ending:
     """The record locks of a process on a file that it has closed, and that is not published yet."""
 
+    number: int  # of the file handle
     key: str
-    nodeid: int
-    number: int
-    owner: int
+    owner: Owner
     done: trio.Event = field(default_factory=trio.Event)
 
 
@@ -80,7 +79,7 @@ class Locking:
     def __init__(self, filesystem: FileSystem) -> None:
         self.fs = filesystem
         self.locks = filesystem.locks
-        self._endings: dict[int, list[Ending]] = {}  # by file handle
+        self._endings: list[Ending] = []
         self._passes: Counter[tuple[str, Kind]] = Counter()  # of those who had no patience, while anybody waits
 
     def key(self, nodeid: int, number: int) -> str:
@@ -123,9 +122,10 @@ class Locking:
 
     async def settled(self, wanted: Wanted) -> None:
         """Until what was closed under a lock of the name is published: nobody may have the lock before."""
-        key = self.key(wanted.nodeid, wanted.handle) if self._endings else ""
-        for ending in [ending for endings in self._endings.values() for ending in endings if ending.key == key]:
-            await ending.done.wait()
+        if self._endings:
+            key = self.key(wanted.nodeid, wanted.handle)
+            for ending in [ending for ending in self._endings if ending.key == key]:
+                await ending.done.wait()
         await self.fs.ordering.wait_name(*self._place(wanted.nodeid, wanted.handle))
 
     def unlock(self, wanted: Wanted) -> trio.Event | None:
@@ -142,9 +142,9 @@ class Locking:
         key = known or self._found_under(wanted.nodeid, wanted.handle)
         if wanted.kind is Kind.RECORD:
             native.mark_ranged(entry_of(key))  # from now on every close of such a file is heard of
-            for ending in [ending for endings in self._endings.values() for ending in endings]:
-                if (ending.key, ending.owner) == (key, wanted.owner):
-                    self.end(ending)
+            closed = key, self._owner(wanted)
+            for ending in [ending for ending in self._endings if (ending.key, ending.owner) == closed]:
+                self._end(ending)
         lock = Lock(self._owner(wanted), mode, wanted.first, wanted.last, wanted.pid)
         waiting = self.locks.acquire(key, wanted.kind, lock, wanted.handle, may_wait=wanted.may_wait)
         handle = self.fs.handles.get(wanted.handle)
@@ -271,25 +271,23 @@ class Locking:
     def flushed_unpublished(self, nodeid: int, number: int, owner: int) -> Ending | None:
         """The same, where the RELEASE that perhaps follows will publish what was written under the locks.
 
-        Returns what is to be ended then (by `released`), or once it is known that others have the file open (by `end`):
-        close(2) gives the locks up, and so it did, but for the moment until then.  None: there are no such locks.
+        Returns what is to be ended then (by `released`), or once it is known that others have the file open (by
+        `end_unless_released`): close(2) gives the locks up, and so it did, but for the moment until then.  None: there
+        are no such locks.
         """
-        if not self.locks.has_record_locks(Owner(self.locks.node, owner)):
+        closer = Owner(self.locks.node, owner)
+        if not self.locks.has_record_locks(closer):
             return None
-        ending = Ending(self.key(nodeid, number), nodeid, number, owner)
-        self._endings.setdefault(number, []).append(ending)
+        ending = Ending(number, self.key(nodeid, number), closer)
+        self._endings.append(ending)
         return ending
 
-    def end(self, ending: Ending) -> list[trio.Event]:
-        """The locks of who has closed a file are free; what to wait for until others see it."""
-        endings = self._endings.get(ending.number, [])
-        if ending not in endings:
-            return []
-        endings.remove(ending)
-        if not endings:
-            del self._endings[ending.number]
-        ending.done.set()
-        return self.flushed(ending.nodeid, ending.number, ending.owner)
+    def _end(self, ending: Ending) -> None:
+        """The locks of who has closed a file are free."""
+        if ending in self._endings:
+            self._endings.remove(ending)
+            ending.done.set()
+            self.locks.flushed(ending.number, ending.key, ending.owner)
 
     async def end_unless_released(self, ending: Ending, handle: Handle, tid: int) -> None:
         """RELEASE comes at the end of the call that closes, or not at all, when there are other copies."""
@@ -302,12 +300,12 @@ class Locking:
             if not closing and not self.fs.passthrough.requests_wait():
                 break
         if not handle.released:
-            self.end(ending)
+            self._end(ending)
 
     def released(self, number: int) -> None:
         """Nobody has an open file any more."""
-        for ending in list(self._endings.get(number, ())):
-            self.end(ending)
+        for ending in [ending for ending in self._endings if ending.number == number]:
+            self._end(ending)
         if number & native.FH_HOT and self.locks.key_of(number) is not None:
             self.fs.nodes.hot.mark_handle(number, -1)
         self.locks.released(number)

@@ -107,7 +107,7 @@ class Publisher:
         self._state = state
         self._record = record
         self._names = KeyedLocks()
-        self._shown: dict[Identity, list[Draft]] = {}  # by that inode
+        self._shown: dict[Identity, list[Draft]] = {}  # by what their `shown` says
         self._syncs = GroupSync()
         self.counts: Counter[str] = Counter()
         self.on_publish: Callable[[Node, Identity | None], None] | None = None

@@ -32,11 +32,20 @@ from safefs.events import EventKind, EventLog
 from safefs.identity import DAEMON, SERVICE, read_back
 from safefs.model import Caller
 from safefs.softlocks import Noted, read_noted, remove_noted
-from safefs.state import DAEMONS, RECORD_VERSION, WRITER, DaemonRecord, StateDirectory, known_dead
+from safefs.state import (
+    BEAT_SECONDS,
+    DAEMONS,
+    RECORD_VERSION,
+    WRITER,
+    DaemonRecord,
+    StateDirectory,
+    heartbeat_of,
+    identity_of,
+    known_dead,
+)
 
 log = logging.getLogger(__name__)
 
-BEAT_SECONDS = 5.0
 DEAD_AFTER_SECONDS = 60.0
 ALIVE_SECONDS = 15.0  # since the last heartbeat
 WATCHED = 2  # daemons that are alive
@@ -114,10 +123,7 @@ class Recovery:
                 self._settle(path)
 
     def _is_dead(self, path: Path, *, watched: bool) -> bool:
-        try:
-            identity = json.loads((path / "identity.json").read_text(encoding="ascii"))
-        except (OSError, ValueError):
-            identity = {}  # being made, or cut short by a crash: only its heartbeat can tell
+        identity = identity_of(path)  # of an empty one only the heartbeat can tell
         if identity.get("version", RECORD_VERSION) != RECORD_VERSION:
             return False
         known = self._backing.identities.call(DAEMON, known_dead, identity)
@@ -127,11 +133,7 @@ class Recovery:
         return known
 
     def _has_stopped_beating(self, path: Path) -> bool:
-        try:
-            beat = (path / "heartbeat").read_text(encoding="ascii")
-        except OSError:
-            beat = ""
-        now = time.monotonic()
+        beat, now = heartbeat_of(path), time.monotonic()
         last, since = self._beats.get(path.name, (None, now))
         if beat != last:
             self._beats[path.name] = (beat, now)

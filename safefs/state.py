@@ -47,7 +47,8 @@ RETAINED = "retained"
 RECORD_SUFFIX = ".json"
 WRITER = "writer"  # in a daemon's journal
 COPIED_FROM = "copied_from"  # in the record of a file that is a copy: owner and mode of the file
-SOFT_LOCKS = "softlocks"  # in a daemon's record
+IDENTITY, HEARTBEAT, SOFT_LOCKS = "identity.json", "heartbeat", "softlocks"  # in a daemon's record
+BEAT_SECONDS = 5.0  # between its heartbeats
 MAX_NOTED = 1 << 18  # directories that a daemon remembers to have put on record; then it does so again
 LOCKS = "names.lock"
 LOCK_RANGE = (1 << 62) - 1
@@ -109,33 +110,59 @@ def agreed(home: Path, mine: str, note: str) -> tuple[str, str]:
 
     A directory with one file of that name: of several that rename theirs to the place one succeeds, everywhere.
     """
-    place = home / CLUSTER
-    if not place.exists():
-        fresh = home / f"{CLUSTER}.{secrets.token_hex(8)}"
-        fresh.mkdir(mode=0o700)
-        try:
-            (fresh / mine).write_text(note, encoding="utf-8", errors="surrogateescape")
-            fresh.rename(place)
-        except OSError as error:
-            with suppress(OSError):
-                (fresh / mine).unlink()
-                fresh.rmdir()
-            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.EPERM, errno.EACCES):
-                raise
-    [found] = place.iterdir()
-    return found.name, found.read_text(encoding="utf-8", errors="surrogateescape")
+    found = noted(home)
+    if found is not None:
+        return found
+    fresh = home / f"{CLUSTER}.{secrets.token_hex(8)}"
+    fresh.mkdir(mode=0o700)
+    try:
+        (fresh / mine).write_text(note, encoding="utf-8", errors="surrogateescape")
+        fresh.rename(home / CLUSTER)
+    except OSError as error:
+        with suppress(OSError):
+            (fresh / mine).unlink()
+            fresh.rmdir()
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.EPERM, errno.EACCES):
+            raise
+    found = noted(home)
+    if found is None:
+        raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(home / CLUSTER))
+    return found
+
+
+def noted(home: Path) -> tuple[str, str] | None:
+    """What `agreed` says; None where nobody has made anything yet.  Raises OSError."""
+    try:
+        for path in (home / CLUSTER).iterdir():
+            return path.name, path.read_text(encoding="utf-8", errors="surrogateescape")
+    except FileNotFoundError:
+        pass
+    return None
 
 
 def _find(directory: int, name: bytes) -> int:
     return os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
 
 
+def identity_of(record: Path) -> dict[str, Any]:
+    """Who the daemon with this record is (`host_identity`); empty where it is being made, or cut short by a crash."""
+    try:
+        return dict(json.loads((record / IDENTITY).read_text(encoding="ascii")))
+    except (OSError, ValueError):
+        return {}
+
+
+def heartbeat_of(record: Path) -> str:
+    """What the daemon with this record has come to; empty where that cannot be read."""
+    try:
+        return (record / HEARTBEAT).read_text(encoding="ascii")
+    except OSError:
+        return ""
+
+
 def host_of(record: Path) -> str:
     """The host of the daemon with this record; empty where that cannot be read."""
-    try:
-        return str(json.loads((record / "identity.json").read_text(encoding="ascii"))["host"])
-    except (OSError, ValueError, KeyError):
-        return ""
+    return str(identity_of(record).get("host", ""))
 
 
 @dataclass(frozen=True)
@@ -360,7 +387,7 @@ class DaemonRecord:
     def __init__(self, state: StateDirectory, node_id: str, sharing: Mapping[str, Any]) -> None:
         self.path = state.path / DAEMONS / node_id
         self.path.mkdir(mode=0o700)
-        self.identity = self.path / "identity.json"
+        self.identity = self.path / IDENTITY
         self.identity.write_text(json.dumps({**host_identity(), SHARING: dict(sharing)}) + "\n", encoding="ascii")
         self._beats = 0
         self.beat()
@@ -370,9 +397,9 @@ class DaemonRecord:
     def beat(self) -> None:
         """Show other nodes that this daemon lives: they watch the content change, no clocks are compared."""
         self._beats += 1
-        temporary = self.path / "heartbeat.new"
+        temporary = self.path / f"{HEARTBEAT}.new"
         temporary.write_text(f"{self._beats}\n", encoding="ascii")
-        temporary.rename(self.path / "heartbeat")
+        temporary.rename(self.path / HEARTBEAT)
 
     def has_noted(self, path: bytes) -> bool:
         """Whether a directory is on record.  Does not block."""
@@ -407,7 +434,7 @@ class DaemonRecord:
     def remove(self) -> None:
         """An orderly end: nothing is left to find."""
         os.close(self._journal)
-        for name in ("heartbeat.new", "heartbeat", "journal", "identity.json", SOFT_LOCKS, f"{SOFT_LOCKS}.new"):
+        for name in (f"{HEARTBEAT}.new", HEARTBEAT, "journal", IDENTITY, SOFT_LOCKS, f"{SOFT_LOCKS}.new"):
             (self.path / name).unlink(missing_ok=True)
         with suppress(OSError):
             self.path.rmdir()

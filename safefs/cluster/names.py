@@ -499,9 +499,8 @@ class Names:
             self._note(name, pending.step, done, asked)
             pending.settle(locks)
         self._settle_waits(name, after)
-        name.gone = await self._gone(
-            after.nodes()
-        )  # also where all got what they wanted: else the name would stay shared
+        # Also where all got what they wanted: else the name would stay shared.
+        name.gone = await self._gone(after.nodes())
 
     @staticmethod
     def _batch(pending: list[Pending]) -> list[Pending]:
