@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -80,7 +79,7 @@ class Locking:
         self.fs = filesystem
         self.locks = filesystem.locks
         self._endings: list[Ending] = []
-        self._passes: Counter[tuple[str, Kind]] = Counter()  # of those who had no patience, while anybody waits
+        self._patience: dict[tuple[str, Kind], float] = {}  # where it was lost before, while anybody waits
 
     def key(self, nodeid: int, number: int) -> str:
         """What an open file is locked by: the name that it was locked by before, its draft's, or where it was found."""
@@ -204,18 +203,19 @@ class Locking:
             raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
     async def _wait_patiently(self, waiting: Waiting) -> None:
-        """Each who passes makes the next wait twice as long, so that those who are passed have their turn."""
+        """Who comes after one that has lost patience has twice as much, so that those who were passed have a turn."""
         queue = waiting.key, waiting.kind
+        seconds = self._patience.get(queue, PATIENCE_SECONDS)
         try:
-            with trio.move_on_after(PATIENCE_SECONDS * 2 ** self._passes[queue]):
+            with trio.move_on_after(seconds):
                 await waiting.settled.wait()
             if not waiting.settled.is_set():
-                self._passes[queue] += 1
+                self._patience[queue] = max(self._patience.get(queue, 0.0), 2 * seconds)
                 self.locks.let_pass(waiting)
             await waiting.settled.wait()
         finally:
             if not self.locks.has_queue(waiting):
-                self._passes.pop(queue, None)
+                self._patience.pop(queue, None)
 
     async def _is_kin(self, waiting: Waiting, tid: int) -> bool:
         """Whether a process that holds something on the name, or a child of it, is the one that asks."""

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import trio
+import trio.testing
 from trio.testing import MockClock
 
 from safefs.locking import PATIENCE_SECONDS, Locking
@@ -53,6 +54,25 @@ def test_a_writer_among_readers_that_overlap() -> None:
     trio.run(main, clock=MockClock(autojump_threshold=0))
     assert 0 < party.granted.index(0) < READERS / 10
     assert sorted(party.granted) == list(range(READERS))
+
+
+def test_very_many_who_lose_patience_together_count_as_one() -> None:
+    """The next has twice as much as they had, not twice as much for each of them."""
+    party, crowd = Party(), 100
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(party.use, 0, Mode.EXCLUSIVE, 10 * PATIENCE_SECONDS)
+            await trio.sleep(1)
+            for number in range(1, crowd):
+                nursery.start_soon(party.use, number, Mode.EXCLUSIVE, 0)
+            await trio.sleep(2 * PATIENCE_SECONDS)
+            nursery.start_soon(party.use, crowd, Mode.EXCLUSIVE, 0)
+            await trio.testing.wait_all_tasks_blocked()
+            assert set(party.locking._patience.values()) == {2 * PATIENCE_SECONDS}
+
+    trio.run(main, clock=MockClock(autojump_threshold=0))
+    assert sorted(party.granted) == list(range(crowd + 1))
 
 
 def test_a_reader_that_a_waiting_writer_waits_for() -> None:
