@@ -90,14 +90,14 @@ def bounded(function: Callable[..., T], *arguments: Any, seconds: float = CALL_S
 
 def _fork() -> int:
     """As os.fork(); the child ends without a word where the terminal interrupts both."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         pid = os.fork()
         if pid == 0:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
         return pid
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 # ------------------------------------------------------------------ one node
