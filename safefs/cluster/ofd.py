@@ -5,7 +5,7 @@ stand between two nodes and one lock, and either is enough:
 
 - Each step on a record or on a lease is taken under an exclusive lock on a byte of `serial`.  So renames do not race,
   and it need not be the filesystem that decides a race for a name.
-- The steps are still those of safefs/cluster/leasefile.py, renames from a name that must be there.  A lock is no cache
+- The steps are still those of safefs/cluster/files.py, renames from a name that must be there.  A lock is no cache
   barrier: what is read under one can be old (Gluster), so nothing that was read decides, but whether the old name is
   there, on the server.  And a lock can be lost without a word (a client that was evicted, or frozen): who goes on as if
   he had it finds that the name has changed.
@@ -34,14 +34,16 @@ import os
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 
 import trio
 import xxhash
 
 from safefs.cluster.backend import BackendError, HasDied, LeaseLostError, ProcessIdentity
-from safefs.cluster.leasefile import ENDED, Files, LeasefileBackend, Site
+from safefs.cluster.files import ENDED, Files
+from safefs.cluster.housekeeping import NODES_AT_ONCE
+from safefs.cluster.leasefile import LeasefileBackend, Site
 from safefs.lease import Terms, boottime
 
 log = logging.getLogger(__name__)
@@ -92,7 +94,7 @@ class LockedFiles(Files):
         super().__init__(root, identity, has_died)
         self._terms = terms
         self._client = client
-        self._serial = os.open(self._path("serial"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._serial = os.open(self.path("serial"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._mutex = threading.Lock()
         self._bytes: set[int] = set()  # that a thread of ours holds or tries
         self._held_up: dict[str, tuple[float, float]] = {}  # since when something was found held, and when last
@@ -182,10 +184,10 @@ class LockedFiles(Files):
         """
         return self._look >= 0 and is_locked(self._look)
 
-    def unlocked(self) -> dict[str, str]:
-        """Nodes on other clients whose locks look free from here, not known to be dead, and their heartbeats."""
+    def unlocked(self, nodes: Iterable[str]) -> dict[str, str]:
+        """Those on other clients whose locks look free from here, not known to be dead, and their heartbeats."""
         found = {}
-        for node in self._listed(self._path("nodes")):
+        for node in nodes:
             # The heartbeat first: a node that ends meanwhile unlocks after that.
             heartbeat = self.heartbeat(node)
             if heartbeat not in (None, ENDED) and self._looks_free(node) and not self.has_died(node):
@@ -195,9 +197,9 @@ class LockedFiles(Files):
     def _looks_free(self, node: str) -> bool:
         """False for a node on this client, with which the kernel settles it, and for one with lease files alone."""
         with suppress(FileNotFoundError):
-            for entry in os.listdir(self._path("nodes", node)):
+            for entry in os.listdir(self.path("nodes", node)):
                 if entry.startswith(ALIVE) and entry != f"{ALIVE}{self._client}":
-                    fd = os.open(self._path("nodes", node, entry), os.O_RDWR | os.O_CLOEXEC)
+                    fd = os.open(self.path("nodes", node, entry), os.O_RDWR | os.O_CLOEXEC)
                     try:
                         return not is_locked(fd)
                     finally:
@@ -235,11 +237,13 @@ class NativeBackend(LeasefileBackend):
 
     async def _contradiction(self) -> str:
         """A node that lives and whose lock looks free; empty when there is none."""
-        first = await self._call(self._locked.unlocked)
+        nodes, first = await self._call(self._locked.nodes), dict[str, str]()
+        for at in range(0, len(nodes), NODES_AT_ONCE):
+            first |= await self._call(self._locked.unlocked, nodes[at : at + NODES_AT_ONCE])
         pause = WITNESS_RENEWALS * self._site.terms.renew_seconds / LOOKS
         for _ in range(LOOKS if first else 0):
             await trio.sleep(pause)
-            now = await self._call(self._locked.unlocked)
+            now = await self._call(self._locked.unlocked, tuple(first))
             for node in first.keys() & now.keys():
                 if first[node] != now[node]:
                     return node

@@ -18,7 +18,10 @@ import pytest
 import trio
 import trio.testing
 
-from safefs.cluster import leasefile as module
+from safefs.cluster import calls as calls_module
+from safefs.cluster import files as files_module
+from safefs.cluster import housekeeping
+from safefs.cluster import leasefile as leasefile_module
 from safefs.cluster import ofd as locked_module
 from safefs.cluster.backend import BackendError, DamagedError, LeaseLostError, LockBackend, Stored
 from safefs.cluster.choice import etcd_access
@@ -130,14 +133,14 @@ def without_threads(monkeypatch: pytest.MonkeyPatch, takes: float = 0) -> trio.t
     """A clock for lease files whose calls are done in no time, or always take the same: it goes on when all wait."""
 
     async def in_place(
-        _backend: object, function: Callable[..., object], *arguments: object, **options: object
+        _calls: object, function: Callable[..., object], *arguments: object, **options: object
     ) -> object:
         await trio.sleep(takes)
         return function(*arguments, **options)
 
-    for call in ("_call", "_call_own"):
-        monkeypatch.setattr(LeasefileBackend, call, in_place)
-    for each in (module, locked_module):
+    for call in ("call", "call_own"):
+        monkeypatch.setattr(calls_module.Calls, call, in_place)
+    for each in (leasefile_module, housekeeping, locked_module):
         monkeypatch.setattr(each, "boottime", trio.current_time)
     return trio.testing.MockClock(autojump_threshold=0)
 
@@ -401,8 +404,8 @@ def test_names_and_nodes_that_are_gone_leave_no_files(tmp_path: Path, monkeypatc
         await one.discard("name", empty)
         await one.leave()
         for part in ("nodes", "names"):
-            (tmp_path / part / f"{module.LOOK}01234567").touch()
-        monkeypatch.setattr(module, "BURIED_SECONDS", -1.0)
+            (tmp_path / part / f"{files_module.LOOK}01234567").touch()
+        monkeypatch.setattr(housekeeping, "BURIED_SECONDS", -1.0)
         await two.join()
         await two.tidy_up()
         assert [path.name for path in (tmp_path / "nodes").iterdir()] == [two.node]
@@ -413,7 +416,7 @@ def test_names_and_nodes_that_are_gone_leave_no_files(tmp_path: Path, monkeypatc
 
 def test_nodes_that_never_come_back_leave_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor do those that this node was itself, nor what was being made when a node died."""
-    monkeypatch.setattr(module, "BURIED_SECONDS", -1.0)
+    monkeypatch.setattr(housekeeping, "BURIED_SECONDS", -1.0)
     nodes = tmp_path / "nodes"
 
     async def scenario() -> None:
@@ -421,8 +424,8 @@ def test_nodes_that_never_come_back_leave_no_files(tmp_path: Path, monkeypatch: 
         for _ in range(3):
             await one.join()  # each time it has lost its lease
         await lives.join()
-        dead = module.Files(str(tmp_path), {}, lambda _identity: False)
-        for number in range(2 * module.LOOKED_AT_ONCE):
+        dead = files_module.Files(str(tmp_path), {}, lambda _identity: False)
+        for number in range(2 * housekeeping.LOOKED_AT_ONCE):
             dead.join(f"dead{number}")
         (nodes / "dead1" / "0").unlink()
         (tmp_path / "new" / "aa").mkdir()
@@ -441,19 +444,19 @@ def test_nodes_that_never_come_back_leave_no_files(tmp_path: Path, monkeypatch: 
 
 def test_who_joins_asks_for_no_other_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of which there may be thousands."""
-    dead = module.Files(str(tmp_path), {}, lambda _identity: False)
+    dead = files_module.Files(str(tmp_path), {}, lambda _identity: False)
     dead.join("dead")
     real = os.listdir
-    monkeypatch.setattr(module.os, "listdir", lambda path: real(path) if "dead" not in path else pytest.fail(path))
+    monkeypatch.setattr(os, "listdir", lambda path: real(path) if "dead" not in path else pytest.fail(path))
     trio.run(leasefile(tmp_path).join)
 
 
 def test_who_could_not_join_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(_files: module.Files, _home: str) -> None:
+    def fail(_files: files_module.Files, _home: str) -> None:
         raise OSError("no locks here")
 
     async def scenario() -> None:
-        monkeypatch.setattr(module.Files, "_move_in", fail)
+        monkeypatch.setattr(files_module.Files, "_move_in", fail)
         with pytest.raises(BackendError):
             await leasefile(tmp_path).join()
         assert not list((tmp_path / "nodes").iterdir())
@@ -481,7 +484,7 @@ def test_a_removal_that_was_cut_short_is_finished(tmp_path: Path) -> None:
 
 def test_a_rename_that_comes_late_finds_no_other_empty_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One of the same version, in a directory that was removed and made anew meanwhile: its data would be missing."""
-    files = module.Files(str(tmp_path), {}, lambda _identity: False)
+    files = files_module.Files(str(tmp_path), {}, lambda _identity: False)
 
     def use_once() -> Stored:
         first = files.swap("name", Stored(), held_by("b"))
@@ -498,7 +501,7 @@ def test_a_rename_that_comes_late_finds_no_other_empty_record(tmp_path: Path, mo
         use_once()
         rename(source, target)
 
-    monkeypatch.setattr(module.os, "rename", late)
+    monkeypatch.setattr(os, "rename", late)
     assert files.swap("name", empty, held_by("late")) is None
     assert not files.read("name").record
     assert files.swap("name", files.read("name"), held_by("c")) is not None
@@ -523,7 +526,7 @@ def test_what_a_dead_node_left_of_a_removed_name_does_not_stay_in_the_way(
     async def scenario() -> None:
         one = native(tmp_path, SHORT) if native_too else leasefile(tmp_path, terms=SHORT)
         await one.join()
-        home = tmp_path / "names" / module.directory_of("name")
+        home = tmp_path / "names" / files_module.directory_of("name")
         home.mkdir()
         (home / "data~dead").write_text("{}")
         start = trio.current_time()
@@ -543,7 +546,7 @@ def test_data_beside_which_there_is_anything_else_are_left_alone(beside: str, tm
     async def scenario() -> None:
         one = leasefile(tmp_path)
         await one.join()
-        home = tmp_path / "names" / module.directory_of("name")
+        home = tmp_path / "names" / files_module.directory_of("name")
         home.mkdir()
         (home / "data~live").write_text("{}")
         assert one.files.leftovers("name") == ("data~live",)
@@ -560,7 +563,7 @@ def test_data_that_change_are_not_left_over(tmp_path: Path, monkeypatch: pytest.
     async def scenario() -> None:
         one = leasefile(tmp_path, terms=SHORT)
         await one.join()
-        home = tmp_path / "names" / module.directory_of("name")
+        home = tmp_path / "names" / files_module.directory_of("name")
         home.mkdir()
         start, number = trio.current_time(), 0
         while trio.current_time() - start < 2 * SHORT.gone_seconds:
@@ -593,7 +596,7 @@ def test_a_node_whose_process_died_is_gone_at_once(tmp_path: Path) -> None:
 
 
 def test_the_process_of_a_node_is_read_once(tmp_path: Path) -> None:
-    one, other = (module.Files(str(tmp_path), {"pid": 1}, lambda _identity: False) for _ in range(2))
+    one, other = (files_module.Files(str(tmp_path), {"pid": 1}, lambda _identity: False) for _ in range(2))
     assert one.process_of("node") == {}
     other.join("node")
     assert one.process_of("node") == {"pid": 1}
@@ -605,7 +608,7 @@ def test_a_backend_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.Monk
     async def scenario() -> None:
         one = leasefile(tmp_path)
         await one.join()
-        monkeypatch.setattr(module, "CALL_SECONDS", 0.05)
+        monkeypatch.setattr(calls_module, "CALL_SECONDS", 0.05)
         one.files.read = lambda _name: time.sleep(0.5)  # type: ignore[method-assign, assignment, return-value]
         with pytest.raises(BackendError, match="does not answer"):
             await one.read("name")
@@ -615,7 +618,7 @@ def test_a_backend_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_directories_that_hang_do_not_cost_the_lease(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor do they take more than one thread each, however often they are asked for."""
-    monkeypatch.setattr(module, "CALL_SECONDS", 0.05)
+    monkeypatch.setattr(calls_module, "CALL_SECONDS", 0.05)
     goes_on, calls = threading.Event(), list[str]()
 
     def hang(name: str) -> Stored:
@@ -635,9 +638,9 @@ def test_directories_that_hang_do_not_cost_the_lease(tmp_path: Path, monkeypatch
         await ask(one, "name", 5)
         assert calls == ["name"]
         async with trio.open_nursery() as nursery:
-            for number in range(2 * module.MAX_THREADS):
+            for number in range(2 * calls_module.MAX_THREADS):
                 nursery.start_soon(ask, one, str(number), 2)
-        assert len(calls) == module.MAX_THREADS
+        assert len(calls) == calls_module.MAX_THREADS
         await one.renew()
         goes_on.set()
         await trio.sleep(0.1)
@@ -656,7 +659,7 @@ def test_whatever_goes_wrong_is_an_error_of_the_backend(
     async def scenario() -> None:
         one = leasefile(tmp_path)
         await one.join()
-        monkeypatch.setattr(module.trio.to_thread, "run_sync", fail)
+        monkeypatch.setattr(trio.to_thread, "run_sync", fail)
         for ask in (one.read, one.process_of):
             with pytest.raises(BackendError, match=str(error)):
                 await ask("name")
@@ -842,9 +845,7 @@ def test_a_record_is_on_the_disk_before_it_counts(tmp_path: Path, monkeypatch: p
     steps: list[str] = []
     for name in ("fsync", "rename"):
         real = getattr(os, name)
-        monkeypatch.setattr(
-            module.os, name, lambda *arguments, name=name, real=real: (steps.append(name), real(*arguments))
-        )
+        monkeypatch.setattr(os, name, lambda *arguments, name=name, real=real: (steps.append(name), real(*arguments)))
 
     async def scenario() -> None:
         one = leasefile(tmp_path)
@@ -876,7 +877,7 @@ def test_a_directory_that_is_not_mounted_is_not_one_without_records(
                 away.rename(place)
             return real_exists(path)
 
-        monkeypatch.setattr(module.os.path, "exists", exists)
+        monkeypatch.setattr(os.path, "exists", exists)
         if appears:
             assert await one.read("name") == stored
             return
@@ -897,16 +898,16 @@ def test_a_directory_that_is_not_mounted_is_not_one_without_records(
 
 def test_a_node_that_was_listed_while_it_was_being_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A client that keeps what it has listed, until it changes the directory itself, does not take it for gone."""
-    mine, other = (module.Files(str(tmp_path), {}, lambda _identity: False) for _ in range(2))
+    mine, other = (files_module.Files(str(tmp_path), {}, lambda _identity: False) for _ in range(2))
     other.join("node")
-    kept, real_list, real_anew = {str(tmp_path / "nodes" / "node"): ["process"]}, module.os.listdir, mine._look_anew
+    kept, real_list, real_anew = {str(tmp_path / "nodes" / "node"): ["process"]}, os.listdir, mine.look_anew
 
     def look_anew(directory: str) -> None:
         kept.pop(directory, None)
         real_anew(directory)
 
-    monkeypatch.setattr(module.os, "listdir", lambda path: kept.get(path) or real_list(path))
-    monkeypatch.setattr(mine, "_look_anew", look_anew)
+    monkeypatch.setattr(os, "listdir", lambda path: kept.get(path) or real_list(path))
+    monkeypatch.setattr(mine, "look_anew", look_anew)
     assert mine.heartbeat("node") == "0"
 
 
@@ -917,7 +918,7 @@ def test_what_clients_are_made_to_look_anew_by_is_no_node(native_too: bool, tmp_
     async def scenario() -> None:
         await leasefile(tmp_path).join()
         for part in ("nodes", "names"):
-            (tmp_path / part / f"{module.LOOK}0123abcd").touch()
+            (tmp_path / part / f"{files_module.LOOK}0123abcd").touch()
         one = native(tmp_path) if native_too else leasefile(tmp_path)
         await one.join()
         assert await one.all_names() == []
@@ -928,7 +929,7 @@ def test_what_clients_are_made_to_look_anew_by_is_no_node(native_too: bool, tmp_
 def test_a_heartbeat_that_a_client_remembers_delays_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A node that has renewed its lease behind a listing, and then died, is gone when lease and delay are over."""
     kept: dict[str, list[str]] = {}
-    real_list, real_anew = module.os.listdir, module.Files._look_anew
+    real_list, real_anew = os.listdir, files_module.Files.look_anew
 
     def look_anew(directory: str) -> None:
         real_anew(directory)
@@ -940,9 +941,9 @@ def test_a_heartbeat_that_a_client_remembers_delays_nobody(tmp_path: Path, monke
         await one.join()
         await two.join()
         home = str(tmp_path / "nodes" / one.node)
-        monkeypatch.setattr(module.Files, "_look_anew", staticmethod(look_anew))
+        monkeypatch.setattr(files_module.Files, "look_anew", staticmethod(look_anew))
         monkeypatch.setattr(
-            module.os,
+            os,
             "listdir",
             lambda path: kept.setdefault(path, real_list(path)) if path == home else real_list(path),
         )

@@ -1,6 +1,6 @@
 """Every order of file operations of nodes that replace one record: the lease files, searched through.
 
-The code of safefs.cluster.leasefile.Files runs; each of its calls to the filesystem is a step, on a directory that is a
+The code of safefs.cluster.files.Files runs; each of its calls to the filesystem is a step, on a directory that is a
 value (tests.model.shared_directory).  Asked of every step: the record changes by a swap from just the record that was
 read to the one that is to follow, and no other way; and a swap says that it was carried out if it was, and only then.
 One exception: where the client of a filesystem has repeated a rename whose answer was lost, a swap can say that it was
@@ -20,9 +20,9 @@ from unittest import mock
 
 import pytest
 
-from safefs.cluster import leasefile
+from safefs.cluster import files as files_module
 from safefs.cluster.backend import Stored
-from safefs.cluster.leasefile import STATE, Files, directory_of
+from safefs.cluster.files import STATE, Files, directory_of
 from safefs.cluster.record import NameRecord
 from tests.model.explore import Violation, explore
 from tests.model.shared_directory import Answer, Call, Replay, Tree, Waits, carry_out
@@ -72,7 +72,7 @@ def current(tree: Tree) -> Marks:
     entries = dict(tree)
     names = [path.removeprefix(HOME + "/") for path in entries if path.startswith(HOME + "/")]
     states = sorted((int(found[1]), found[2]) for name in names if (found := STATE.fullmatch(name)))
-    if not states or states[-1][1].startswith(leasefile.NONE):
+    if not states or states[-1][1].startswith(files_module.NONE):
         return ()
     text = entries.get(f"{HOME}/data~{states[-1][1]}")
     return tuple(json.loads(text)["record"]["wanted"]) if text else ("nothing that can be read",)
@@ -91,9 +91,9 @@ def run(actor: Actor) -> Call | Any:
         return f"{actor.number:x}{actor.tried:x}{next(numbers):x}"
 
     with (
-        mock.patch.object(leasefile, "os", replay),
-        mock.patch.object(leasefile, "open", replay.open_to_read, create=True),
-        mock.patch.object(leasefile.secrets, "token_hex", token_of),
+        mock.patch.object(files_module, "os", replay),
+        mock.patch.object(files_module, "open", replay.open_to_read, create=True),
+        mock.patch.object(files_module.secrets, "token_hex", token_of),
     ):
         try:
             match actor.doing:
@@ -271,14 +271,14 @@ def test_control_swaps_that_look_and_then_write(monkeypatch: pytest.MonkeyPatch)
     """A rename that does not ask whether its source is there: the state is looked up before, and made anew."""
 
     def swap(files: Files, name: str, old: Stored, new: NameRecord) -> Stored | None:
-        token = leasefile.secrets.token_hex(8)
+        token = files_module.secrets.token_hex(8)
         stored = Stored(old.version + 1, new, token)
         if not old.version:
             return files._create(name, stored)
         if files._state(name) != (old.version, old.token):
             return None
         files._write(HOME, name, stored)
-        leasefile._touch(f"{HOME}/{stored.version}~{token}")
+        files_module._touch(f"{HOME}/{stored.version}~{token}")
         files._remove(f"{HOME}/{old.version}~{old.token}")
         return stored
 
@@ -298,7 +298,7 @@ def test_control_whoever_empties_a_directory_empties_what_is_there_now(monkeypat
 
     def bury(files: Files, home: str) -> None:
         with suppress(OSError):
-            files._empty(home, [entry for entry in leasefile.os.listdir(home) if not STATE.fullmatch(entry)])
+            files._empty(home, [entry for entry in files_module.os.listdir(home) if not STATE.fullmatch(entry)])
 
     monkeypatch.setattr(Files, "_bury", bury)
     with pytest.raises(Violation, match="lost its data"):
@@ -310,10 +310,10 @@ def test_control_a_record_whose_state_comes_before_its_data(monkeypatch: pytest.
     write = Files._write
 
     def swap(files: Files, name: str, old: Stored, new: NameRecord) -> Stored | None:
-        stored = Stored(old.version + 1, new, leasefile.secrets.token_hex(8))
+        stored = Stored(old.version + 1, new, files_module.secrets.token_hex(8))
         if not old.version:
             return files._create(name, stored)
-        leasefile.os.rename(f"{HOME}/{old.version}~{old.token}", f"{HOME}/{stored.version}~{stored.token}")
+        files_module.os.rename(f"{HOME}/{old.version}~{old.token}", f"{HOME}/{stored.version}~{stored.token}")
         write(files, HOME, name, stored)
         return stored
 
