@@ -885,8 +885,10 @@ def test_names_that_are_not_used_leave_no_record() -> None:
 def test_a_record_that_another_version_wrote() -> None:
     with pytest.raises(ValueError, match="another version"):
         NameRecord.from_json({"format": 99})
-    with pytest.raises(ValueError, match="no lock record"):
-        NameRecord.from_json({"format": FORMAT, "delegate": "a"})
+    whole = NameRecord().to_json()
+    for none in ({"format": FORMAT, "delegate": "a"}, [], None, 17, {**whole, "locks": []}, {**whole, "wanted": 1}):
+        with pytest.raises(ValueError, match="no lock record"):
+            NameRecord.from_json(none)
     record = NameRecord("a", ("b",), NameLocks())
     assert NameRecord.from_json(record.to_json()) == record
 
