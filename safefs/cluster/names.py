@@ -7,6 +7,7 @@ queued (`submit`); one task for each name takes its steps to the record, as many
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -123,6 +124,7 @@ class Names:
         self._followed = 0  # names that are followed, for whatever reason
         self._lost_as = ""  # the last name under which this node has lost its lease
         self._nursery: trio.Nursery | None = None
+        self._is_over = False
 
     # ------------------------------------------------------------ requests
 
@@ -149,7 +151,7 @@ class Names:
         return boottime() < self.lease_ends()
 
     def lease_ends(self) -> float:
-        return self._backend.lease_ends()
+        return -math.inf if self._is_over else self._backend.lease_ends()
 
     def _has_lease_to_serve(self) -> bool:
         """False between a lost lease and the next one."""
@@ -224,13 +226,16 @@ class Names:
     # --------------------------------------------------------------- tasks
 
     async def run(self) -> None:
-        """Serve until cancelled."""
-        async with trio.open_nursery() as nursery:
-            self._nursery = nursery
-            for name in self._names.values():
-                self._wake(name)
-            nursery.start_soon(self._heed)
-            nursery.start_soon(self._tidy)
+        """Serve until cancelled; from then on this node has no locks: its keeper, cancelled as well, leaves them."""
+        try:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                for name in self._names.values():
+                    self._wake(name)
+                nursery.start_soon(self._heed)
+                nursery.start_soon(self._tidy)
+        finally:
+            self._nursery, self._is_over = None, True
 
     async def _heed(self) -> None:
         """Names that others want are given back."""

@@ -16,11 +16,21 @@ from typing import Any
 import pytest
 import trio
 
-from safefs.cluster.backend import BackendError, Stored
+from safefs.cluster.backend import BackendError, LeaseLostError, Stored
 from safefs.cluster.etcd import EtcdBackend, _entries
-from safefs.cluster.etcd_client import MAX_IDLE, Access, Answer, Endpoint, Watch, decode, prefix_end
+from safefs.cluster.etcd_client import (
+    MAX_IDLE,
+    Access,
+    Answer,
+    Endpoint,
+    RefusedError,
+    Watch,
+    decode,
+    encode,
+    prefix_end,
+)
 from safefs.cluster.record import NameRecord
-from safefs.lease import Terms
+from safefs.lease import Terms, boottime
 from safefs.locktable import Kind, Mode
 from tests.conformance.test_backends import CALM, ETCD_TERMS, access_of, etcd_node, held_by
 from tests.support.etcd import PASSWORD, PREFIX, TOKEN_SECONDS, USER, Etcd, etcd
@@ -180,6 +190,54 @@ def test_kept_connections_that_are_dead(three: Etcd) -> None:
             nursery.cancel_scope.cancel()
 
     trio.run(main)
+
+
+def test_an_etcd_that_has_lost_its_data(tmp_path: Path) -> None:
+    """Who notices first joins when the leases that etcd knew of are over for all: others may not have noticed yet."""
+    async def scenario(one: EtcdBackend, two: EtcdBackend) -> None:
+        assert await one.swap("name", Stored(), held_by(one.node))
+        await one.renew()
+        server.forget()
+        with pytest.raises(LeaseLostError):
+            await two.renew()
+        while True:
+            with suppress(BackendError):
+                await two.join()
+                break
+            await trio.sleep(0.05)
+        assert boottime() > one.lease_ends()
+        assert not (await two.read("name")).record
+
+    with etcd(tmp_path) as server:
+        play(scenario, access_of(server), ETCD_TERMS)
+
+
+def test_a_node_can_leave_an_etcd_without_space(tmp_path: Path) -> None:
+    """Nothing more can be written there, but others need not wait for the lease."""
+
+    async def scenario(one: EtcdBackend, two: EtcdBackend) -> None:
+        filling = {"key": encode(b"filling"), "value": encode(bytes(1 << 20))}
+        refused = None
+        while refused is None:
+            try:
+                await one._client.call("/v3/kv/put", filling)
+            except RefusedError as error:
+                refused = error
+        assert "space exceeded" in str(refused)
+        assert one.lease_ends() > boottime()
+        await one.leave()
+        assert one.lease_ends() < boottime()  # others have what it held from now on
+        assert await two.gone([one.node]) == set()
+        await trio.sleep(CALM.delay_seconds)
+        assert await two.gone([one.node]) == {one.node}
+
+    with etcd(tmp_path, more=["--quota-backend-bytes", str(4 << 20)]) as server:
+        play(scenario, access_of(server))
+
+
+# What it is asked.
+
+
 
 
 # What it is asked.

@@ -868,6 +868,21 @@ def test_two_nodes_that_take_a_name_from_each_other_use_it() -> None:
     play(scenario, MemoryBackend)
 
 
+def test_what_is_asked_when_it_is_over() -> None:
+    """By publishes that are finished after something else has failed: no lock counts, and nothing new is raised."""
+
+    async def main() -> None:
+        node = Node("node", MemoryBackend(MemoryCluster(), "node"))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(node.names.run)
+            assert await node.acquire("name", 1, Mode.EXCLUSIVE)
+            nursery.cancel_scope.cancel()
+        assert not node.names.lease_holds() and node.names.local("name") is None
+        node.submit("other", Release(Kind.FLOCK, Owner("node", 1), 0, OFFSET_MAX))
+
+    trio.run(main)
+
+
 async def lost(*_: object) -> Stored | None:
     raise BackendError("no answer")
 
