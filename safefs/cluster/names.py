@@ -28,6 +28,8 @@ LINGER_SECONDS = 1.0  # so long after it was last used a record that others use,
 MOST_FOLLOWED = 32  # names at once, with those on which somebody waits: these are followed however many there are
 MOST_LOST = 1000  # nodes of which it is remembered that they are gone
 RETRY_SECONDS = (0.05, 1.0)  # after a failure of the backend, at first and at most
+GIVE_BACK_SECONDS = 2.0  # at the end, for names that are not used any more,
+GIVE_BACK_AT_ONCE = 8  # so many at a time
 IDLE_SECONDS = 60.0  # a name that nobody has used for so long is given back without being asked for
 
 # Before the locks of a name are looked at: what is kept elsewhere is put into them.
@@ -274,6 +276,32 @@ class Names:
             name.idle = True
             name.asked = name.mine is not None
             self._wake(name)
+
+    async def give_back(self) -> None:
+        """An orderly end: no record of a name stays on which this node has nothing, as far as there is time.
+
+        What it leaves, whoever needs the name next has to find out that the node is gone; and if nobody ever does, it
+        stays for good.  What is locked still is free when the node has left.
+        """
+        if not self.lease_holds():
+            return
+        due = [name for name in self._names.values() if not name.busy and self._has_only_its_record(name)]
+        with trio.move_on_after(GIVE_BACK_SECONDS):
+            async with trio.open_nursery() as nursery:
+                for _ in range(GIVE_BACK_AT_ONCE):
+                    nursery.start_soon(self._give_back_some, due)
+
+    def _has_only_its_record(self, name: _Name) -> bool:
+        if name.mine is not None:
+            return not self._mine(name)
+        return name.stored is not None and not name.stored.record
+
+    async def _give_back_some(self, due: list[_Name]) -> None:
+        while due:
+            name = due.pop()
+            if not name.busy:
+                name.idle, name.asked, name.busy = True, name.mine is not None, True
+                await self._work(name)
 
     def _wake(self, name: _Name) -> None:
         name.poke.set()

@@ -15,7 +15,7 @@ import trio.testing
 
 from safefs.cluster import names as module
 from safefs.cluster.backend import BackendError, DamagedError, Stored
-from safefs.cluster.names import LOOK_SECONDS, Names
+from safefs.cluster.names import GIVE_BACK_SECONDS, LOOK_SECONDS, Names
 from safefs.cluster.record import FORMAT, Acquire, Break, GiveUp, NameRecord, Release, Step, carry_out
 from safefs.cluster.survey import MOST_ANSWERS, QUESTION
 from safefs.locks import Locks
@@ -866,6 +866,33 @@ def test_two_nodes_that_take_a_name_from_each_other_use_it() -> None:
         assert taken == 1
 
     play(scenario, MemoryBackend)
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+def test_an_orderly_end_gives_back_what_nothing_is_locked_of(hangs: bool) -> None:
+    """In bounded time, also where the backend does not answer any more."""
+
+    async def scenario(nodes: list[Node]) -> None:
+        node, other, _ = nodes
+        for number in range(50):
+            assert await node.acquire(f"name{number}", 1, Mode.EXCLUSIVE)
+            if number:
+                await node.release(f"name{number}", 1)
+        assert len(await other.backend.all_names()) == 50
+        if hangs:
+            node.backend.swap = forever  # type: ignore[method-assign]
+        began = trio.current_time()
+        await node.names.give_back()
+        assert trio.current_time() - began <= GIVE_BACK_SECONDS
+        assert len(await other.backend.all_names()) == (50 if hangs else 1)
+        assert hangs or not await other.acquire("name0", 1, Mode.SHARED, may_wait=False)
+
+    play(scenario, MemoryBackend)
+
+
+async def forever(*_: object) -> Stored | None:
+    await trio.sleep_forever()
+    return None
 
 
 def test_what_is_asked_when_it_is_over() -> None:
