@@ -455,6 +455,8 @@ class Daemon:
         if self.settings.hot:
             await trio.to_thread.run_sync(native.hot_stop)
         await trio.to_thread.run_sync(native.closer_wait, CLOSING_SECONDS)
+        if self.names is not None:
+            await self.names.give_back()
         pyfuse3.close(unmount=False)
         await self.backing.run(SERVICE, self.events.write)
         with suppress(OSError):

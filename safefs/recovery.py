@@ -66,11 +66,19 @@ class Recovery:
         self._freed: set[str] = set()  # names in the cluster of nodes whose lock files have been removed
 
     async def run(self) -> None:
-        """Until cancelled: beat, and settle what dead daemons left."""
+        """Until cancelled: beat, and settle what dead daemons left.
+
+        Neither waits for the other: thousands of leftovers take minutes, and a daemon that does not beat meanwhile is
+        taken for dead itself, with all that is being written through it.
+        """
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._again_and_again, self._record.beat)
+            nursery.start_soon(self._again_and_again, self.settle_dead)
+
+    async def _again_and_again(self, function: Callable[[], None]) -> None:
         while True:
             try:
-                await self._backing.run(SERVICE, self._record.beat)
-                await self._backing.run(SERVICE, self.settle_dead)
+                await self._backing.run(SERVICE, function)
             except OSError as error:
                 log.warning("the state directory cannot be used at the moment: %s", error)
             await trio.sleep(BEAT_SECONDS)

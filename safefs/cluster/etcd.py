@@ -13,6 +13,7 @@ change a record, whatever its clock says.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import secrets
 from collections import deque
@@ -27,8 +28,11 @@ from safefs.cluster.etcd_client import Access, Answer, EtcdClient, RefusedError,
 from safefs.cluster.record import NameRecord
 from safefs.lease import OwnLease, Terms, boottime
 
+log = logging.getLogger(__name__)
+
 NOTICE_SECONDS = 5.0  # after so long without a notice it is looked whether the watch has missed one
 ENDED_SECONDS = 3600  # how long it is remembered that a node has ended
+MOST_MISSING = 10_000  # nodes of which it is remembered since when they have no key
 NODES_AT_ONCE = 50  # in one question: etcd takes 128 operations in a transaction, if it has not been told otherwise
 
 
@@ -49,6 +53,7 @@ class EtcdBackend:
         self._notices: Notices | None = None
         self._notice: Answer | None = None  # the last one that was given
         self._missing: dict[str, float] = {}  # nodes without a key, and since when this node knows it
+        self._not_before = float("-inf")  # may this node join again
         self.node = ""
 
     def _key(self, kind: str, *parts: str) -> bytes:
@@ -58,6 +63,8 @@ class EtcdBackend:
 
     async def join(self) -> None:
         """Become a node of the cluster, with a new name."""
+        if (left := self._not_before - boottime()) > 0:
+            raise BackendError(f"etcd has forgotten leases that may hold: no new one for {math.ceil(left)} s")
         await self._end_the_dead()
         node, sent = secrets.token_hex(8), boottime()
         granted = await self._client.call("/v3/lease/grant", {"TTL": str(math.ceil(self._terms.lease_seconds))})
@@ -74,11 +81,15 @@ class EtcdBackend:
             raise LeaseLostError("the lease was not renewed in time")
         answer = await self._client.call("/v3/lease/keepalive", {"ID": self._lease_id}, changes=False)
         if not int(answer.get("result", {}).get("TTL", 0)) or not await self._get(self._key("nodes", self.node)):
+            # Before its time.  If etcd was started without its data, it has forgotten the leases of others as well, who
+            # go on until they notice: whoever joined now would find what they have free.
+            self._not_before = boottime() + self._terms.gone_seconds
             raise LeaseLostError("the lease has ended in etcd")
         self._lease.renew(sent)
 
     async def leave(self) -> None:
-        """End this node's own lease: what it held is free at once."""
+        """End this node's own lease: what it held is free at once, so nothing more is done under it from now on."""
+        self._lease = OwnLease(self._terms)
         await self._end(self.node, self._lease_id)
         await self._client.aclose()
 
@@ -86,8 +97,11 @@ class EtcdBackend:
         return self._lease.ends()
 
     async def _end(self, node: str, lease: str) -> None:
-        remembered = await self._client.call("/v3/lease/grant", {"TTL": str(ENDED_SECONDS)})
-        await self._put(self._key("ended", node), b"", str(remembered["ID"]))
+        try:
+            remembered = await self._client.call("/v3/lease/grant", {"TTL": str(ENDED_SECONDS)})
+            await self._put(self._key("ended", node), b"", str(remembered["ID"]))
+        except RefusedError as error:
+            log.info("others wait for what %s had: %s", node, error)  # for the delay, where etcd has no space left
         await self._forget_wanted(node)
         try:
             await self._client.call("/v3/lease/revoke", {"ID": lease})
@@ -142,6 +156,8 @@ class EtcdBackend:
             return await self._end_if_dead(node, value)
         # etcd's clock ended the lease; the delay is for what the node began before.
         is_gone = boottime() - self._missing.setdefault(node, boottime()) >= self._terms.delay_seconds
+        while len(self._missing) > MOST_MISSING:
+            del self._missing[next(iter(self._missing))]
         if is_gone:
             await self._forget_wanted(node)
         return is_gone

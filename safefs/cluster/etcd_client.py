@@ -124,11 +124,28 @@ def lost(endpoint: Endpoint, error: Exception) -> BackendError:
 
 
 def _parsed(status: int, body: bytes) -> Answer:
-    """ValueError for what is none of etcd's answers."""
+    """ValueError for what is none of etcd's answers: all that it grants say which cluster it is."""
     try:
-        return dict(json.loads(body))
-    except (ValueError, TypeError):
-        raise ValueError(f"what is there answers HTTP {status}, and not as etcd does") from None
+        answer = json.loads(body)
+        if status != 200 or (answer.get("header") or answer["result"]["header"])["cluster_id"]:
+            return dict(answer)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        pass
+    raise ValueError(f"what is there answers HTTP {status}, and not as etcd does")
+
+
+def _why(answer: Answer, otherwise: str) -> str:
+    """What etcd says of a refusal; of what it would tell in a stream, one level down."""
+    error = answer.get("error")
+    return str(answer.get("message") or (error.get("message") if isinstance(error, dict) else error) or otherwise)
+
+
+def _told(line: bytes) -> Answer:
+    """One part of a stream.  ValueError for what etcd does not send."""
+    answer = json.loads(line)
+    if not isinstance(answer, dict) or not isinstance(answer.get("result", {}), dict):
+        raise ValueError("what is there does not tell changes as etcd does")
+    return answer
 
 
 class _Connection:
@@ -201,8 +218,8 @@ class Watch:
         answer = await self._next()
         created = answer.get("result", {})
         if status != 200 or "header" not in created or created.get("canceled"):
-            why = answer.get("message") or created.get("cancel_reason") or "the watch was refused"
-            raise RefusedError(endpoint, status, str(why))
+            why = _why(answer, created.get("cancel_reason") or "the watch was refused")
+            raise RefusedError(endpoint, status, why)
         self.begins_after = int(created["header"]["revision"])
 
     async def events(self) -> list[Answer]:
@@ -225,7 +242,9 @@ class Watch:
                 if part is None:
                     raise h11.RemoteProtocolError("the answer has ended")
                 *lines, self._rest = (self._rest + part).split(b"\n")
-                self._answers.extend(map(json.loads, filter(None, lines)))
+                if len(self._rest) > MAX_ANSWER_BYTES:
+                    raise ValueError("it sends too much")
+                self._answers.extend(_told(line) for line in lines if line)
             except LOST as error:
                 raise self._broken(error) from None
         return self._answers.popleft()
@@ -295,9 +314,13 @@ class EtcdClient:
         raise problem
 
     async def _attempt(self, endpoint: Endpoint, ask: Callable[[Endpoint], Awaitable[T]]) -> T:
-        """At one endpoint, which gets its share of the time: it may take connections and never answer."""
+        """At one endpoint, which gets its share of the time: it may take connections and never answer.
+
+        Half of it at most, also where there is one alone: what was kept of its connections can all be dead, without a
+        word (of a firewall that was started again), and a new one be answered.
+        """
         try:
-            with trio.fail_after(CALL_SECONDS / len(self._access.endpoints)):
+            with trio.fail_after(CALL_SECONDS / max(2, len(self._access.endpoints))):
                 await self._sign_in(endpoint)
                 return await ask(endpoint)
         except trio.TooSlowError:
@@ -345,7 +368,7 @@ class EtcdClient:
         else:
             await connection.aclose()
         if status != 200:
-            raise RefusedError(endpoint, status, str(answer.get("message") or answer.get("error") or body[:200]))
+            raise RefusedError(endpoint, status, _why(answer, str(body[:200])))
         self._first = self._access.endpoints.index(endpoint)
         return answer
 

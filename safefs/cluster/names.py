@@ -7,6 +7,7 @@ queued (`submit`); one task for each name takes its steps to the record, as many
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -27,6 +28,8 @@ LINGER_SECONDS = 1.0  # so long after it was last used a record that others use,
 MOST_FOLLOWED = 32  # names at once, with those on which somebody waits: these are followed however many there are
 MOST_LOST = 1000  # nodes of which it is remembered that they are gone
 RETRY_SECONDS = (0.05, 1.0)  # after a failure of the backend, at first and at most
+GIVE_BACK_SECONDS = 2.0  # at the end, for names that are not used any more,
+GIVE_BACK_AT_ONCE = 8  # so many at a time
 IDLE_SECONDS = 60.0  # a name that nobody has used for so long is given back without being asked for
 
 # Before the locks of a name are looked at: what is kept elsewhere is put into them.
@@ -123,6 +126,7 @@ class Names:
         self._followed = 0  # names that are followed, for whatever reason
         self._lost_as = ""  # the last name under which this node has lost its lease
         self._nursery: trio.Nursery | None = None
+        self._is_over = False
 
     # ------------------------------------------------------------ requests
 
@@ -149,7 +153,7 @@ class Names:
         return boottime() < self.lease_ends()
 
     def lease_ends(self) -> float:
-        return self._backend.lease_ends()
+        return -math.inf if self._is_over else self._backend.lease_ends()
 
     def _has_lease_to_serve(self) -> bool:
         """False between a lost lease and the next one."""
@@ -224,13 +228,16 @@ class Names:
     # --------------------------------------------------------------- tasks
 
     async def run(self) -> None:
-        """Serve until cancelled."""
-        async with trio.open_nursery() as nursery:
-            self._nursery = nursery
-            for name in self._names.values():
-                self._wake(name)
-            nursery.start_soon(self._heed)
-            nursery.start_soon(self._tidy)
+        """Serve until cancelled; from then on this node has no locks: its keeper, cancelled as well, leaves them."""
+        try:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                for name in self._names.values():
+                    self._wake(name)
+                nursery.start_soon(self._heed)
+                nursery.start_soon(self._tidy)
+        finally:
+            self._nursery, self._is_over = None, True
 
     async def _heed(self) -> None:
         """Names that others want are given back."""
@@ -269,6 +276,32 @@ class Names:
             name.idle = True
             name.asked = name.mine is not None
             self._wake(name)
+
+    async def give_back(self) -> None:
+        """An orderly end: no record of a name stays on which this node has nothing, as far as there is time.
+
+        What it leaves, whoever needs the name next has to find out that the node is gone; and if nobody ever does, it
+        stays for good.  What is locked still is free when the node has left.
+        """
+        if not self.lease_holds():
+            return
+        due = [name for name in self._names.values() if not name.busy and self._has_only_its_record(name)]
+        with trio.move_on_after(GIVE_BACK_SECONDS):
+            async with trio.open_nursery() as nursery:
+                for _ in range(GIVE_BACK_AT_ONCE):
+                    nursery.start_soon(self._give_back_some, due)
+
+    def _has_only_its_record(self, name: _Name) -> bool:
+        if name.mine is not None:
+            return not self._mine(name)
+        return name.stored is not None and not name.stored.record
+
+    async def _give_back_some(self, due: list[_Name]) -> None:
+        while due:
+            name = due.pop()
+            if not name.busy:
+                name.idle, name.asked, name.busy = True, name.mine is not None, True
+                await self._work(name)
 
     def _wake(self, name: _Name) -> None:
         name.poke.set()

@@ -203,12 +203,14 @@ class NameRecord:
         }
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> NameRecord:
+    def from_json(cls, data: Any) -> NameRecord:
         """ValueError for a record that another version of safefs has written, or that is none."""
+        if not isinstance(data, dict):
+            raise ValueError(f"no lock record: {data!r:.100}")
         if data.get("format") != FORMAT:
             raise ValueError(f"a lock record of format {data.get('format')!r}: another version of safefs wrote it")
         try:
             locks = NameLocks.from_record(data["locks"])
             return cls(str(data["delegate"]), tuple(data["wanted"]), locks, tuple(data["broken"]))
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"no lock record: {error!r}") from None

@@ -8,18 +8,29 @@ import ssl
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
 
-from safefs.cluster.backend import BackendError, Stored
+from safefs.cluster.backend import BackendError, LeaseLostError, Stored
 from safefs.cluster.etcd import EtcdBackend, _entries
-from safefs.cluster.etcd_client import Access, Answer, Endpoint, Watch, decode, prefix_end
+from safefs.cluster.etcd_client import (
+    MAX_IDLE,
+    Access,
+    Answer,
+    Endpoint,
+    RefusedError,
+    Watch,
+    decode,
+    encode,
+    prefix_end,
+)
 from safefs.cluster.record import NameRecord
-from safefs.lease import Terms
+from safefs.lease import Terms, boottime
 from safefs.locktable import Kind, Mode
 from tests.conformance.test_backends import CALM, ETCD_TERMS, access_of, etcd_node, held_by
 from tests.support.etcd import PASSWORD, PREFIX, TOKEN_SECONDS, USER, Etcd, etcd
@@ -133,6 +144,100 @@ def test_a_change_is_noticed_through_a_member_that_failed(three: Etcd) -> None:
     if leads is three.members[0]:
         three.members.reverse()
     play(scenario, access_of(three))
+
+
+@dataclass
+class Firewall:
+    """A way to a port that forgets, without a word, which connections went through it; new ones go through."""
+
+    port: int
+    forgotten: int = 0
+
+    async def serve(self, near: trio.SocketStream) -> None:
+        began = self.forgotten
+        far = await trio.open_tcp_stream("127.0.0.1", self.port)
+
+        async def carry(source: trio.SocketStream, target: trio.SocketStream) -> None:
+            with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+                async for data in source:
+                    if self.forgotten == began:
+                        await target.send_all(data)
+
+        async with near, far, trio.open_nursery() as nursery:
+            nursery.start_soon(carry, far, near)
+            await carry(near, far)
+            nursery.cancel_scope.cancel()
+
+
+def test_kept_connections_that_are_dead(three: Etcd) -> None:
+    """All of them at once, to the only endpoint: the lease is renewed all the same, and in one call."""
+    (target,) = access_of(replace(three, members=three.members[:1])).endpoints
+
+    async def main() -> None:
+        wall = Firewall(target.port)
+        async with trio.open_nursery() as nursery:
+            listeners = await nursery.start(partial(trio.serve_tcp, wall.serve, 0, host="127.0.0.1"))
+            port = listeners[0].socket.getsockname()[1]
+            node = etcd_node(Access((Endpoint("127.0.0.1", port, tls=False),)), PREFIX)
+            await node.join()
+            async with trio.open_nursery() as reads:
+                for number in range(MAX_IDLE):
+                    reads.start_soon(node.read, str(number))
+            assert len(node._client._idle) == MAX_IDLE
+            wall.forgotten += 1
+            await node.renew()
+            assert await node.swap("name", Stored(), held_by("a"))
+            nursery.cancel_scope.cancel()
+
+    trio.run(main)
+
+
+def test_an_etcd_that_has_lost_its_data(tmp_path: Path) -> None:
+    """Who notices first joins when the leases that etcd knew of are over for all: others may not have noticed yet."""
+    async def scenario(one: EtcdBackend, two: EtcdBackend) -> None:
+        assert await one.swap("name", Stored(), held_by(one.node))
+        await one.renew()
+        server.forget()
+        with pytest.raises(LeaseLostError):
+            await two.renew()
+        while True:
+            with suppress(BackendError):
+                await two.join()
+                break
+            await trio.sleep(0.05)
+        assert boottime() > one.lease_ends()
+        assert not (await two.read("name")).record
+
+    with etcd(tmp_path) as server:
+        play(scenario, access_of(server), ETCD_TERMS)
+
+
+def test_a_node_can_leave_an_etcd_without_space(tmp_path: Path) -> None:
+    """Nothing more can be written there, but others need not wait for the lease."""
+
+    async def scenario(one: EtcdBackend, two: EtcdBackend) -> None:
+        filling = {"key": encode(b"filling"), "value": encode(bytes(1 << 20))}
+        refused = None
+        while refused is None:
+            try:
+                await one._client.call("/v3/kv/put", filling)
+            except RefusedError as error:
+                refused = error
+        assert "space exceeded" in str(refused)
+        assert one.lease_ends() > boottime()
+        await one.leave()
+        assert one.lease_ends() < boottime()  # others have what it held from now on
+        assert await two.gone([one.node]) == set()
+        await trio.sleep(CALM.delay_seconds)
+        assert await two.gone([one.node]) == {one.node}
+
+    with etcd(tmp_path, more=["--quota-backend-bytes", str(4 << 20)]) as server:
+        play(scenario, access_of(server))
+
+
+# What it is asked.
+
+
 
 
 # What it is asked.
@@ -374,6 +479,8 @@ def test_http_where_there_is_tls_and_the_other_way_round(secured: Etcd, three: E
         (b"SSH-2.0-none\r\n", "does not answer HTTP"),
         (b"HTTP/1.1 404 Not Found\r\nContent-Length: 2\r\n\r\nno", "answers HTTP 404, and not as etcd does"),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n17", "answers HTTP 200, and not as etcd does"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}", "answers HTTP 200, and not as etcd does"),
+        (b'HTTP/1.1 200 OK\r\nContent-Length: 15\r\n\r\n{"status":"ok"}', "answers HTTP 200, and not as etcd does"),
     ],
 )
 def test_what_is_no_etcd(says: bytes, why: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import json
+import shutil
 import signal
 import socket
 import subprocess
@@ -147,6 +148,14 @@ class Etcd:
         for member in self.members:
             member.kill()
 
+    def forget(self) -> None:
+        """A single member starts again, without what it knew."""
+        (member,) = self.members
+        member.kill()
+        shutil.rmtree(member.command[member.command.index("--data-dir") + 1])
+        member.start()
+        self.leader()
+
     def restart(self) -> None:
         """Members that were killed start again, with what they knew."""
         for member in self.members:
@@ -176,8 +185,9 @@ def etcd(
     user: bool = False,
     address: str = "127.0.0.1",
     prefix: Sequence[str] = (),
+    more: Sequence[str] = (),
 ) -> Iterator[Etcd]:
-    """A cluster that answers; it is gone at the end."""
+    """A cluster that answers, its members with `more` options; it is gone at the end."""
     certificates = Certificates.make(directory / "tls", address) if tls else None
     scheme = "https" if tls else "http"
     curl = [*prefix, "curl", "--silent", "--show-error", "--fail", "--max-time", "5"]
@@ -189,7 +199,7 @@ def etcd(
     try:
         for name in peers:
             url = f"{scheme}://{address}:{free_port()}"
-            command = [*prefix, *_command(directory, name, url, peers, certificates)]
+            command = [*prefix, *_command(directory, name, url, peers, certificates), *more]
             members.append(Member(url, command, curl))
         cluster = Etcd(members, certificates)
         cluster.leader()

@@ -15,7 +15,7 @@ import trio.testing
 
 from safefs.cluster import names as module
 from safefs.cluster.backend import BackendError, DamagedError, Stored
-from safefs.cluster.names import LOOK_SECONDS, Names
+from safefs.cluster.names import GIVE_BACK_SECONDS, LOOK_SECONDS, Names
 from safefs.cluster.record import FORMAT, Acquire, Break, GiveUp, NameRecord, Release, Step, carry_out
 from safefs.cluster.survey import MOST_ANSWERS, QUESTION
 from safefs.locks import Locks
@@ -868,6 +868,48 @@ def test_two_nodes_that_take_a_name_from_each_other_use_it() -> None:
     play(scenario, MemoryBackend)
 
 
+@pytest.mark.parametrize("hangs", [False, True])
+def test_an_orderly_end_gives_back_what_nothing_is_locked_of(hangs: bool) -> None:
+    """In bounded time, also where the backend does not answer any more."""
+
+    async def scenario(nodes: list[Node]) -> None:
+        node, other, _ = nodes
+        for number in range(50):
+            assert await node.acquire(f"name{number}", 1, Mode.EXCLUSIVE)
+            if number:
+                await node.release(f"name{number}", 1)
+        assert len(await other.backend.all_names()) == 50
+        if hangs:
+            node.backend.swap = forever  # type: ignore[method-assign]
+        began = trio.current_time()
+        await node.names.give_back()
+        assert trio.current_time() - began <= GIVE_BACK_SECONDS
+        assert len(await other.backend.all_names()) == (50 if hangs else 1)
+        assert hangs or not await other.acquire("name0", 1, Mode.SHARED, may_wait=False)
+
+    play(scenario, MemoryBackend)
+
+
+async def forever(*_: object) -> Stored | None:
+    await trio.sleep_forever()
+    return None
+
+
+def test_what_is_asked_when_it_is_over() -> None:
+    """By publishes that are finished after something else has failed: no lock counts, and nothing new is raised."""
+
+    async def main() -> None:
+        node = Node("node", MemoryBackend(MemoryCluster(), "node"))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(node.names.run)
+            assert await node.acquire("name", 1, Mode.EXCLUSIVE)
+            nursery.cancel_scope.cancel()
+        assert not node.names.lease_holds() and node.names.local("name") is None
+        node.submit("other", Release(Kind.FLOCK, Owner("node", 1), 0, OFFSET_MAX))
+
+    trio.run(main)
+
+
 async def lost(*_: object) -> Stored | None:
     raise BackendError("no answer")
 
@@ -885,8 +927,10 @@ def test_names_that_are_not_used_leave_no_record() -> None:
 def test_a_record_that_another_version_wrote() -> None:
     with pytest.raises(ValueError, match="another version"):
         NameRecord.from_json({"format": 99})
-    with pytest.raises(ValueError, match="no lock record"):
-        NameRecord.from_json({"format": FORMAT, "delegate": "a"})
+    whole = NameRecord().to_json()
+    for none in ({"format": FORMAT, "delegate": "a"}, [], None, 17, {**whole, "locks": []}, {**whole, "wanted": 1}):
+        with pytest.raises(ValueError, match="no lock record"):
+            NameRecord.from_json(none)
     record = NameRecord("a", ("b",), NameLocks())
     assert NameRecord.from_json(record.to_json()) == record
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import pytest
 import trio
 
 from safefs import backing
+from safefs import recovery as recovery_module
 from safefs import state as state_files
 from safefs.backing import Backing
 from safefs.events import EventLog
@@ -118,6 +120,33 @@ def test_a_daemon_that_is_known_to_be_dead_is_settled_at_once(node: Node, identi
     assert node.settled
     assert not (node.root / HIDDEN).exists()
     assert node.kept() == {"its daemon ended before it was published": b"left"}
+
+
+def test_who_settles_for_long_goes_on_beating(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else others would take it for dead, and what is being written through it for leftovers."""
+    monkeypatch.setattr(recovery_module, "BEAT_SECONDS", 0.01)
+    settling, done = threading.Event(), threading.Event()
+
+    def settle_for_long() -> None:
+        settling.set()
+        assert done.wait(60)
+
+    monkeypatch.setattr(node.recovery, "settle_dead", settle_for_long)
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(node.recovery.run)
+            try:
+                await trio.to_thread.run_sync(settling.wait, 60)
+                before = state_files.heartbeat_of(node.record.path)
+                with trio.fail_after(10):
+                    while state_files.heartbeat_of(node.record.path) == before:  # noqa: ASYNC110 - a file
+                        await trio.sleep(0.01)
+            finally:
+                done.set()
+                nursery.cancel_scope.cancel()
+
+    trio.run(main)
 
 
 def test_a_living_daemon_of_this_host_is_left_alone_however_slow_its_heart(node: Node, clock: Clock) -> None:
