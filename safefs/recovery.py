@@ -63,6 +63,8 @@ class Recovery:
         self._record = record
         self._beats: dict[str, tuple[str, float]] = {}  # node id → heartbeat, and when it was first seen so
         self._living: set[str] = set()  # node ids whose heartbeat was seen to change lately
+        self._identities: dict[str, dict[str, Any]] = {}  # by node id; they never change
+        self._watched: tuple[Path, ...] = ()  # the records that this daemon watches, as of the last look at all of them
         self._freed: set[str] = set()  # names in the cluster of nodes whose lock files have been removed
 
     async def run(self) -> None:
@@ -97,7 +99,7 @@ class Recovery:
                 log.warning("the lock files of other nodes cannot be looked at: %s", error)
 
     def _noted_by_others(self) -> list[Noted]:
-        found = [read_noted(path) for path in self._ring(self._others())]
+        found = [read_noted(path) for path in self._watched]
         nodes = [noted for noted in found if noted is not None and noted.node and noted.locks]
         self._freed &= {noted.node for noted in nodes}
         return [noted for noted in nodes if noted.node not in self._freed]
@@ -125,13 +127,17 @@ class Recovery:
     def settle_dead(self) -> None:
         """Look at the records of other daemons once.  Blocks."""
         others = self._others()
-        watched = set(self._ring(others))
+        names = {path.name for path in others}
+        self._identities = {name: identity for name, identity in self._identities.items() if name in names}
+        self._watched = tuple(self._ring(others))
+        watched = set(self._watched)
         for path in others:
             if self._is_dead(path, watched=path in watched):
                 self._settle(path)
+        self._watched = tuple(self._ring(others))  # of those who live some more are known to
 
     def _is_dead(self, path: Path, *, watched: bool) -> bool:
-        identity = identity_of(path)  # of an empty one only the heartbeat can tell
+        identity = self._identity_of(path)  # of an empty one only the heartbeat can tell
         if identity.get("version", RECORD_VERSION) != RECORD_VERSION:
             return False
         known = self._backing.identities.call(DAEMON, known_dead, identity)
@@ -139,6 +145,13 @@ class Recovery:
             return watched and self._has_stopped_beating(path)
         (self._living.discard if known else self._living.add)(path.name)
         return known
+
+    def _identity_of(self, path: Path) -> dict[str, Any]:
+        """Read once: of a thousand nodes, each would else read a thousand files in the time between two heartbeats."""
+        identity = self._identities.get(path.name) or identity_of(path)
+        if identity:
+            self._identities[path.name] = identity
+        return identity
 
     def _has_stopped_beating(self, path: Path) -> bool:
         beat, now = heartbeat_of(path), time.monotonic()

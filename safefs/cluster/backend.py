@@ -131,6 +131,9 @@ class LockBackend(Protocol):
     def expect_notices(self) -> None:
         """A name that is delegated to this node has been used; so others may want it, too.  Called again and again."""
 
+    def rest(self) -> None:
+        """No name is delegated to this node: until one is used, notices may take their time."""
+
     async def next_notice(self) -> str:
         """The next name of ours that somebody wants; waiting for it goes on when this node joins anew."""
 

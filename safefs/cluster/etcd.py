@@ -232,6 +232,8 @@ class EtcdBackend:
     def expect_notices(self) -> None:
         """They are told."""
 
+    rest = expect_notices
+
     async def next_notice(self) -> str:
         while True:
             self._listening = trio.CancelScope()

@@ -38,6 +38,7 @@ POLL_SECONDS = (0.001, 0.25)
 POLL_SHARE = 0.005  # in between, this part of the time that they have been waited for: so much longer it takes at most
 NOTICE_SECONDS = (0.02, 0.5)  # for what others want, at first and at most;
 NOTICE_SHARE = 0.1  # in between, this part of the time since a name that others can want was used
+REST_SECONDS = 5.0  # at most where there is none: of a thousand nodes that do nothing each would look twice a second
 # Who waits makes a file in the directory now and then, for clients that cache listings: where they are known or free to
 # do so, after this part of the time that has been waited for, else only in case; at least and at most after so long.
 REFRESH_SHARE, REFRESH_SECONDS = 0.05, (0.01, 0.5)
@@ -73,6 +74,7 @@ class LeasefileBackend:
         self._count = 0
         self._wanted: list[str] = []
         self._used = float("-inf")  # when a name that is delegated to this node was used last
+        self._rests = False  # there is none
         self._uses = site.uses()  # as counted when it was last looked for notices
         self._expecting = trio.Event()  # one has been used since it was last looked for notices
         self.node = ""
@@ -112,6 +114,7 @@ class LeasefileBackend:
 
     async def leave(self) -> None:
         """End this node's own lease: what it held is free at once."""
+        self._lease = OwnLease(self._site.terms)  # whatever the call comes to
         await self._call_own(self.files.end, self.node, str(self._count))
 
     def lease_ends(self) -> float:
@@ -220,8 +223,11 @@ class LeasefileBackend:
         return await self._call(self.files.take_answer, node, question, anew=self._site.stale_listings)
 
     def expect_notices(self) -> None:
-        self._used = trio.current_time()
+        self._used, self._rests = trio.current_time(), False
         self._expecting.set()
+
+    def rest(self) -> None:
+        self._rests = True
 
     async def next_notice(self) -> str:
         while not self._wanted:
@@ -235,9 +241,11 @@ class LeasefileBackend:
         """They are looked for soon after a name was used here, and ever less often when none is.
 
         So others wait for a name at most a tenth longer than it has not been used, and half a second in any case.  Uses
-        that are only counted are noticed at a look, and do not make for one.
+        that are only counted are noticed at a look, and do not make for one: whoever has such names does not rest.
         """
         shortest, longest = NOTICE_SECONDS
+        if self._rests:
+            longest = REST_SECONDS
         await trio.sleep(shortest)
         uses = self._site.uses()
         if uses != self._uses:

@@ -268,6 +268,8 @@ class Names:
             for name in list(self._names.values()):
                 if boottime() - name.used > IDLE_SECONDS:
                     self._put_away(name)
+            if not self._names:
+                self._backend.rest()
 
     def _put_away(self, name: _Name) -> None:
         if name.mine is not None and self._mine(name):
@@ -386,6 +388,7 @@ class Names:
         node, record = self._backend.node, stored.record
         if record.delegate == node:  # by a swap whose answer was lost, or by one that nobody answered yet
             name.mine, name.taking = name.taking or NameLocks(), None
+            self._backend.expect_notices()
             name.asked, name.waits = bool(record.wanted), {}
             return
         name.taking = None

@@ -769,6 +769,23 @@ def test_how_often_it_is_looked_for_notices(
     listening(tmp_path, monkeypatch, scenario)
 
 
+def test_who_has_no_names_looks_for_notices_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And as often as before from the moment on in which a name is used."""
+
+    async def scenario(listener: Listener) -> None:
+        await trio.sleep(100)
+        listener.backend.rest()
+        listener.looks.clear()
+        await trio.sleep(100)
+        assert 18 <= len(listener.looks) <= 22
+        await listener.use(0.001)
+        await listener.backend.notify(listener.backend.node, "name")
+        await trio.sleep(0.03)
+        assert len(listener.heard) == 1
+
+    listening(tmp_path, monkeypatch, scenario)
+
+
 @pytest.mark.parametrize(("idle", "most"), [(0.0, 0.021), (0.1, 0.031), (1.0, 0.121), (100.0, 0.521)])
 def test_how_soon_a_notice_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, idle: float, most: float) -> None:
     """Soon, if a name was used a short time ago."""

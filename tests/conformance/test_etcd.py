@@ -194,6 +194,7 @@ def test_kept_connections_that_are_dead(three: Etcd) -> None:
 
 def test_an_etcd_that_has_lost_its_data(tmp_path: Path) -> None:
     """Who notices first joins when the leases that etcd knew of are over for all: others may not have noticed yet."""
+
     async def scenario(one: EtcdBackend, two: EtcdBackend) -> None:
         assert await one.swap("name", Stored(), held_by(one.node))
         await one.renew()
@@ -236,8 +237,6 @@ def test_a_node_can_leave_an_etcd_without_space(tmp_path: Path) -> None:
 
 
 # What it is asked.
-
-
 
 
 # What it is asked.

@@ -94,6 +94,8 @@ class Backend:
     def expect_notices(self) -> None:
         pass
 
+    rest = expect_notices
+
     async def notify(self, node: str, name: str) -> None:
         await ask("notify", node)
 

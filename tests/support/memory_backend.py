@@ -113,6 +113,8 @@ class MemoryBackend:
     def expect_notices(self) -> None:
         """They are told."""
 
+    rest = expect_notices
+
     async def next_notice(self) -> str:
         while not self._cluster.notices[self.node]:
             await self._cluster.changed.wait()

@@ -26,7 +26,7 @@ from safefs.namespace import Node as Directory
 from safefs.publisher import Publisher
 from safefs.recovery import DEAD_AFTER_SECONDS, Recovery
 from safefs.rules import Verify
-from safefs.state import RECORD_VERSION, DaemonRecord, StateDirectory, host_identity
+from safefs.state import RECORD_VERSION, SOFT_LOCKS, DaemonRecord, StateDirectory, host_identity
 
 OTHER = "0badcafe"
 HIDDEN = f".safefs~{OTHER}~d~1"
@@ -420,6 +420,34 @@ def test_what_is_on_record_is_not_remembered_without_end(node: Node, monkeypatch
 # ----------------------------------------------------------- who watches whom
 
 
+def test_who_a_daemon_is_is_read_once(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once there is something to read: a thousand daemons would else read a million files every few seconds."""
+    read = list[str]()
+
+    def noted(record: Path) -> dict[str, Any]:
+        read.append(record.name)
+        return state_files.identity_of(record)
+
+    monkeypatch.setattr(recovery_module, "identity_of", noted)
+    node.other({})
+    unfinished = node.other("", name="unfinished")
+    for _ in range(3):
+        node.recovery.settle_dead()
+    assert sorted(read) == [OTHER, *["unfinished"] * 3]
+    (unfinished / "identity.json").write_text(json.dumps({**host_identity(), **DEAD_HERE}))
+    node.recovery.settle_dead()
+    assert "unfinished" not in node.daemons
+
+
+def test_looks_for_lock_files_list_no_directory(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is one each second, and the directory has an entry for every daemon: it was listed for the heartbeats."""
+    lock = {"path": str(node.root / "x.lock"), "stale": "signalled", "ino": 1, "born": 1, "changed": 1}
+    (node.other({}) / SOFT_LOCKS).write_text(json.dumps({"node": "lost", "locks": [lock]}))
+    node.recovery.settle_dead()
+    monkeypatch.setattr(node.recovery, "_others", lambda: pytest.fail("listed"))
+    assert [noted.node for noted in node.recovery._noted_by_others()] == ["lost"]
+
+
 def test_a_daemon_watches_up_to_the_second_that_is_alive(node: Node, clock: Clock) -> None:
     """In the order of the ring, which goes on from its end to its beginning; the dead between them are watched too."""
     mine = node.state.path / "daemons"
@@ -436,8 +464,7 @@ def test_a_daemon_watches_up_to_the_second_that_is_alive(node: Node, clock: Cloc
 
     beat(*names)
     beat(*names[1:])  # the first is not seen to be alive
-    watched = [path.name for path in node.recovery._ring(node.recovery._others())]
-    assert watched == names[:3]
+    assert [path.name for path in node.recovery._watched] == names[:3]
     beat(*names[1:])
     assert names[0] not in node.daemons  # settled
     # What happens to those that are not watched is the business of others.
