@@ -399,6 +399,9 @@ class Operations(pyfuse3.Operations):
         self._start(request, self._getlk, record_lock(nodeid, number, owner, kind, start, length))
 
     async def _getlk(self, request: native.Request, wanted: Wanted) -> None:
+        with trio.CancelScope() as scope:  # who is interrupted is told of the lock that is about to end
+            request.await_interrupt(scope.cancel)
+            await self._locking.settled(wanted)
         request.reply_lock(*await self._locking.conflict(wanted))
 
     def on_setlk(
@@ -474,7 +477,8 @@ class Operations(pyfuse3.Operations):
         if held or (waiting is not None and waiting.held):  # perhaps at the moment when it was interrupted
             await self._locked(request, wanted.handle)
         else:
-            request.reply_err(errno.EINTR if wanted.may_wait else errno.EAGAIN)
+            # Of a try that was not made yet nobody knows what came of it; the kernel makes it again (SA_RESTART).
+            request.reply_err(errno.EINTR if wanted.may_wait or asked is None else errno.EAGAIN)
 
     async def _locked(self, request: native.Request, number: int) -> None:
         """A lock is held: what is read under it is what was written under it before."""
