@@ -855,6 +855,28 @@ def test_a_try_that_a_signal_interrupts_is_made_again(mount: Mount, party: Make,
     assert tries("len(seen)") >= 1
 
 
+@pytest.mark.parametrize(
+    "step", ["record(fd, SET, UNLOCK)", "flock(fd, LOCK_UN)", "os.close(fd)", "record(fd, GET, EXCLUSIVE)"]
+)
+def test_who_is_killed_does_not_wait_for_a_record_that_cannot_be_read(
+    two_mounts: tuple[Mount, Mount], party: Make, step: str
+) -> None:
+    """It stays so until an operator breaks the locks: whoever unlocks, asks or closes must be able to end before."""
+    one, two = party(), party()
+    for mount, process in zip(two_mounts, (one, two), strict=True):
+        opened(process, mount / "x.lock")
+    for kind in ("flock", "fcntl"):  # from the second node's try on they share the name
+        one(TRY[kind])
+        assert two.errno(TRY[kind]) in BLOCKED
+    (record,) = (two_mounts[0].backing / ".safefs/locks/names").glob("*/data~*")
+    record.write_bytes(b"damaged")
+    one.start(step)
+    assert not one.answered(WAITS_SECONDS)
+    os.kill(one.pid, signal.SIGKILL)
+    assert wait_until(lambda: process_state(one.pid) == "Z", SECONDS)
+    safefs("locks", "break", two_mounts[1] / "x.lock")  # so that the other need not wait to end
+
+
 # Locks that were broken.
 
 
