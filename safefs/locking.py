@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import trio
 
 from safefs import backing, processes
-from safefs.filesystem import BY_PATH, FileSystem, Handle, failure, number_key, path_key
+from safefs.filesystem import BY_PATH, FileSystem, Handle, number_key, path_key
 from safefs.hot import MODE_TYPES, TYPE_MODES
 from safefs.identity import DAEMON
 from safefs.locks import Waiting, entry_of, name_key
@@ -105,11 +105,15 @@ class Locking:
         return Owner(self.locks.node, wanted.owner)
 
     async def conflict(self, wanted: Wanted) -> tuple[int, int, int, int]:
-        """F_GETLK: type, start, length and pid of a lock in the way (pid 0: on another node); else F_UNLCK."""
+        """F_GETLK: type, start, length and pid of a lock in the way (pid 0: on another node); else F_UNLCK.
+
+        Asked for F_UNLCK (F_OFD_GETLK, where the kernel has that) it is a lock of the open file's own.
+        """
+        key, owner, first, last = self.key(wanted.nodeid, wanted.handle), self._owner(wanted), wanted.first, wanted.last
         if wanted.mode is None:
-            raise failure(errno.EINVAL)
-        lock = Lock(self._owner(wanted), wanted.mode, wanted.first, wanted.last)
-        found = await self.locks.conflict(self.key(wanted.nodeid, wanted.handle), wanted.kind, lock)
+            found = self.locks.own(key, wanted.kind, owner, first, last)
+        else:
+            found = await self.locks.conflict(key, wanted.kind, Lock(owner, wanted.mode, first, last))
         if found is None:
             return fcntl.F_UNLCK, 0, 0, 0
         length = 0 if found.last == OFFSET_MAX else found.last - found.first + 1
@@ -120,7 +124,10 @@ class Locking:
         return bool(self.fs.ordering or self._endings)
 
     async def settled(self, wanted: Wanted) -> None:
-        """Until what was closed under a lock of the name is published: nobody may have the lock before."""
+        """Until what was closed under a lock of the name is published: nobody may have the lock before.
+
+        Who closed it has no lock any more as far as he knows, so who asks for one in the way (F_GETLK) waits as well.
+        """
         if self._endings:
             key = self.key(wanted.nodeid, wanted.handle)
             for ending in [ending for ending in self._endings if ending.key == key]:

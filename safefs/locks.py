@@ -157,6 +157,7 @@ class Locks:
         self._lent: dict[str, tuple[Owner, int]] = {}  # by name: to whom, through which file handle
         self._waiting: dict[int, Waiting] = {}  # by ticket
         self._by_handle: defaultdict[int, set[Use]] = defaultdict(set)
+        self._keys: dict[int, str] = {}  # the name that was locked through a file handle, as long as that is open
         self._last_handle: dict[Use, int] = {}  # through which an owner asked last
         # What owners of this node have been told that they hold, whether or not the backend can be asked about it.
         self._held: defaultdict[tuple[str, Kind], dict[Owner, LockTable]] = defaultdict(dict)
@@ -191,6 +192,11 @@ class Locks:
     async def conflict(self, key: str, kind: Kind, lock: Lock) -> Lock | None:
         """What is held and in the way of a lock (F_GETLK)."""
         return (await self._latest(key))[kind].conflict(lock)
+
+    def own(self, key: str, kind: Kind, owner: Owner, first: int, last: int) -> Lock | None:
+        """The first that an owner of this node has in a range itself."""
+        held = self._held.get((key, kind), {}).get(owner)
+        return next((lock for lock in held.held if lock.overlaps(first, last)), None) if held is not None else None
 
     async def _latest(self, key: str, *, clears: bool = False) -> NameLocks:
         """The locks of a name as they are now, on all nodes."""
@@ -241,9 +247,7 @@ class Locks:
 
     def key_of(self, handle: int) -> str | None:
         """The name that was locked through this file handle, which it may not have any more; None if none was."""
-        for key, _, _ in self._by_handle.get(handle, ()):
-            return key
-        return None
+        return self._keys.get(handle)
 
     def kin(self, waiting: Waiting) -> set[int]:
         """Pids of those who hold something on the name: a request of a child of theirs need not wait in the queue."""
@@ -266,9 +270,13 @@ class Locks:
             yield from table.held
 
     def _held_against(self, waiting: Waiting) -> set[Owner]:
-        """Owners of this node who hold what a request waits for."""
-        held = self._held_here(waiting.key, waiting.kind)
-        return {lock.owner for lock in held if lock.conflicts(waiting.wait.lock)}
+        """Owners of this node who hold what a request waits for, and are other processes.
+
+        A process has traditional locks under one owner alone.  So where it stands in its own way, open files own locks
+        (OFD), and another of its threads can unlock: the kernel looks for no deadlock there (fs/locks.c).
+        """
+        held, wanted = self._held_here(waiting.key, waiting.kind), waiting.wait.lock
+        return {lock.owner for lock in held if lock.conflicts(wanted) and (not lock.pid or lock.pid != wanted.pid)}
 
     def _deadlocks(self, waiting: Waiting) -> bool:
         """Whether one of those in the way waits, directly or not and on whatever name, for this owner."""
@@ -359,9 +367,12 @@ class Locks:
             self._names.submit(key, Acquire(kind, waiting.wait, may_wait))
         elif self._carry_out(locks, Acquire(kind, waiting.wait, may_wait=True)):
             self.resolve(waiting.wait.ticket, True)
-        elif not may_wait and self.is_blocked(waiting):
-            self.give_up(waiting)
-            waiting.settled.set()
+        else:
+            if kind is Kind.FLOCK and not any(held.owner == lock.owner for held in locks[kind].held):
+                self._drop(waiting.use)  # it was to be converted: what was held is gone all the same (flock(2))
+            if not may_wait and self.is_blocked(waiting):
+                self.give_up(waiting)
+                waiting.settled.set()
         return waiting
 
     def release(self, key: str, kind: Kind, owner: Owner, first: int = 0, last: int = OFFSET_MAX) -> trio.Event | None:
@@ -391,20 +402,23 @@ class Locks:
 
     def flushed(self, handle: int, key: str, owner: Owner) -> list[trio.Event]:
         """A process has closed one of its descriptors: it loses its record locks on the file (fcntl(2))."""
-        used = {use[0] for use in self._by_handle.get(handle, ()) if use[1:] == (Kind.RECORD, owner)}
-        held = [name for name in {key, *used} if self._forget((name, Kind.RECORD, owner))]
-        events = [self.release(name, Kind.RECORD, owner) for name in held]
+        uses = {(name, Kind.RECORD, owner) for name in (key, self._keys.get(handle, key))}
+        if handle in self._by_handle:
+            self._by_handle[handle] -= uses  # one open file can have any number of processes, one after the other
+        events = [self.release(*use) for use in uses if self._forget(use)]
         return [event for event in events if event is not None]
 
     def released(self, handle: int) -> None:
         """The last descriptor of an open file is closed: what was locked through it is free."""
         self._settle_loans(key for key, _, _ in self._by_handle.get(handle, ()))
+        self._keys.pop(handle, None)
         for use in self._by_handle.pop(handle, ()):
             if self._last_handle.get(use) == handle and self._forget(use):
                 self.release(*use)
 
     def _remember(self, handle: int, use: Use) -> None:
         self._by_handle[handle].add(use)
+        self._keys.setdefault(handle, use[0])
         if use not in self._last_handle and use[1] is Kind.RECORD:
             self._recorded[use[2]] += 1
         self._last_handle[use] = handle

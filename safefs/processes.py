@@ -78,8 +78,13 @@ def ancestry(tid: int, until: int = 0) -> list[int]:
     return chain
 
 
-def closer_of(tid: int) -> tuple[int, Closer]:
-    """Thread group id of a thread that sent FLUSH, and whether it lives, exits or was killed."""
+def closer_of(tid: int, *, guesses: bool = True) -> tuple[int, Closer]:
+    """Thread group id of a thread that sent FLUSH, and whether it lives, exits or was killed.
+
+    Without the right to trace the process exit_code reads 0, and PF_SIGNALED is also set when threads of a process that
+    exits by itself are ended.  Where the truth is hidden so, a thread that may have been killed counts as that: what is
+    unsure is not published.  Not `guesses`: then it is unknown.
+    """
     status = _read(f"/proc/{tid}/status") if tid > 0 else None
     if status is None:
         return 0, Closer.UNKNOWN
@@ -93,10 +98,8 @@ def closer_of(tid: int) -> tuple[int, Closer]:
     flags, exit_code = int(fields[6]), int(fields[49])
     if exit_code & 0x7F:
         return tgid, Closer.KILLED
-    # Without the right to trace the process exit_code reads 0.  PF_SIGNALED is also set when threads of a process
-    # that exits by itself are ended, so it only counts where the truth is hidden: then what is unsure is refused.
     if exit_code == 0 and flags & PF_SIGNALED and not _exit_code_visible(tid):
-        return tgid, Closer.KILLED
+        return tgid, Closer.KILLED if guesses else Closer.UNKNOWN
     return tgid, Closer.EXITED
 
 

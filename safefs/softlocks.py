@@ -84,7 +84,7 @@ def end_of(pidfd: int, tgid: int) -> End | None:
     status = exit_status(pidfd)
     if status is not None:
         return End.KILLED if os.WIFSIGNALED(status) else End.EXITED
-    _, closer = processes.closer_of(tgid)
+    _, closer = processes.closer_of(tgid, guesses=False)
     if not processes.is_reaped(pidfd):  # so it was this process that /proc spoke of
         return {Closer.KILLED: End.KILLED, Closer.EXITED: End.EXITED}.get(closer)
     status = exit_status(pidfd)

@@ -44,6 +44,9 @@ BLOCK_BYTES = 4096
 MAX_ERRNO = 511  # the kernel takes no reply with a larger one (fs/fuse/dev.c), and its request would never end
 ENOTSUPP = 524  # Linux's own, which NFS clients let out
 MAX_INVALIDATIONS = 8  # threads that wait for the kernel
+# How long who unlocks or closes waits until that is on a record that nodes share, and since he got a signal: what has
+# been asked for stays so, and nobody else has the lock before.
+UNLOCK_SECONDS, INTERRUPTED_SECONDS = 30.0, 2.0
 
 
 def error_number(error: BaseException, operation: str) -> int:
@@ -369,15 +372,26 @@ class Operations(pyfuse3.Operations):
 
     async def _flush_in_place(self, request: native.Request, nodeid: int, number: int, owner: int) -> None:
         await self._in_place.send(self._in_place.unsent(number))
-        for event in self._locking.flushed(nodeid, number, owner):
-            await event.wait()
+        await self._await_record(request, self._locking.flushed(nodeid, number, owner))
         self._in_place.require_sent(number)
         request.reply_err(0)
 
     async def _await_unlocking(self, request: native.Request, unlocking: Sequence[trio.Event]) -> None:
-        for event in unlocking:
-            await event.wait()
+        await self._await_record(request, unlocking)
         request.reply_err(0)
+
+    @staticmethod
+    async def _await_record(request: native.Request, unlocking: Sequence[trio.Event]) -> None:
+        """Not for ever: a record that cannot be read would keep a process that was killed."""
+        with trio.move_on_after(UNLOCK_SECONDS) as scope:
+
+            def interrupt() -> None:
+                scope.deadline = min(scope.deadline, trio.current_time() + INTERRUPTED_SECONDS)
+
+            if unlocking:
+                request.await_interrupt(interrupt)
+            for event in unlocking:
+                await event.wait()
 
     def on_release(self, request: native.Request, nodeid: int, number: int) -> None:
         request.reply_err(0)
@@ -399,7 +413,21 @@ class Operations(pyfuse3.Operations):
         self._start(request, self._getlk, record_lock(nodeid, number, owner, kind, start, length))
 
     async def _getlk(self, request: native.Request, wanted: Wanted) -> None:
-        request.reply_lock(*await self._locking.conflict(wanted))
+        settling, asking, found = trio.CancelScope(), trio.CancelScope(), None
+
+        def interrupt() -> None:
+            settling.cancel()
+            asking.cancel()
+
+        request.await_interrupt(interrupt)
+        with settling:  # who is interrupted is told of the lock that is about to end
+            await self._locking.settled(wanted)
+        with asking:  # other nodes, where the name is not this one's
+            found = await self._locking.conflict(wanted)
+        if found is None:
+            request.reply_err(errno.EINTR)
+        else:
+            request.reply_lock(*found)
 
     def on_setlk(
         self,
@@ -474,7 +502,8 @@ class Operations(pyfuse3.Operations):
         if held or (waiting is not None and waiting.held):  # perhaps at the moment when it was interrupted
             await self._locked(request, wanted.handle)
         else:
-            request.reply_err(errno.EINTR if wanted.may_wait else errno.EAGAIN)
+            # Of a try that was not made yet nobody knows what came of it; the kernel makes it again (SA_RESTART).
+            request.reply_err(errno.EINTR if wanted.may_wait or asked is None else errno.EAGAIN)
 
     async def _locked(self, request: native.Request, number: int) -> None:
         """A lock is held: what is read under it is what was written under it before."""

@@ -298,6 +298,54 @@ def test_two_that_would_wait_for_each_other_on_two_files(place: Path, party: Mak
     one.result(SECONDS)
 
 
+THREADS = """
+import threading
+fd, other = os.open(p, os.O_RDWR | os.O_CREAT), os.open(p, os.O_RDWR)
+record(fd, OFD_SET, EXCLUSIVE, 0, 1)
+record(other, OFD_SET, EXCLUSIVE, 1, 1)
+ends = []
+def wait_for(descriptor, byte):
+    try:
+        record(descriptor, OFD_WAIT, EXCLUSIVE, byte, 1)
+        ends.append(0)
+    except OSError as error:
+        ends.append(error.errno)
+threads = [threading.Thread(target=wait_for, args=(descriptor, byte)) for descriptor, byte in ((fd, 1), (other, 0))]
+for thread in threads:
+    thread.start()
+    time.sleep(0.2)
+record(fd, OFD_SET, UNLOCK, 0, 1)
+threads[1].join(20)
+record(other, OFD_SET, UNLOCK, 1, 1)
+threads[0].join(20)
+"""
+
+
+def test_open_files_of_one_process_wait_for_each_other(place: Path, party: Make) -> None:
+    """OFD: a third thread can unlock what two others wait for."""
+    one = party()
+    one(THREADS, p=str(place / "x.lock"))
+    assert one("ends") == [0, 0]
+
+
+def test_the_locks_of_an_open_file_itself(mount: Mount, party: Make) -> None:
+    """F_OFD_GETLK with F_UNLCK, as far as the kernel has that."""
+    answers = []
+    for directory in (mount.backing, mount.path):
+        one, two = party(), party()
+        for process in (one, two):
+            opened(process, directory / "x.lock")
+        one("record(fd, OFD_SET, SHARED, 3, 4)")
+        two("record(fd, OFD_SET, SHARED, 0, 9)")
+        asked = "try: own = record(fd, OFD_GET, UNLOCK, start, 9)\nexcept OSError as error: own = error.errno"
+        answers.append([])
+        for start in (0, 5, 20):
+            one(asked, start=start)
+            answers[-1].append(one("own"))
+    assert answers[0] == answers[1]
+    assert answers[0][0] in (("shared", 3, 4, -1), errno.EINVAL)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_process_loses_its_locks_by_any_close(place: Path, party: Make, name: str) -> None:
     """fcntl(2): closing any descriptor of the file, also one that was opened for reading later."""
@@ -766,6 +814,67 @@ def test_a_signal_ends_the_wait_for_a_publish(mount: Mount, party: Make, how: st
         process.kill(signal.SIGKILL)
     writer("fcntl.lockf(held, LOCK_UN)")
     assert wait_until(lambda: (mount / "data").read_text() == "new", SECONDS)
+
+
+def test_who_asks_for_a_lock_that_was_closed_sees_none(place: Path, party: Make) -> None:
+    """F_GETLK, while it is not known yet whether the close was the last one, which publishes."""
+    (place / "data").write_text("old")
+    one, two = party(), party()
+    opened(one, place / "data", os.O_RDWR)
+    child = one.fork()
+    child(TRY["fcntl"])
+    child("os.pwrite(fd, b'new', 0)")
+    opened(two, place / "data", os.O_RDWR)
+    assert two("record(fd, GET, EXCLUSIVE)") == ("exclusive", 0, 0, child.pid)
+    child("os.close(fd)")
+    assert two("record(fd, GET, EXCLUSIVE)")[0] == ""
+
+
+@pytest.mark.parametrize("how", ["fcntl", "flock"])
+def test_a_try_that_a_signal_interrupts_is_made_again(mount: Mount, party: Make, how: str) -> None:
+    """Nobody has the lock: a handler that the program has (SA_RESTART) does not make it one that somebody has."""
+    (mount / "data").write_text("old")
+    writer, child_of, tries = party(), party(), party()
+    opened(tries, mount / "data", os.O_RDWR)
+    opened(child_of, mount / "data", os.O_RDWR)
+    child_of("os.pwrite(fd, b'new', 0)")
+    child = child_of.fork()
+    child_of("os.close(fd)")
+    writer("held = os.open(p, os.O_RDWR); fcntl.lockf(held, LOCK_EX)", p=str(mount.backing / ".safefs" / "names.lock"))
+    child.start("os.close(fd); os._exit(0)")  # its RELEASE publishes, and waits
+    assert wait_until(lambda: status(mount)["publishing"] == 1, SECONDS)
+    tries("seen = []; signal.signal(signal.SIGUSR1, lambda *_: seen.append(1))")
+    tries("signal.siginterrupt(signal.SIGUSR1, False)")
+    tries.start(TRY[how])
+    for _ in range(3):
+        assert waits(tries)
+        os.kill(tries.pid, signal.SIGUSR1)
+    assert waits(tries)
+    writer("fcntl.lockf(held, LOCK_UN)")
+    tries.result(SECONDS)
+    assert tries("len(seen)") >= 1
+
+
+@pytest.mark.parametrize(
+    "step", ["record(fd, SET, UNLOCK)", "flock(fd, LOCK_UN)", "os.close(fd)", "record(fd, GET, EXCLUSIVE)"]
+)
+def test_who_is_killed_does_not_wait_for_a_record_that_cannot_be_read(
+    two_mounts: tuple[Mount, Mount], party: Make, step: str
+) -> None:
+    """It stays so until an operator breaks the locks: whoever unlocks, asks or closes must be able to end before."""
+    one, two = party(), party()
+    for mount, process in zip(two_mounts, (one, two), strict=True):
+        opened(process, mount / "x.lock")
+    for kind in ("flock", "fcntl"):  # from the second node's try on they share the name
+        one(TRY[kind])
+        assert two.errno(TRY[kind]) in BLOCKED
+    (record,) = (two_mounts[0].backing / ".safefs/locks/names").glob("*/data~*")
+    record.write_bytes(b"damaged")
+    one.start(step)
+    assert not one.answered(WAITS_SECONDS)
+    os.kill(one.pid, signal.SIGKILL)
+    assert wait_until(lambda: process_state(one.pid) == "Z", SECONDS)
+    safefs("locks", "break", two_mounts[1] / "x.lock")  # so that the other need not wait to end
 
 
 # Locks that were broken.

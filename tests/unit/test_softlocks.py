@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import pytest
 import trio
@@ -19,6 +20,9 @@ from safefs.model import Identity, Process
 from safefs.rules import Stale
 from safefs.softlocks import NOTE_SECONDS, End, Maker, SoftLocks
 from safefs.state import DaemonRecord
+
+T = TypeVar("T")
+NOBODY = 65534
 
 
 class SlowStore:
@@ -130,3 +134,29 @@ def test_locks_that_have_outlived_their_creators_make_way(
             nursery.cancel_scope.cancel()
 
     trio.run(main)
+
+
+THREADS = "import os, threading, time; threading.Timer(0.1, os._exit, (0,)).start(); time.sleep(60)"
+
+
+def test_how_it_ended_is_not_guessed() -> None:
+    """Who may not trace a process sees no status of a zombie, and its threads are ended as if they were killed."""
+    with subprocess.Popen([sys.executable, "-c", THREADS]) as process:
+        pidfd = os.pidfd_open(process.pid)
+        try:
+            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+            assert _as_nobody(lambda: softlocks.end_of(pidfd, process.pid)) is None
+            assert softlocks.end_of(pidfd, process.pid) is End.EXITED
+            process.wait()
+            assert _as_nobody(lambda: softlocks.end_of(pidfd, process.pid)) in (End.EXITED, End.UNKNOWN)
+        finally:
+            os.close(pidfd)
+
+
+def _as_nobody(function: Callable[[], T]) -> T:
+    """As a daemon of an ordinary user's."""
+    os.setresuid(NOBODY, NOBODY, 0)
+    try:
+        return function()
+    finally:
+        os.setresuid(0, 0, 0)

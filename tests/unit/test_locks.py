@@ -1,0 +1,67 @@
+"""What one node keeps of the locks of its processes: as much as there is, and nothing that is no longer true."""
+
+from __future__ import annotations
+
+import pytest
+
+from safefs.locks import Alone, Locks
+from safefs.locktable import Kind, Lock, Mode, Owner
+
+NAME, HANDLE = "1/x.lock", 7
+
+
+@pytest.fixture
+def locks() -> Locks:
+    return Locks(Alone("node"))
+
+
+def owner(number: int) -> Owner:
+    return Owner("node", number)
+
+
+def test_an_open_file_of_many_processes(locks: Locks) -> None:
+    """A server's children come and go for months, each with its own locks through what they have inherited."""
+    for number in range(1, 101):
+        lock = Lock(owner(number), Mode.EXCLUSIVE, 0, 0)
+        assert locks.acquire(NAME, Kind.RECORD, lock, HANDLE, may_wait=False) is None
+        assert locks.flushed(HANDLE, NAME, owner(number)) == []
+    assert not locks._by_handle[HANDLE]
+    assert locks.counts() == (0, 0)
+    assert locks.key_of(HANDLE) == NAME  # by which it is locked from then on
+    locks.released(HANDLE)
+    assert locks.key_of(HANDLE) is None
+
+
+def test_a_close_leaves_the_locks_of_others(locks: Locks) -> None:
+    for number in (1, 2):
+        lock = Lock(owner(number), Mode.EXCLUSIVE, number, number)
+        assert locks.acquire(NAME, Kind.RECORD, lock, HANDLE, may_wait=False) is None
+    locks.flushed(HANDLE, NAME, owner(1))
+    assert locks.own(NAME, Kind.RECORD, owner(1), 0, 9) is None
+    assert locks.own(NAME, Kind.RECORD, owner(2), 0, 9) == Lock(owner(2), Mode.EXCLUSIVE, 2, 2)
+    assert locks.lose() == {HANDLE}
+
+
+def test_an_open_file_keeps_its_name_when_its_locks_are_lost(locks: Locks) -> None:
+    """By that it is known at its last close that something was locked through it."""
+    locks.acquire(NAME, Kind.FLOCK, Lock(owner(1), Mode.EXCLUSIVE), HANDLE, may_wait=False)
+    assert locks.lose() == {HANDLE}
+    assert locks.key_of(HANDLE) == NAME
+    locks.released(HANDLE)
+    assert locks.key_of(HANDLE) is None
+
+
+@pytest.mark.parametrize("may_wait", [False, True])
+def test_what_a_conversion_has_lost_is_not_held(locks: Locks, may_wait: bool) -> None:
+    """flock(2): the old lock goes first.  Who has none is not kept from writing when the lease is lost."""
+    for number in (1, 2):
+        lock = Lock(owner(number), Mode.SHARED)
+        assert locks.acquire(NAME, Kind.FLOCK, lock, number, may_wait=False) is None
+    wanted = Lock(owner(1), Mode.EXCLUSIVE)
+    if may_wait:
+        assert locks.acquire(NAME, Kind.FLOCK, wanted, 1, may_wait=True) is not None
+    else:
+        with pytest.raises(BlockingIOError):
+            locks.acquire(NAME, Kind.FLOCK, wanted, 1, may_wait=False)
+    assert locks.own(NAME, Kind.FLOCK, owner(1), 0, 0) is None
+    assert locks.lose() == {2}
