@@ -1,4 +1,7 @@
-"""The commands and their options; what they do is in the modules beside this one."""
+"""The commands and their options; what they do is in the modules beside this one.
+
+Each command imports its own module: `safefs status` is not to wait for what only a scrub needs.
+"""
 
 from __future__ import annotations
 
@@ -7,23 +10,12 @@ import errno
 import os
 import sys
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import click
 
 import safefs
-from safefs.cli.events import show_events
-from safefs.cli.history import restore_version, show_history
-from safefs.cli.locks import break_locks, show_locks
-from safefs.cli.mounting import MountRequest, mount_background, mount_foreground
-from safefs.cli.probe import show_probe
-from safefs.cli.quarantine import list_quarantine, purge, restore_quarantined, show_quarantined
-from safefs.cli.rules import show_rules
-from safefs.cli.scrub import scrub_tree, show_version
-from safefs.cli.status import show_status
-from safefs.cli.unmounting import unmount
 from safefs.config import known_options
 from safefs.errors import SafefsError
 
@@ -60,6 +52,8 @@ def versions() -> str:
 
 
 def _pyfuse3_version() -> str:
+    from importlib import metadata
+
     try:
         return metadata.version("pyfuse3")
     except metadata.PackageNotFoundError:
@@ -114,6 +108,8 @@ def mount(
 
     Returns once the mount is live.  Write the -o options as for mount(8).
     """
+    from safefs.cli.mounting import MountRequest, mount_background, mount_foreground
+
     request = MountRequest(backing, mountpoint, options, config, log_file)
     if foreground:
         mount_foreground(request, ready_fd)
@@ -125,6 +121,8 @@ def mount(
 @click.argument("mountpoint", type=_PATH)
 def umount(mountpoint: Path) -> None:
     """Unmount MOUNTPOINT and wait until its daemon has ended."""
+    from safefs.cli.unmounting import unmount
+
     unmount(mountpoint)
 
 
@@ -133,6 +131,8 @@ def umount(mountpoint: Path) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def status(mountpoint: Path | None, as_json: bool) -> None:
     """Show the live mounts, or the one at MOUNTPOINT."""
+    from safefs.cli.status import show_status
+
     show_status(mountpoint, as_json=as_json)
 
 
@@ -142,6 +142,8 @@ def status(mountpoint: Path | None, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def rules(path: Path, config: Path | None, as_json: bool) -> None:
     """Say which class PATH has, and which rule says so.  PATH need not exist."""
+    from safefs.cli.rules import show_rules
+
     show_rules(path, config, as_json=as_json)
 
 
@@ -156,6 +158,8 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @_JSON
 def events(path: Path | None, follow: bool, as_json: bool) -> None:
     """Show what happened on the backing directory of PATH, on all nodes."""
+    from safefs.cli.events import show_events
+
     show_events(path, follow=follow, as_json=as_json)
 
 
@@ -166,6 +170,8 @@ def events(path: Path | None, follow: bool, as_json: bool) -> None:
 @_JSON
 def probe(directory: Path, state: Path | None, peer: bool, as_json: bool) -> None:
     """Try what the filesystem of DIRECTORY does with locks and names.  Exit code 1: it is not safe for lease files."""
+    from safefs.cli.probe import show_probe
+
     show_probe(directory, state=state, peer=peer, as_json=as_json)
 
 
@@ -190,6 +196,8 @@ class _LocksGroup(click.Group):
 def locks(context: click.Context, path: Path | None, as_json: bool) -> None:
     """Show who holds and who waits for which lock, on all nodes."""
     if context.invoked_subcommand is None:
+        from safefs.cli.locks import show_locks
+
         show_locks(path, as_json=as_json)
 
 
@@ -200,6 +208,8 @@ def locks_break(path: Path) -> None:
 
     What these go on writing through the files fails with EIO, and is not published.
     """
+    from safefs.cli.locks import break_locks
+
     break_locks(path)
 
 
@@ -208,6 +218,8 @@ def locks_break(path: Path) -> None:
 @_JSON
 def show(path: Path, as_json: bool) -> None:
     """Show what was written down when the file PATH was published: digest, node, uid, pid, command, time."""
+    from safefs.cli.scrub import show_version
+
     show_version(path, as_json=as_json)
 
 
@@ -216,6 +228,8 @@ def show(path: Path, as_json: bool) -> None:
 @_JSON
 def history(path: Path, as_json: bool) -> None:
     """List the versions that PATH showed before, as far as they are retained (-o retain=TIME, or by rule)."""
+    from safefs.cli.history import show_history
+
     show_history(path, as_json=as_json)
 
 
@@ -224,6 +238,8 @@ def history(path: Path, as_json: bool) -> None:
 @click.option("--to", "target", type=_PATH, help="Another name on the mount.")
 def restore(version: str, target: Path | None) -> None:
     """Publish version N of `safefs history PATH` again."""
+    from safefs.cli.history import restore_version
+
     restore_version(version, target)
 
 
@@ -239,6 +255,8 @@ def scrub(path: Path, repair: str | None, resume: bool, jobs: int, config: Path 
 
     Also a tree that safefs never wrote.  Exit code: 0 all is well, 1 something is damaged, 2 something cannot be read.
     """
+    from safefs.cli.scrub import scrub_tree
+
     scrub_tree(path, config, threads=jobs, repair=repair is not None, resume=resume, as_json=as_json)
 
 
@@ -252,6 +270,8 @@ def quarantine() -> None:
 @_JSON
 def quarantine_list(path: Path | None, as_json: bool) -> None:
     """List what is in quarantine on the backing directory of PATH."""
+    from safefs.cli.quarantine import list_quarantine
+
     list_quarantine(path, as_json=as_json)
 
 
@@ -261,6 +281,8 @@ def quarantine_list(path: Path | None, as_json: bool) -> None:
 @_JSON
 def quarantine_show(write_id: str, path: Path | None, as_json: bool) -> None:
     """Show all that is known of one file."""
+    from safefs.cli.quarantine import show_quarantined
+
     show_quarantined(write_id, path, as_json=as_json)
 
 
@@ -270,6 +292,8 @@ def quarantine_show(write_id: str, path: Path | None, as_json: bool) -> None:
 @click.option("--to", "target", type=_PATH, help="Another name on the mount than the one it was meant for.")
 def quarantine_restore(write_id: str, path: Path | None, target: Path | None) -> None:
     """Publish a file under the name that it was meant for, with the checks of any close."""
+    from safefs.cli.quarantine import restore_quarantined
+
     restore_quarantined(write_id, path, target)
 
 
@@ -283,6 +307,8 @@ def quarantine_purge(
     write_ids: tuple[str, ...], path: Path | None, older: str | None, over: str | None, everything: bool
 ) -> None:
     """Remove files from quarantine for good."""
+    from safefs.cli.quarantine import purge
+
     purge(write_ids, path, older=older, over=over, everything=everything)
 
 
@@ -297,6 +323,8 @@ def quarantine_purge(
 @click.option("-t", "_type", help="Accepted for mount(8).")
 def mount_helper(source: Path, mountpoint: Path, options: tuple[str, ...], fake: bool, **_ignored: object) -> None:
     """What mount(8) calls for `mount -t fuse.safefs SOURCE MOUNTPOINT` as /sbin/mount.fuse.safefs."""
+    from safefs.cli.mounting import MountRequest, mount_background
+
     request = MountRequest(source, mountpoint, options)
     if fake:
         request.settings()
