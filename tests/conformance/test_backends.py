@@ -442,6 +442,21 @@ def test_nodes_that_never_come_back_leave_no_files(tmp_path: Path, monkeypatch: 
     trio.run(scenario, clock=without_threads(monkeypatch))
 
 
+@pytest.mark.parametrize("native_too", [False, True])
+def test_a_lease_that_is_over_is_not_renewed(native_too: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even where nobody has ended it: what was locked under it may be waited for by somebody who is about to."""
+
+    async def scenario() -> None:
+        one = native(tmp_path, SHORT) if native_too else leasefile(tmp_path, terms=SHORT)
+        await one.join()
+        await trio.sleep(SHORT.lease_seconds * 1.01)
+        with pytest.raises(LeaseLostError, match="not renewed in time"):
+            await one.renew()
+        assert one.lease_ends() < trio.current_time()
+
+    trio.run(scenario, clock=without_threads(monkeypatch))
+
+
 def test_who_joins_asks_for_no_other_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of which there may be thousands."""
     dead = files_module.Files(str(tmp_path), {}, lambda _identity: False)

@@ -51,6 +51,18 @@ def test_an_open_file_keeps_its_name_when_its_locks_are_lost(locks: Locks) -> No
     assert locks.key_of(HANDLE) is None
 
 
+def test_there_is_no_lease_once_it_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anybody has noticed, as when a machine wakes up: threads ask for it right before they change anything."""
+    names, holds = Alone("node"), [True]
+    monkeypatch.setattr(names, "lease_holds", lambda: holds[0])
+    locks = Locks(names)
+    assert locks.acquire(NAME, Kind.FLOCK, Lock(owner(1), Mode.EXCLUSIVE), HANDLE, may_wait=False) is None
+    assert locks.lease() == "node" and not locks.is_stale(HANDLE)
+    holds[0] = False
+    assert locks.lease() == "" and locks.is_stale(HANDLE)
+    assert not locks.is_stale(HANDLE + 1)  # nothing was locked through it
+
+
 @pytest.mark.parametrize("may_wait", [False, True])
 def test_what_a_conversion_has_lost_is_not_held(locks: Locks, may_wait: bool) -> None:
     """flock(2): the old lock goes first.  Who has none is not kept from writing when the lease is lost."""
