@@ -12,7 +12,7 @@ import errno
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ from safefs.model import STATE_NAME
 from safefs.state import (
     BEAT_SECONDS,
     CLUSTER,
-    DAEMONS,
     SHARING,
     DaemonRecord,
     StateDirectory,
@@ -75,15 +74,15 @@ def state_of(backing: Path) -> Path:
     return default
 
 
-def require_same_settings(state: StateDirectory, node_id: str, sharing: Mapping[str, Any], is_dead: IsDead) -> None:
+def require_same_settings(record: DaemonRecord, sharing: Mapping[str, Any], is_dead: IsDead) -> None:
     """SafefsError where another living daemon shares its locks otherwise.  Blocks, where it may be a dead one's record.
 
     After this daemon's own record is there: of two that start at once one sees the other, and of a record that is being
-    made, whose identity is empty yet, the daemon will see this one.
+    made, whose identity is empty yet, the daemon will see this one.  Nothing else shows yet that this one lives.
     """
-    others = {path: identity_of(path) for path in (state.path / DAEMONS).iterdir() if path.name != node_id}
+    others = {path: identity_of(path) for path in _others(record)}
     others = {path: each for path, each in others.items() if each.get(SHARING, sharing) != sharing}
-    found = _one_that_lives(others, is_dead)
+    found = _one_that_lives(others, is_dead, beat=record.beat)
     if found is not None:
         raise SafefsError(_difference(found, sharing), errno.EBUSY)
 
@@ -91,16 +90,17 @@ def require_same_settings(state: StateDirectory, node_id: str, sharing: Mapping[
 def require_same_etcd(record: DaemonRecord, etcd: str, is_dead: IsDead) -> None:
     """Note in this daemon's record which etcd it is about to join; SafefsError where another living one is in another.
 
-    Blocks, as `require_same_settings` does.  The note comes before the look, so of two that join at once one sees the
-    other; it goes again where this daemon is not let in, and does not keep those out who are in the right one.
+    Blocks, as `require_same_settings` does, but something else has this daemon's heart beat.  The note comes before the
+    look, so of two that join at once one sees the other; it goes again where this daemon is not let in, and does not
+    keep those out who are in the right one.
     """
     record.note_etcd(etcd)
 
     def is_elsewhere(path: Path) -> bool:
         return etcd_of(path) not in ("", etcd)
 
-    paths = [path for path in record.path.parent.iterdir() if path != record.path and is_elsewhere(path)]
-    found = _one_that_lives({path: identity_of(path) for path in paths}, is_dead, is_elsewhere)
+    others = {path: identity_of(path) for path in _others(record) if is_elsewhere(path)}
+    found = _one_that_lives(others, is_dead, is_elsewhere)
     if found is not None:
         record.note_etcd("")
         raise SafefsError(
@@ -111,12 +111,21 @@ def require_same_etcd(record: DaemonRecord, etcd: str, is_dead: IsDead) -> None:
         )
 
 
+def _others(record: DaemonRecord) -> Iterator[Path]:
+    """The records of the other daemons."""
+    return (path for path in record.path.parent.iterdir() if path != record.path)
+
+
 def _one_that_lives(
-    others: Mapping[Path, Mapping[str, Any]], is_dead: IsDead, matters: Callable[[Path], bool] = lambda _: True
+    others: Mapping[Path, Mapping[str, Any]],
+    is_dead: IsDead,
+    matters: Callable[[Path], bool] = lambda _: True,
+    beat: Callable[[], None] = lambda: None,
 ) -> Mapping[str, Any] | None:
     """Who is the first of the daemons with these records and identities that is seen to live; None where none is.
 
-    Those count that still matter by then.  Blocks: of one on another host only its heartbeat can tell.
+    Those count that still matter by then.  Blocks: of one on another host only its heartbeat can tell, and to it only
+    this one's.
     """
     others = dict(others)
     beats = {path: heartbeat_of(path) for path in others}
@@ -130,6 +139,7 @@ def _one_that_lives(
             if dead or lives or time.monotonic() > deadline:
                 del others[path]
         if others:
+            beat()
             time.sleep(LOOK_SECONDS)
     return None
 

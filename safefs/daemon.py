@@ -214,7 +214,7 @@ class Daemon:
         sharing = shared_settings(settings, cluster)
         self.record = DaemonRecord(self.state, self.backing.node_id, sharing)
         try:
-            require_same_settings(self.state, self.backing.node_id, sharing, self._known_dead)
+            require_same_settings(self.record, sharing, self._known_dead)
         except BaseException:
             self._withdraw()
             raise

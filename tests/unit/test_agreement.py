@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from safefs import agreement
-from safefs.agreement import require_same_etcd
+from safefs.agreement import require_same_etcd, require_same_settings
 from safefs.backing import Backing
 from safefs.errors import SafefsError
 from safefs.identity import Identities
@@ -146,3 +146,24 @@ def test_a_record_that_goes_leaves_nothing(daemons: Daemons) -> None:
     daemons.other.note_etcd("a")
     daemons.other.remove()
     assert not daemons.other.path.exists()
+
+
+def test_who_looks_whether_others_live_shows_that_it_does(daemons: Daemons) -> None:
+    """Of two that start at once on two hosts, neither would hear the other's heart else."""
+    sharing = {record: {"locks": str(number)} for number, record in enumerate((daemons.own, daemons.other))}
+    refused: list[DaemonRecord] = []
+
+    def start(record: DaemonRecord) -> None:
+        try:
+            require_same_settings(record, sharing[record], lambda _: None)
+        except SafefsError:
+            refused.append(record)
+
+    for record, settings in sharing.items():
+        record.identity.write_text(json.dumps({**THERE, "sharing": settings}))
+    both = [threading.Thread(target=start, args=(record,)) for record in sharing]
+    for thread in both:
+        thread.start()
+    for thread in both:
+        thread.join()
+    assert refused
