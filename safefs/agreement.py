@@ -1,8 +1,9 @@
 """That the nodes of a backing directory share their locks: what all of them have to have set alike.
 
-Two things could make two nodes lock apart, each for itself and without an error: other settings (another lock backend,
-another prefix, another lease), and another state directory.  The first stands in every daemon's record.  The second is
-found out at the backing's root, where whoever keeps his state elsewhere leaves a mark.
+Three things could make two nodes lock apart, each for itself and without an error: other settings (another lock
+backend, another prefix, another lease), another state directory, and another etcd at the end of the same settings.  The
+first stands in every daemon's record.  The second is found out at the backing's root, where whoever keeps his state
+elsewhere leaves a mark.  For the third a daemon notes in its record which etcd it joins, by an id that is kept there.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import errno
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,11 @@ from safefs.model import STATE_NAME
 from safefs.state import (
     BEAT_SECONDS,
     CLUSTER,
-    DAEMONS,
     SHARING,
+    DaemonRecord,
     StateDirectory,
     agreed,
+    etcd_of,
     heartbeat_of,
     identity_of,
     noted,
@@ -34,6 +36,8 @@ log = logging.getLogger(__name__)
 
 WATCH_SECONDS = 3 * BEAT_SECONDS + 1  # for the heartbeat of a daemon on another host
 LOOK_SECONDS = 0.25
+
+IsDead = Callable[[Mapping[str, Any]], bool | None]  # what this host knows of a daemon (state.known_dead)
 
 
 def require_one_state(state: StateDirectory, backing: Path) -> str:
@@ -70,28 +74,74 @@ def state_of(backing: Path) -> Path:
     return default
 
 
-def require_same_settings(
-    state: StateDirectory, node_id: str, sharing: Mapping[str, Any], is_dead: Callable[[Mapping[str, Any]], bool | None]
-) -> None:
+def require_same_settings(record: DaemonRecord, sharing: Mapping[str, Any], is_dead: IsDead) -> None:
     """SafefsError where another living daemon shares its locks otherwise.  Blocks, where it may be a dead one's record.
 
     After this daemon's own record is there: of two that start at once one sees the other, and of a record that is being
-    made, whose identity is empty yet, the daemon will see this one.  `is_dead` is what this host
-    knows of a daemon (state.known_dead).
+    made, whose identity is empty yet, the daemon will see this one.  Nothing else shows yet that this one lives.
     """
-    others = {path: identity_of(path) for path in (state.path / DAEMONS).iterdir() if path.name != node_id}
+    others = {path: identity_of(path) for path in _others(record)}
     others = {path: each for path, each in others.items() if each.get(SHARING, sharing) != sharing}
+    found = _one_that_lives(others, is_dead, beat=record.beat)
+    if found is not None:
+        raise SafefsError(_difference(found, sharing), errno.EBUSY)
+
+
+def require_same_etcd(record: DaemonRecord, etcd: str, is_dead: IsDead) -> None:
+    """Note in this daemon's record which etcd it is about to join; SafefsError where another living one is in another.
+
+    Blocks, as `require_same_settings` does, but something else has this daemon's heart beat.  The note comes before the
+    look, so of two that join at once one sees the other; it goes again where this daemon is not let in, and does not
+    keep those out who are in the right one.
+    """
+    record.note_etcd(etcd)
+
+    def is_elsewhere(path: Path) -> bool:
+        return etcd_of(path) not in ("", etcd)
+
+    others = {path: identity_of(path) for path in _others(record) if is_elsewhere(path)}
+    found = _one_that_lives(others, is_dead, is_elsewhere)
+    if found is not None:
+        record.note_etcd("")
+        raise SafefsError(
+            f"the daemon on {found.get('host')} (process {found.get('pid')}) keeps its locks in another etcd: nodes of"
+            " different ones would not exclude each other; name the same etcd in -o locks everywhere (localhost is"
+            " another host on each), or unmount the others first",
+            errno.EBUSY,
+        )
+
+
+def _others(record: DaemonRecord) -> Iterator[Path]:
+    """The records of the other daemons."""
+    return (path for path in record.path.parent.iterdir() if path != record.path)
+
+
+def _one_that_lives(
+    others: Mapping[Path, Mapping[str, Any]],
+    is_dead: IsDead,
+    matters: Callable[[Path], bool] = lambda _: True,
+    beat: Callable[[], None] = lambda: None,
+) -> Mapping[str, Any] | None:
+    """Who is the first of the daemons with these records and identities that is seen to live; None where none is.
+
+    Those count that still matter by then.  Blocks: of one on another host only its heartbeat can tell, and to it only
+    this one's.
+    """
+    others = dict(others)
     beats = {path: heartbeat_of(path) for path in others}
     deadline = time.monotonic() + WATCH_SECONDS
     while others:
         for path, identity in list(others.items()):
             dead = is_dead(identity)
-            if dead is False or (dead is None and heartbeat_of(path) not in ("", beats[path])):
-                raise SafefsError(_difference(identity, sharing), errno.EBUSY)
-            if dead or time.monotonic() > deadline:
+            lives = dead is False or (dead is None and heartbeat_of(path) not in ("", beats[path]))
+            if lives and matters(path):
+                return identity
+            if dead or lives or time.monotonic() > deadline:
                 del others[path]
         if others:
+            beat()
             time.sleep(LOOK_SECONDS)
+    return None
 
 
 def _difference(identity: Mapping[str, Any], sharing: Mapping[str, Any]) -> str:

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import trio
 
 from safefs import __version__, backing
-from safefs.agreement import require_one_state, require_same_settings
+from safefs.agreement import require_one_state, require_same_etcd, require_same_settings
 from safefs.backing import Backing
 from safefs.closing import Closing
 from safefs.cluster.backend import BackendError, ProcessIdentity
@@ -214,7 +214,7 @@ class Daemon:
         sharing = shared_settings(settings, cluster)
         self.record = DaemonRecord(self.state, self.backing.node_id, sharing)
         try:
-            require_same_settings(self.state, self.backing.node_id, sharing, self._known_dead)
+            require_same_settings(self.record, sharing, self._known_dead)
         except BaseException:
             self._withdraw()
             raise
@@ -235,6 +235,7 @@ class Daemon:
                 lambda identity: self._known_dead(identity) is True,
                 locks_answered,
                 self._as_service,
+                self._admit,
             )
         except SafefsError:
             self._withdraw()
@@ -242,6 +243,18 @@ class Daemon:
         if backend is None:
             return None, None
         return Names(backend), Keeper(backend, Terms(settings.lease_seconds), self._on_joined, self._on_lost)
+
+    async def _admit(self, etcd: str) -> None:
+        """Before this node joins an etcd, and with no id where it has left one (cluster.backend.Admit)."""
+        try:
+            if etcd:
+                await self.backing.run(SERVICE, require_same_etcd, self.record, etcd, self._known_dead)
+            else:
+                await self.backing.run(SERVICE, self.record.note_etcd, etcd)
+        except SafefsError as error:
+            raise BackendError(error.message, answered=True, is_final=True) from None
+        except OSError as error:
+            raise BackendError(f"which etcd it is cannot be put on record: {error}", answered=True) from None
 
     def _as_service(self, function: Callable[..., T], /, *arguments: Any) -> T:
         return self.identities.call(SERVICE, function, *arguments)
@@ -301,6 +314,7 @@ class Daemon:
         native.closer_start(max(1, min(MOST_CLOSING, limit // CLOSING_DESCRIPTORS)))
         recovery = Recovery(self.backing, self.state, self.record, self.events)
         async with trio.open_nursery() as helpers:
+            helpers.start_soon(recovery.beat)  # first: others that start may have to see that this daemon lives
             if self.names is not None and self.keeper is not None:
                 await self._join(helpers, self.names, self.keeper)
             helpers.start_soon(recovery.run)

@@ -67,15 +67,17 @@ class Recovery:
         self._watched: tuple[Path, ...] = ()  # the records that this daemon watches, as of the last look at all of them
         self._freed: set[str] = set()  # names in the cluster of nodes whose lock files have been removed
 
-    async def run(self) -> None:
-        """Until cancelled: beat, and settle what dead daemons left.
+    async def beat(self) -> None:
+        """Until cancelled: show others that this daemon lives.
 
-        Neither waits for the other: thousands of leftovers take minutes, and a daemon that does not beat meanwhile is
-        taken for dead itself, with all that is being written through it.
+        Beside `run`: thousands of leftovers take minutes, and a daemon that does not beat meanwhile is taken for dead
+        itself, with all that is being written through it.
         """
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._again_and_again, self._record.beat)
-            nursery.start_soon(self._again_and_again, self.settle_dead)
+        await self._again_and_again(self._record.beat)
+
+    async def run(self) -> None:
+        """Until cancelled: settle what dead daemons left."""
+        await self._again_and_again(self.settle_dead)
 
     async def _again_and_again(self, function: Callable[[], None]) -> None:
         while True:

@@ -47,7 +47,7 @@ RETAINED = "retained"
 RECORD_SUFFIX = ".json"
 WRITER = "writer"  # in a daemon's journal
 COPIED_FROM = "copied_from"  # in the record of a file that is a copy: owner and mode of the file
-IDENTITY, HEARTBEAT, SOFT_LOCKS = "identity.json", "heartbeat", "softlocks"  # in a daemon's record
+IDENTITY, HEARTBEAT, SOFT_LOCKS, ETCD = "identity.json", "heartbeat", "softlocks", "etcd"  # in a daemon's record
 BEAT_SECONDS = 5.0  # between its heartbeats
 MAX_NOTED = 1 << 18  # directories that a daemon remembers to have put on record; then it does so again
 LOCKS = "names.lock"
@@ -157,6 +157,14 @@ def heartbeat_of(record: Path) -> str:
     try:
         return (record / HEARTBEAT).read_text(encoding="ascii")
     except OSError:
+        return ""
+
+
+def etcd_of(record: Path) -> str:
+    """In which etcd the daemon with this record has its locks (`note_etcd`); empty where in none.  Raises OSError."""
+    try:
+        return (record / ETCD).read_text(encoding="utf-8", errors="surrogateescape")
+    except (FileNotFoundError, NotADirectoryError):
         return ""
 
 
@@ -397,9 +405,19 @@ class DaemonRecord:
     def beat(self) -> None:
         """Show other nodes that this daemon lives: they watch the content change, no clocks are compared."""
         self._beats += 1
-        temporary = self.path / f"{HEARTBEAT}.new"
-        temporary.write_text(f"{self._beats}\n", encoding="ascii")
-        temporary.rename(self.path / HEARTBEAT)
+        self._replace(HEARTBEAT, f"{self._beats}\n")
+
+    def note_etcd(self, etcd: str) -> None:
+        """Show other nodes in which etcd this daemon has its locks, by its id; empty: in none.
+
+        An empty file and not none: a client that has looked for a name in vain may go on to find nothing there.
+        """
+        self._replace(ETCD, etcd)
+
+    def _replace(self, name: str, text: str) -> None:
+        temporary = self.path / f"{name}.new"
+        temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
+        temporary.rename(self.path / name)
 
     def has_noted(self, path: bytes) -> bool:
         """Whether a directory is on record.  Does not block."""
@@ -434,7 +452,8 @@ class DaemonRecord:
     def remove(self) -> None:
         """An orderly end: nothing is left to find."""
         os.close(self._journal)
-        for name in (f"{HEARTBEAT}.new", HEARTBEAT, "journal", IDENTITY, SOFT_LOCKS, f"{SOFT_LOCKS}.new"):
+        replaced = (HEARTBEAT, SOFT_LOCKS, ETCD)
+        for name in (*(f"{each}.new" for each in replaced), *replaced, "journal", IDENTITY):
             (self.path / name).unlink(missing_ok=True)
         with suppress(OSError):
             self.path.rmdir()

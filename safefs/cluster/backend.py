@@ -14,7 +14,7 @@ backing filesystem repeats what it got no answer to, and then this can be said o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -43,6 +43,9 @@ class LeaseLostError(Exception):
 # Which process a node is, and whether a process that is described so is known to have died.
 ProcessIdentity = Mapping[str, Any]
 HasDied = Callable[[ProcessIdentity], bool]
+# Told in which of several places a node is about to have its locks, by an id that is kept there, and "" once it has
+# them nowhere any more; BackendError where other nodes have theirs elsewhere.
+Admit = Callable[[str], Awaitable[None]]
 
 
 class Act(Protocol):

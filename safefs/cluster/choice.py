@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safefs.cluster.backend import Act, HasDied, LockBackend, ProcessIdentity, plainly
+from safefs.cluster.backend import Act, Admit, HasDied, LockBackend, ProcessIdentity, plainly
 from safefs.cluster.leasefile import LeasefileBackend, Site
 from safefs.cluster.ofd import NativeBackend
 from safefs.config import ETCD_SCHEME, Settings
@@ -30,11 +30,13 @@ def lock_backend(
     has_died: HasDied,
     uses: Callable[[], int],
     act: Act = plainly,
+    admit: Admit | None = None,
 ) -> LockBackend | None:
     """What is shared with other nodes; None for a mount that shares nothing.
 
     `directory` is where lease files go, in a state directory that is there, and `cluster` what all nodes on the backing
-    directory call themselves together; `uses` and `act` are for lease files (leasefile.Site).
+    directory call themselves together; `uses` and `act` are for lease files (leasefile.Site), `admit` is
+    for etcd.
     """
     terms = Terms(settings.lease_seconds)
     if settings.locks == "memory" or settings.read_only:
@@ -43,7 +45,7 @@ def lock_backend(
         from safefs.cluster.etcd import EtcdBackend
 
         prefix = etcd_prefix(settings, cluster)
-        return EtcdBackend(etcd_access(settings), prefix, terms, identity, has_died)
+        return EtcdBackend(etcd_access(settings), prefix, terms, identity, has_died, admit)
     mounted = act(mounted_at, directory.parent)
     site = Site(os.fspath(directory), terms, identity, has_died, uses, act, mounted.caches_listings)
     return NativeBackend(site, Client.here(mounted).id) if settings.locks == "native" else LeasefileBackend(site)

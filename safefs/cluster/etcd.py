@@ -1,5 +1,6 @@
 """Lock records and leases in etcd (version 3.4 and later).
 
+    PREFIX/id                 which etcd this is: made at random by the first node that joins, and never changed
     PREFIX/names/NAME         the record of a name; its version is the key's mod_revision
     PREFIX/nodes/NODE         goes with the node's lease (value: which process it is, and the lease)
     PREFIX/ended/NODE         a node that has left, or whose process has died: nobody waits for its lease
@@ -8,6 +9,8 @@
 
 A swap is a transaction that also asks whether the node's own key is still there: a node that has lost its lease cannot
 change a record, whatever its clock says.
+
+etcd's own cluster_id does not tell two of them apart: it is made of URLs and a token, which are the same by default.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from typing import Any
 
 import trio
 
-from safefs.cluster.backend import BackendError, HasDied, LeaseLostError, ProcessIdentity, Stored
+from safefs.cluster.backend import Admit, BackendError, HasDied, LeaseLostError, ProcessIdentity, Stored
 from safefs.cluster.etcd_client import Access, Answer, EtcdClient, RefusedError, Watch, decode, encode, prefix_end
 from safefs.cluster.record import NameRecord
 from safefs.lease import OwnLease, Terms, boottime
@@ -41,12 +44,22 @@ class EtcdBackend:
 
     tells_changes = True
 
-    def __init__(self, access: Access, prefix: str, terms: Terms, identity: ProcessIdentity, has_died: HasDied) -> None:
+    def __init__(
+        self,
+        access: Access,
+        prefix: str,
+        terms: Terms,
+        identity: ProcessIdentity,
+        has_died: HasDied,
+        admit: Admit | None = None,
+    ) -> None:
         self._client = EtcdClient(access)
         self._prefix = prefix.encode("utf-8", "surrogateescape").rstrip(b"/") + b"/"
         self._terms = terms
         self._identity = identity
         self._has_died = has_died
+        self._admit = admit
+        self._etcd = ""  # the id of the one that this node was admitted to
         self._lease = OwnLease(terms)
         self._lease_id = ""
         self._listening = trio.CancelScope()  # for notices
@@ -65,14 +78,55 @@ class EtcdBackend:
         """Become a node of the cluster, with a new name."""
         if (left := self._not_before - boottime()) > 0:
             raise BackendError(f"etcd has forgotten leases that may hold: no new one for {math.ceil(left)} s")
+        etcd = await self._be_admitted()
         await self._end_the_dead()
         node, sent = secrets.token_hex(8), boottime()
         granted = await self._client.call("/v3/lease/grant", {"TTL": str(math.ceil(self._terms.lease_seconds))})
         value = json.dumps({"process": dict(self._identity), "lease": granted["ID"]}).encode()
-        await self._put(self._key("nodes", node), value, granted["ID"])
+        same = {"key": encode(self._key("id")), "target": "VALUE", "result": "EQUAL", "value": encode(etcd)}
+        put = {"key": encode(self._key("nodes", node)), "value": encode(value), "lease": granted["ID"]}
+        answer = await self._client.call("/v3/kv/txn", {"compare": [same], "success": [{"request_put": put}]})
+        if not answer.get("succeeded"):
+            raise BackendError("etcd has another id than a moment ago: it was started without its data, or is another")
         self.node, self._lease_id = node, str(granted["ID"])
         self._lease.renew(sent)
         self._listening.cancel()  # for notices to the name that this node had before
+
+    async def _be_admitted(self) -> bytes:
+        """The id of this etcd.  Its nodes are on record with it as long as what they have there may count.
+
+        So it is withdrawn also where etcd cannot be reached: an etcd that takes the place of one that is lost for good
+        is joined by the others once this node has given up.
+        """
+        if self._etcd and self._may_have_locks_until() <= boottime():
+            await self._tell("")
+        etcd = await self._id()
+        if etcd.decode() != self._etcd:
+            if self._etcd:
+                raise BackendError("this is another etcd, and the lease that this node had in the one before may hold")
+            await self._tell(etcd.decode())
+        return etcd
+
+    def _may_have_locks_until(self) -> float:
+        return self._lease.ends() + self._terms.delay_seconds
+
+    async def _tell(self, etcd: str) -> None:
+        if self._admit is not None:
+            await self._admit(etcd)
+        self._etcd = etcd
+
+    async def _id(self) -> bytes:
+        """Which etcd this is; made where there is none."""
+        key = encode(self._key("id"))
+        none = {"key": key, "target": "VERSION", "result": "EQUAL", "version": "0"}
+        put = {"request_put": {"key": key, "value": encode(secrets.token_hex(8).encode())}}
+        look = {"request_range": {"key": key}}
+        request = {"compare": [none], "success": [put, look], "failure": [look]}
+        answer = await self._client.call("/v3/kv/txn", request, changes=False)  # twice is as good as once
+        found = _value(answer["responses"][-1]["response_range"].get("kvs", []))
+        if not found or not found.isalnum():
+            raise BackendError(f"what is in etcd at {self._key('id')!r} is none of safefs's")
+        return found
 
     async def renew(self) -> None:
         """Renew the lease; LeaseLostError when it is over."""

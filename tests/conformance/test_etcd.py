@@ -213,6 +213,100 @@ def test_an_etcd_that_has_lost_its_data(tmp_path: Path) -> None:
         play(scenario, access_of(server), ETCD_TERMS)
 
 
+async def come_back(node: EtcdBackend) -> None:
+    """As the keeper does it; the lease is over, or etcd does not know it."""
+    lost = node.node
+    with pytest.raises(LeaseLostError):
+        await node.renew()
+    with trio.fail_after(SECONDS):
+        while node.node == lost:
+            with suppress(BackendError):
+                await node.join()
+            await trio.sleep(0.05)
+
+
+def test_a_node_says_which_etcd_it_joins_as_long_as_it_may_have_locks_there(tmp_path: Path) -> None:
+    told: dict[str, list[tuple[str, float]]] = {"one": [], "two": []}
+
+    async def main() -> None:
+        nodes: list[EtcdBackend] = []
+        prefix = PREFIX + secrets.token_hex(4)
+        for each in told.values():
+
+            async def admit(etcd: str, each: list[tuple[str, float]] = each) -> None:
+                await trio.lowlevel.checkpoint()
+                each.append((etcd, boottime()))
+
+            nodes.append(EtcdBackend(access_of(server), prefix, ETCD_TERMS, {}, lambda _: False, admit))
+            await nodes[-1].join()
+        (first, _), *more = told["one"]
+        assert first and not more
+        assert [etcd for etcd, _ in told["two"]] == [first]
+        one = nodes[0]
+        ends = one.lease_ends()
+        server.kill()
+        with trio.fail_after(SECONDS):
+            while len(told["one"]) < 2:
+                with suppress(BackendError):
+                    await (one.renew() if boottime() < ends else one.join())
+        assert told["one"][1][0] == "" and told["one"][1][1] >= ends + ETCD_TERMS.delay_seconds
+        server.restart()
+        server.leader()
+        await come_back(one)
+        assert [etcd for etcd, _ in told["one"]] == [first, "", first]
+        del told["one"][1:]
+        server.forget()
+        await come_back(one)
+        assert [etcd for etcd, _ in told["one"]][:2] == [first, ""]
+        (second, _) = told["one"][-1]
+        assert second not in ("", first)
+        assert {etcd for etcd, _ in told["one"][2:]} <= {"", second}
+
+    with etcd(tmp_path) as server:
+        trio.run(main)
+
+
+def test_a_node_that_is_not_admitted_has_no_lease(secured: Etcd) -> None:
+    async def scenario(one: EtcdBackend, two: EtcdBackend) -> None:
+        async def refuse(_etcd: str) -> None:
+            await trio.lowlevel.checkpoint()
+            raise BackendError("others are elsewhere", is_final=True)
+
+        nodes = one._key("nodes", "")
+        before = len(await one._range(nodes, prefix_end(nodes)))
+        prefix = one._prefix.decode()
+        third = EtcdBackend(access_of(secured), prefix, CALM, {}, lambda _: False, refuse)
+        with pytest.raises(BackendError, match="elsewhere"):
+            await third.join()
+        assert third.lease_ends() < boottime()
+        assert len(await one._range(nodes, prefix_end(nodes))) == before
+
+    play(scenario, access_of(secured))
+
+
+def test_an_etcd_that_is_started_without_its_data_while_a_node_joins(tmp_path: Path) -> None:
+    """What the node was admitted to is not what it would be in."""
+
+    async def main() -> None:
+        async def admit(etcd: str) -> None:
+            if etcd and not forgotten:
+                forgotten.append(etcd)
+                await trio.to_thread.run_sync(server.forget)
+                other = etcd_node(access_of(server), PREFIX)
+                await other.join()
+
+        forgotten: list[str] = []
+        node = EtcdBackend(access_of(server), PREFIX, CALM, {}, lambda _: False, admit)
+        with pytest.raises(BackendError, match="another id than a moment ago"):
+            await node.join()
+        assert node.lease_ends() < boottime()
+        await node.join()
+        assert node.lease_ends() > boottime()
+
+    with etcd(tmp_path) as server:
+        trio.run(main)
+
+
 def test_a_node_can_leave_an_etcd_without_space(tmp_path: Path) -> None:
     """Nothing more can be written there, but others need not wait for the lease."""
 

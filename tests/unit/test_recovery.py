@@ -135,6 +135,7 @@ def test_who_settles_for_long_goes_on_beating(node: Node, monkeypatch: pytest.Mo
 
     async def main() -> None:
         async with trio.open_nursery() as nursery:
+            nursery.start_soon(node.recovery.beat)
             nursery.start_soon(node.recovery.run)
             try:
                 await trio.to_thread.run_sync(settling.wait, 60)
