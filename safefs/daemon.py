@@ -242,7 +242,8 @@ class Daemon:
             raise
         if backend is None:
             return None, None
-        return Names(backend), Keeper(backend, Terms(settings.lease_seconds), self._on_joined, self._on_lost)
+        names, terms = Names(backend), Terms(settings.lease_seconds)
+        return names, Keeper(backend, terms, self._on_joined, self._on_lost, names.problems)
 
     async def _admit(self, etcd: str) -> None:
         """Before this node joins an etcd, and with no id where it has left one (cluster.backend.Admit)."""
@@ -485,7 +486,7 @@ class Daemon:
             return dict(self.settings.rules.explain(os.fsencode(str(question.get("path")))))
         if operation == "locks":
             soft = await self.backing.run(SERVICE, all_noted, self.state)
-            return {"locks": await self._bounded(self.locking.report()) + soft}
+            return {"locks": await self._bounded(self.locking.report()) + soft, "problem": self._lock_problem()}
         if operation == "break":
             return {"broken": await self._break(str(question.get("path")))}
         if operation != "status":
@@ -527,6 +528,9 @@ class Daemon:
         place = self.settings.locks if etcd else f"{kind}: {self.state.path / LOCK_FILES}"
         return f"{place}, as node {self.names.node}"
 
+    def _lock_problem(self) -> dict[str, Any] | None:
+        return self.names.problems.report() if self.names is not None else None
+
     async def _status(self) -> dict[str, Any]:
         fs = self.fs
         hot = native.hot_counters() if self.settings.hot else None
@@ -560,6 +564,7 @@ class Daemon:
                 "held": held,
                 "waiting": waiting,
             },
+            "lock_problem": self._lock_problem(),
             "hot": hot,
             "busy_threads": self.backing.workers.busy,
             "counters": dict(self.publisher.counts),

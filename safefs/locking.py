@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import trio
 
 from safefs import backing, processes
+from safefs.cluster.backend import NAMELESS
 from safefs.filesystem import BY_PATH, FileSystem, Handle, number_key, path_key
 from safefs.hot import MODE_TYPES, TYPE_MODES
 from safefs.identity import DAEMON
@@ -242,6 +243,8 @@ class Locking:
         return entries
 
     def _directory_text(self, key: str) -> str:
+        if key.startswith(NAMELESS):
+            return key.removeprefix(NAMELESS)
         if key.startswith(BY_PATH):
             return key.removeprefix(BY_PATH)
         ino = int(key, 16)

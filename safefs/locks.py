@@ -70,8 +70,11 @@ class NameService(Protocol):
     def submit(self, key: str, step: Step) -> trio.Event:
         """Queue a step; the event is set once it is on record."""
 
-    async def look(self, key: str, *, clears: bool = False) -> NameLocks:
+    async def look(self, key: str) -> NameLocks:
         """The locks of a name that is not local."""
+
+    async def clear(self, key: str) -> NameLocks | None:
+        """The same before they are broken; None where nobody could tell, and whoever had any has lost them."""
 
     async def survey(self) -> Survey:
         """The locks of all names."""
@@ -124,8 +127,10 @@ class Alone:
     def submit(self, key: str, step: Step) -> trio.Event:
         raise AssertionError(f"{step} on {key}: every name is local")
 
-    async def look(self, key: str, *, clears: bool = False) -> NameLocks:
-        raise AssertionError(f"{key} ({clears=}): every name is local")
+    async def look(self, key: str) -> NameLocks:
+        raise AssertionError(f"{key}: every name is local")
+
+    clear = look
 
 
 @dataclass(slots=True, eq=False)
@@ -198,13 +203,13 @@ class Locks:
         held = self._held.get((key, kind), {}).get(owner)
         return next((lock for lock in held.held if lock.overlaps(first, last)), None) if held is not None else None
 
-    async def _latest(self, key: str, *, clears: bool = False) -> NameLocks:
+    async def _latest(self, key: str) -> NameLocks:
         """The locks of a name as they are now, on all nodes."""
         locks = self._names.local(key)
-        return await self._names.look(key, clears=clears) if locks is None else locks
+        return await self._names.look(key) if locks is None else locks
 
     async def report(self) -> list[dict[str, Any]]:
-        """Every holder and waiter on all nodes, in words; and names of which only a node knows that does not answer."""
+        """Every holder and waiter on all nodes, in words; and names of which nobody knows who can be asked."""
         self._settle_loans(self._lent)
         found = await self._names.survey()
         entries = [
@@ -213,15 +218,23 @@ class Locks:
             for kind, table in locks.tables.items()
             for state, lock in _states(table)
         ]
-        for key, node in found.silent.items():
-            unknown = Lock(Owner(node, 0), Mode.EXCLUSIVE)
-            entries.append(_entry(key, "any", "unknown: the node does not answer", "any", unknown))
-        hosts = {node: await self._names.host_of(node) for node in {str(entry["node"]) for entry in entries}}
-        return [{**entry, "host": hosts[entry["node"]]} for entry in entries]
+        unknown = [(key, node, "the node does not answer") for key, node in found.silent.items()]
+        unknown += [(key, "", why) for key, why in found.unreadable.items()]
+        for key, node, why in unknown:
+            entries.append(_entry(key, "any", f"unknown: {why}", "any", Lock(Owner(node, 0), Mode.EXCLUSIVE)))
+        hosts = {node: await self._names.host_of(node) for node in {str(entry["node"]) for entry in entries} - {""}}
+        return [{**entry, "host": hosts.get(entry["node"], "")} for entry in entries]
 
     async def break_locks(self, key: str) -> int:
-        """Take all locks on a name from their holders, whose open files are fenced; how many there were."""
-        locks = await self._latest(key, clears=True)
+        """Take all locks on a name from their holders, whose open files are fenced; how many there were.
+
+        A record that is damaged counts as one.
+        """
+        locks = self._names.local(key)
+        if locks is None:
+            locks = await self._names.clear(key)
+        if locks is None:
+            return 1
         held = sum(len(table.held) for table in locks.tables.values())
         done = self._do(key, Break(frozenset(locks.holders())))
         if done is None:

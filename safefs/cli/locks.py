@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from safefs.cli.places import mount_of
-from safefs.cli.tables import print_rows
+from safefs.cli.tables import print_rows, problem_text
 from safefs.control import mount_above, request
 from safefs.errors import SafefsError
 
@@ -23,7 +23,8 @@ def show_locks(path: Path | None, *, as_json: bool) -> None:
     mount = mount_of(path, "say which with --at PATH")
     if mount is None:
         raise SafefsError(f"{path}: no safefs mount there" if path else "there is no safefs mount here", errno.EINVAL)
-    entries = request(mount.socket_path, {"op": "locks"}, ANSWER_SECONDS)["locks"]
+    answer = request(mount.socket_path, {"op": "locks"}, ANSWER_SECONDS)
+    entries = answer["locks"]
     entries.sort(key=lambda entry: (entry["path"], entry["kind"], entry["first"]))
     if as_json:
         click.echo(json.dumps(entries, indent=2))
@@ -31,6 +32,8 @@ def show_locks(path: Path | None, *, as_json: bool) -> None:
         click.echo("no locks")
     else:
         print_rows(("path", "lock", "state", "bytes", "host", "pid", "node"), map(_row, entries))
+    if answer.get("problem"):
+        click.echo(f"safefs: {problem_text(answer['problem'])}", err=True)
 
 
 def break_locks(path: Path) -> None:

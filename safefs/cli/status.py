@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from safefs.cli.tables import print_details, print_rows
+from safefs.cli.tables import print_details, print_rows, problem_text
 from safefs.control import LiveMount, find_mount, find_mounts, request
 from safefs.errors import SafefsError
 
@@ -49,10 +49,14 @@ def _print_table(reports: list[dict[str, Any]]) -> None:
     rows = []
     for report in reports:
         daemon = "live" if report["live"] else report["problem"]
+        if report.get("lock_problem"):
+            daemon += f"; {problem_text(report['lock_problem'])}"
         rows.append((report["mountpoint"], report["source"], daemon, report.get("pid", ""), report.get("drafts", "")))
     print_rows(("mountpoint", "source", "daemon", "pid", "drafts"), rows)
 
 
 def _print_report(report: dict[str, Any]) -> None:
     keys = (*_HEAD_KEYS, *(key for key in report if key not in _HEAD_KEYS))
-    print_details((key, report[key]) for key in keys if key in report)
+    problem = report.get("lock_problem")
+    shown = {**report, "lock_problem": problem_text(problem) if problem else None}
+    print_details((key, shown[key]) for key in keys if key in report and (key != "lock_problem" or problem))

@@ -9,7 +9,7 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -46,6 +46,13 @@ def printable(value: object) -> str:
     """A text for a terminal: JSON for what has parts, and bytes that are no UTF-8 escaped."""
     text = json.dumps(value) if isinstance(value, (dict, list)) else str(value)
     return text.encode("utf-8", "backslashreplace").decode()
+
+
+def problem_text(problem: dict[str, Any]) -> str:
+    """What is wrong with the lock backend, as a daemon says it."""
+    count = problem["names"]
+    names = f", {count} {'name' if count == 1 else 'names'}" if count else ""
+    return f"the lock backend: {problem['text']} (for {problem['seconds']:.0f} s{names})"
 
 
 def size_text(count: float) -> str:

@@ -22,6 +22,8 @@ from safefs.cluster.record import NameRecord
 
 T = TypeVar("T")
 
+NAMELESS = "?"  # no name begins so
+
 
 class BackendError(Exception):
     """The backend cannot be reached, or what it says makes no sense; the text is one line.
@@ -68,8 +70,12 @@ class Stored:
     token: str = field(default="", compare=False)  # the backend's own
 
 
-class DamagedError(BackendError):
-    """A record is not what was written: by the end of a machine, or of its disk.
+class UnreadableError(BackendError):
+    """There is a record, but not one that this version of safefs can read."""
+
+
+class DamagedError(UnreadableError):
+    """A record is not what was written, by this or another version: by the end of a machine, or of its disk.
 
     `stored` is what an operator can put into its place: all who could be on it hear that what they had is broken.
     """
@@ -153,7 +159,7 @@ class LockBackend(Protocol):
         """Remove some of what nodes have left that are gone.  Called now and then."""
 
     async def all_names(self) -> list[str]:
-        """The names that have records."""
+        """The names that have records; where nobody can tell the name, `NAMELESS` and the place of the record."""
 
     async def process_of(self, node: str) -> ProcessIdentity:
         """Which process a node is; empty when that is not known."""

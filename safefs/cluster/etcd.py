@@ -21,14 +21,24 @@ import math
 import secrets
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import trio
 
-from safefs.cluster.backend import Admit, BackendError, HasDied, LeaseLostError, ProcessIdentity, Stored
+from safefs.cluster.backend import (
+    Admit,
+    BackendError,
+    DamagedError,
+    HasDied,
+    LeaseLostError,
+    ProcessIdentity,
+    Stored,
+    UnreadableError,
+)
 from safefs.cluster.etcd_client import Access, Answer, EtcdClient, RefusedError, Watch, decode, encode, prefix_end
-from safefs.cluster.record import NameRecord
+from safefs.cluster.record import ForeignRecordError, NameRecord
 from safefs.lease import OwnLease, Terms, boottime
 
 log = logging.getLogger(__name__)
@@ -221,7 +231,21 @@ class EtcdBackend:
     async def read(self, name: str) -> Stored:
         key = self._key("names", name)
         answer = await self._client.call("/v3/kv/range", {"key": encode(key)}, changes=False)
-        return _stored(answer.get("kvs", []), answer["header"]["revision"])
+        try:
+            return _stored(answer.get("kvs", []), answer["header"]["revision"])
+        except UnreadableError as error:
+            what = f"etcd: the record of {name!r} cannot be read: {error}"
+            if not isinstance(error, DamagedError):
+                raise UnreadableError(what) from None
+            # Whoever comes later cannot be on it: it is as it is until it is replaced.
+            broken = NameRecord(broken=tuple(await self._nodes()))
+            raise DamagedError(what, replace(error.stored, record=broken)) from None
+
+    async def _nodes(self) -> list[str]:
+        """All whose leases hold."""
+        prefix = self._key("nodes", "")
+        entries = await _entries(self._client, prefix, prefix_end(prefix), keys_only=True)
+        return [decode(entry["key"])[len(prefix) :].decode("utf-8", "replace") for entry in entries]
 
     async def swap(self, name: str, old: Stored, new: NameRecord) -> Stored | None:
         key, mine = encode(self._key("names", name)), encode(self._key("nodes", self.node))
@@ -382,7 +406,10 @@ class Following:
             revision = event["kv"]["mod_revision"]
             # Others can have been under way while this node read or wrote a later one.
             if int(revision) > int(seen.token or 0):
-                return _stored([] if event.get("type") == "DELETE" else [event["kv"]], revision)
+                try:
+                    return _stored([] if event.get("type") == "DELETE" else [event["kv"]], revision)
+                except UnreadableError:
+                    return await self._read()  # which says it better
 
     async def aclose(self) -> None:
         watch, self._watch = self._watch, None
@@ -434,10 +461,14 @@ def _value(entries: list[Answer]) -> bytes | None:
 
 
 def _stored(entries: list[dict[str, Any]], revision: str) -> Stored:
+    """What is under the key of a name.  Of who could be on a record that is damaged this knows nothing."""
     if not entries:
         return Stored(token=revision)
+    version = int(entries[0]["mod_revision"])
     try:
-        record = NameRecord.from_json(json.loads(decode(entries[0]["value"])))
-    except (ValueError, KeyError) as error:
-        raise BackendError(f"etcd: {error}") from None
-    return Stored(int(entries[0]["mod_revision"]), record, revision)
+        record = NameRecord.from_json(json.loads(_value(entries) or b""))
+    except ForeignRecordError as error:
+        raise UnreadableError(str(error)) from None
+    except ValueError as error:
+        raise DamagedError(str(error), Stored(version, token=revision)) from None
+    return Stored(version, record, revision)

@@ -33,10 +33,11 @@ import secrets
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext, suppress
 
-from safefs.cluster.backend import DamagedError, HasDied, ProcessIdentity, Stored
-from safefs.cluster.record import NameRecord
+from safefs.cluster.backend import NAMELESS, DamagedError, HasDied, ProcessIdentity, Stored, UnreadableError
+from safefs.cluster.record import ForeignRecordError, NameRecord
 
 MOST_PROCESSES = 10_000  # that are remembered
+MOST_DAMAGED = 100  # records whose names are
 LIST_ATTEMPTS = 5  # a listing can miss a file that is renamed meanwhile
 
 STATE = re.compile(r"(\d+)~([0-9a-f]+|none[0-9a-f]*)")
@@ -68,6 +69,7 @@ class Files:
         self.node = ""  # this node, once it has joined
         self._identity = identity
         self._processes: dict[str, ProcessIdentity] = {}  # of nodes that have been asked for
+        self._damaged: dict[str, str] = {}  # names, by their directories, in which they could not be read
         self._has_died = has_died
         for part in ("", "names", "nodes", "new"):
             os.makedirs(os.path.join(root, part), mode=0o700, exist_ok=True)
@@ -113,7 +115,7 @@ class Files:
         return None
 
     def read(self, name: str) -> Stored:
-        """DamagedError where the data of a record are none."""
+        """DamagedError where the data of a record are none, UnreadableError where they are another version's."""
         for _ in range(LIST_ATTEMPTS):
             state = self._state(name)
             if state is None:
@@ -121,19 +123,31 @@ class Files:
             version, token = state
             if token.startswith(NONE):
                 return Stored(version, token=token)
+            home = self.path("names", directory_of(name))
+            what = f"{home}: the record of {name!r} cannot be read"
             try:
-                with open(self.path("names", directory_of(name), DATA + token), encoding="utf-8") as file:
+                with open(f"{home}/{DATA}{token}", encoding="utf-8") as file:
                     data = json.load(file)
+                if data["name"] == name:
+                    return Stored(version, NameRecord.from_json(data["record"]), token)
             except FileNotFoundError:
                 self.refresh(name)  # it has been replaced, just now or behind a cached listing
                 continue
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                what = f"{self.path('names', directory_of(name))}: the record of {name!r} cannot be read: {error}"
-                raise DamagedError(what, Stored(version, NameRecord(broken=tuple(self.nodes())), token)) from None
-            if data["name"] != name:
-                raise ValueError(f"{directory_of(name)} is about another name")
-            return Stored(version, NameRecord.from_json(data["record"]), token)
+            except ForeignRecordError as error:
+                raise UnreadableError(f"{what}: {error}") from None
+            except (ValueError, KeyError, TypeError) as error:
+                self._remember_damaged(home, name)
+                raise DamagedError(
+                    f"{what}: {error}", Stored(version, NameRecord(broken=tuple(self.nodes())), token)
+                ) from None
+            raise UnreadableError(f"{what}: it is about another name")
         raise OSError(errno.EAGAIN, "the record of a name changes faster than it can be read")
+
+    def _remember_damaged(self, home: str, name: str) -> None:
+        """Its record does not tell the name any more."""
+        if len(self._damaged) >= MOST_DAMAGED:
+            self._damaged.clear()
+        self._damaged[home] = name
 
     def read_later(self, name: str, version: int) -> Stored | None:
         """The record if it is not of that version any more."""
@@ -350,17 +364,25 @@ class Files:
         """What a directory is about.
 
         Data that are listed can be gone, and what came in their place is not in a listing that a client remembers.
+        Of several data some can be on their way to the disk; so only where none can be read they are damaged.
         """
+        damaged = False
         for attempt in range(LIST_ATTEMPTS):
             if attempt:
                 self.look_anew(home)
             data = [entry for entry in self.listed(home) if entry.startswith(DATA)]
             if attempt and not data:
                 return None
+            damaged = bool(data)
             for entry in data:
-                with suppress(OSError, ValueError, KeyError), open(f"{home}/{entry}", encoding="utf-8") as file:
-                    return str(json.load(file)["name"])
-        return None
+                try:
+                    with open(f"{home}/{entry}", encoding="utf-8") as file:
+                        return str(json.load(file)["name"])
+                except OSError:
+                    damaged = False
+                except (ValueError, KeyError, TypeError):
+                    pass
+        return self._damaged.get(home, NAMELESS + home) if damaged else None
 
     @staticmethod
     def listed(directory: str) -> list[str]:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 import trio
 
 from safefs.cluster.backend import BackendError, LeaseLostError, LockBackend
+from safefs.cluster.problems import LEASE, Problems
 from safefs.lease import Terms, boottime
 
 log = logging.getLogger(__name__)
@@ -25,12 +26,18 @@ class Keeper:
     """The lease of one node; `on_lost` is called once for each that is lost, `on_joined` for each new one."""
 
     def __init__(
-        self, backend: LockBackend, terms: Terms, on_joined: Callable[[], None], on_lost: Callable[[str], None]
+        self,
+        backend: LockBackend,
+        terms: Terms,
+        on_joined: Callable[[], None],
+        on_lost: Callable[[str], None],
+        problems: Problems | None = None,
     ) -> None:
         self._backend = backend
         self._terms = terms
         self._on_joined = on_joined
         self._on_lost = on_lost
+        self._problems = problems or Problems()
         self.problem: BackendError | None = None  # why there is no lease; None: no attempt to get one has failed
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -53,7 +60,7 @@ class Keeper:
             try:
                 await self._backend.join()
             except BackendError as error:
-                log.warning("the lock backend: %s", error)
+                self._problems.note(LEASE, f"no lease: {error}")
                 self.problem = error
                 if is_first and error.is_final:  # later there is a mount that is better off when it is let in again
                     raise
@@ -62,6 +69,7 @@ class Keeper:
             else:
                 log.info("this node is %s", self._backend.node)
                 self.problem = None
+                self._problems.over(LEASE)
                 self._on_joined()
                 return
 
@@ -75,11 +83,12 @@ class Keeper:
             except LeaseLostError as error:
                 return str(error)
             except BackendError as error:
-                log.warning("the lease could not be renewed: %s", error)
+                self._problems.note(LEASE, f"the lease could not be renewed: {error}")
                 if boottime() >= self._backend.lease_ends():
                     return "it could not be renewed in time"
                 pause = RETRY_SECONDS[0]
             else:
+                self._problems.over(LEASE)
                 pause = self._terms.renew_seconds
 
     async def _renew(self) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import trio
 
 from safefs.cluster.backend import BackendError, DamagedError, Follower, LeaseLostError, LockBackend, Stored
+from safefs.cluster.problems import NOTICES, Problems
 from safefs.cluster.record import Acquire, Break, GiveUp, LetPass, NameRecord, Release, Step, carry_out
 from safefs.cluster.survey import QUESTION, Answers, Survey, survey
 from safefs.lease import boottime
@@ -28,6 +29,7 @@ LINGER_SECONDS = 1.0  # so long after it was last used a record that others use,
 MOST_FOLLOWED = 32  # names at once, with those on which somebody waits: these are followed however many there are
 MOST_LOST = 1000  # nodes of which it is remembered that they are gone
 RETRY_SECONDS = (0.05, 1.0)  # after a failure of the backend, at first and at most
+CALM_SECONDS = 15.0  # without a failure, longer than a call takes: then notices only do not come
 GIVE_BACK_SECONDS = 2.0  # at the end, for names that are not used any more,
 GIVE_BACK_AT_ONCE = 8  # so many at a time
 IDLE_SECONDS = 60.0  # a name that nobody has used for so long is given back without being asked for
@@ -48,6 +50,7 @@ class Pending:
     had_part: bool | None = None  # as in `_Queued`, before the first attempt: a later one may see the lock itself
     found: NameLocks | None = None  # the locks then, for who only looks
     clears: bool = False  # a record that is damaged
+    cleared: bool = False  # there was one
     done: trio.Event = field(default_factory=trio.Event)
 
     def settle(self, locks: NameLocks) -> None:
@@ -117,6 +120,7 @@ class Names:
     def __init__(self, backend: LockBackend) -> None:
         self._backend = backend
         self._answers = Answers(backend)
+        self.problems = Problems()
         self.resolve: Resolve = lambda _ticket, _held: False
         self.take_back: TakeBack = lambda _key, _locks: None
         self.broken: Broken = lambda _key, _locks: None
@@ -188,14 +192,25 @@ class Names:
         self._wake(name)
         return pending
 
-    async def look(self, key: str, *, clears: bool = False) -> NameLocks:
-        """The locks of a name as they are now; what another node serves from memory is put on record for it.
+    async def look(self, key: str) -> NameLocks:
+        """The locks of a name as they are now; what another node serves from memory is put on record for it."""
+        return self._found(key, await self._see(key))
 
-        `clears`, for an operator who is going to break them: a record that cannot be read is taken from everybody.
+    async def clear(self, key: str) -> NameLocks | None:
+        """The same for an operator who is going to break them: a damaged record is taken from everybody.
+
+        None where there was one: nobody can tell what was on it, and what is locked now was locked later.
         """
+        pending = await self._see(key, clears=True)
+        return None if pending.cleared else self._found(key, pending)
+
+    async def _see(self, key: str, *, clears: bool = False) -> Pending:
         nobody = Wait(0, Lock(Owner(self.node, 0), Mode.SHARED))
         pending = self._queue(key, LetPass(Kind.FLOCK, nobody), clears=clears)
         await pending.done.wait()
+        return pending
+
+    def _found(self, key: str, pending: Pending) -> NameLocks:
         return self.known(key) if pending.found is None else pending.found
 
     async def survey(self) -> Survey:
@@ -220,6 +235,7 @@ class Names:
         names, self._names = self._names, {}
         self._lost_as = self._backend.node
         for name in names.values():
+            self.problems.over(name.key, is_known=True)
             name.lost = True
             name.poke.set()
             for pending in name.pending:
@@ -241,21 +257,33 @@ class Names:
 
     async def _heed(self) -> None:
         """Names that others want are given back."""
+        assert self._nursery is not None
+        calm = trio.CancelScope()
         while True:
             try:
                 key = await self._backend.next_notice()
             except BackendError as error:
-                log.warning("the lock backend: %s", error)
+                calm.cancel()
+                self.problems.note(NOTICES, error)
                 await trio.sleep(RETRY_SECONDS[1])
+                calm = trio.CancelScope()
+                self._nursery.start_soon(self._calm_down, calm)
                 continue
+            calm.cancel()
+            self.problems.over(NOTICES)
             if key.startswith(QUESTION):
-                assert self._nursery is not None
                 self._nursery.start_soon(self._answers.give, key.removeprefix(QUESTION), self._served())
             elif self._has_lease_to_serve():
                 # Also one that this node does not know of: a swap may have been carried out long after it was given up.
                 name = self._names.setdefault(key, _Name(key, used=boottime()))
                 name.asked = True
                 self._wake(name)
+
+    async def _calm_down(self, calm: trio.CancelScope) -> None:
+        """Notices that do not fail any more need not come."""
+        with calm:
+            await trio.sleep(CALM_SECONDS)
+            self.problems.over(NOTICES)
 
     async def _tidy(self) -> None:
         """Names that are not used any more leave no record behind, and nodes that are gone nothing else."""
@@ -318,18 +346,28 @@ class Names:
                 name.poke = trio.Event()
                 try:
                     await self._advance(name)
-                    seconds = RETRY_SECONDS[0]
                 except LeaseLostError:
                     break
                 except BackendError as error:
-                    log.warning("the lock backend: %s", error)
+                    if not name.lost:
+                        self.problems.note(name.key, error)
                     name.stored = None
                     await trio.sleep(seconds)
                     seconds = min(2 * seconds, longest)
+                else:
+                    seconds = RETRY_SECONDS[0]
+                    if not name.gone:  # else what it was for is still to be put on record
+                        self._is_well(name)
+            self._is_well(name)
         finally:
             name.busy = False
             self._forget(name)
             await self._unfollow(name)
+
+    def _is_well(self, name: _Name) -> None:
+        """Nothing has failed, or nothing is tried any more."""
+        if not name.lost:
+            self.problems.over(name.key)
 
     def _forget(self, name: _Name) -> None:
         """Where there is nothing more to do; but empty records that are there are remembered until they are removed."""
@@ -424,8 +462,11 @@ class Names:
         try:
             stored = name.stored or await self._backend.read(name.key)
         except DamagedError as error:
-            if not any(pending.clears for pending in name.pending):
+            clearing = [pending for pending in name.pending if pending.clears]
+            if not clearing:
                 raise
+            for pending in clearing:
+                pending.cleared = True
             stored, name.telling = error.stored, True
         self._require_lease(name)
         name.stored = stored

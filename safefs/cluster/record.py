@@ -71,6 +71,10 @@ class Break:
     owners: frozenset[Owner]
 
 
+class ForeignRecordError(ValueError):
+    """Another version of safefs has written a record: it is not for this one to replace."""
+
+
 Step = Acquire | Release | GiveUp | LetPass | Break
 
 
@@ -204,13 +208,13 @@ class NameRecord:
 
     @classmethod
     def from_json(cls, data: Any) -> NameRecord:
-        """ValueError for a record that another version of safefs has written, or that is none."""
-        if not isinstance(data, dict):
+        """ValueError where it is none, and ForeignRecordError for one that another version of safefs has written."""
+        if not isinstance(data, dict) or "format" not in data:
             raise ValueError(f"no lock record: {data!r:.100}")
-        if data.get("format") != FORMAT:
-            raise ValueError(f"a lock record of format {data.get('format')!r}: another version of safefs wrote it")
+        if data["format"] != FORMAT:
+            raise ForeignRecordError(f"a lock record of format {data['format']!r}: another version of safefs wrote it")
         try:
             locks = NameLocks.from_record(data["locks"])
             return cls(str(data["delegate"]), tuple(data["wanted"]), locks, tuple(data["broken"]))
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"no lock record: {error!r}") from None

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import trio
 
-from safefs.cluster.backend import BackendError, LockBackend
+from safefs.cluster.backend import NAMELESS, BackendError, LockBackend, UnreadableError
 from safefs.cluster.record import NameRecord
 from safefs.locktable import NameLocks
 
@@ -36,6 +36,7 @@ class Survey:
 
     locks: dict[str, NameLocks] = field(default_factory=dict)
     silent: dict[str, str] = field(default_factory=dict)  # names of which only a node knows that does not answer
+    unreadable: dict[str, str] = field(default_factory=dict)  # names whose records cannot be read, and why
 
 
 class Answers:
@@ -61,7 +62,7 @@ async def survey(backend: LockBackend, served: Callable[[], dict[str, NameLocks]
     """The locks of all names; `served` tells those that this node serves.  Raises BackendError."""
     found = Survey(served())
     others = set(await backend.all_names()) - found.locks.keys()
-    records = await _for_each(others, lambda key: _record(backend, key))
+    records = await _records(backend, others, found)
     found.locks.update((key, record.locks) for key, record in records.items())
     by_node = defaultdict[str, list[str]](list)
     for key, record in records.items():
@@ -77,14 +78,26 @@ async def survey(backend: LockBackend, served: Callable[[], dict[str, NameLocks]
             found.silent.update(dict.fromkeys(by_node[node], node))
             continue
         found.locks.update((key, told[key]) for key in by_node[node] if key in told)
-        given_back = await _for_each(by_node[node] - told.keys(), lambda key: _record(backend, key))
+        given_back = await _records(backend, by_node[node] - told.keys(), found)
         found.locks.update((key, record.locks) for key, record in given_back.items())
     found.locks.update(served())
     return found
 
 
-async def _record(backend: LockBackend, key: str) -> NameRecord:
-    return (await backend.read(key)).record
+async def _records(backend: LockBackend, keys: Iterable[str], found: Survey) -> dict[str, NameRecord]:
+    """Of some names; those that cannot be read are noted in what is found, and hide no others."""
+
+    async def read(key: str) -> NameRecord | None:
+        try:
+            if key.startswith(NAMELESS):
+                raise UnreadableError("its record is damaged")
+            return (await backend.read(key)).record
+        except UnreadableError as error:
+            found.unreadable[key] = str(error)
+            return None
+
+    records = await _for_each(keys, read)
+    return {key: record for key, record in records.items() if record is not None}
 
 
 async def _ask(backend: LockBackend, node: str) -> dict[str, NameLocks] | None:

@@ -23,7 +23,15 @@ from safefs.cluster import files as files_module
 from safefs.cluster import housekeeping
 from safefs.cluster import leasefile as leasefile_module
 from safefs.cluster import ofd as locked_module
-from safefs.cluster.backend import BackendError, DamagedError, LeaseLostError, LockBackend, Stored
+from safefs.cluster.backend import (
+    NAMELESS,
+    BackendError,
+    DamagedError,
+    LeaseLostError,
+    LockBackend,
+    Stored,
+    UnreadableError,
+)
 from safefs.cluster.choice import etcd_access
 from safefs.cluster.etcd import EtcdBackend
 from safefs.cluster.etcd_client import Access
@@ -839,7 +847,7 @@ def test_how_soon_a_notice_is_seen_of_a_name_that_is_lent(tmp_path: Path, monkey
     listening(tmp_path, monkeypatch, scenario)
 
 
-@pytest.mark.parametrize("damage", ["", "{", "\0" * 100])
+@pytest.mark.parametrize("damage", ["", "{", "\0" * 100, "[]", '{"name": "name", "record": {}}'])
 def test_a_record_that_is_damaged(damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As by a power cut.  It is nobody's once all are gone that could be on it; who comes later could not."""
 
@@ -871,6 +879,43 @@ def test_a_record_that_is_damaged(damage: str, tmp_path: Path, monkeypatch: pyte
         assert (await one.read("name")).record == held_by("a")
 
     trio.run(scenario, clock=without_threads(monkeypatch))
+
+
+def test_names_whose_records_are_damaged_are_listed(tmp_path: Path) -> None:
+    """By their places where nobody has known the names."""
+
+    async def scenario() -> None:
+        one, two = leasefile(tmp_path), leasefile(tmp_path)
+        await one.join()
+        await two.join()
+        for name in ("name", "whole"):
+            assert await one.swap(name, Stored(), held_by("a"))
+        home = tmp_path / "names" / files_module.directory_of("name")
+        (data,) = home.glob("data~*")
+        data.write_text("damaged")
+        with pytest.raises(DamagedError):
+            await one.read("name")
+        assert set(await one.all_names()) == {"name", "whole"}
+        assert set(await two.all_names()) == {f"{NAMELESS}{home}", "whole"}
+
+    trio.run(scenario)
+
+
+def test_a_record_of_another_version_is_not_damaged(tmp_path: Path) -> None:
+    """Whoever took it for that would put another into its place."""
+
+    async def scenario() -> None:
+        one = leasefile(tmp_path)
+        await one.join()
+        assert await one.swap("name", Stored(), held_by("a"))
+        (data,) = (tmp_path / "names").glob("*/data~*")
+        data.write_text('{"name": "name", "record": {"format": 99}}')
+        with pytest.raises(UnreadableError, match=r"'name'.*another version") as caught:
+            await one.read("name")
+        assert not isinstance(caught.value, DamagedError)
+        assert await one.all_names() == ["name"]
+
+    trio.run(scenario)
 
 
 def test_a_record_is_on_the_disk_before_it_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

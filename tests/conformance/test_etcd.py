@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import trio
 
-from safefs.cluster.backend import BackendError, LeaseLostError, Stored
+from safefs.cluster.backend import BackendError, DamagedError, LeaseLostError, Stored, UnreadableError
 from safefs.cluster.etcd import EtcdBackend, _entries
 from safefs.cluster.etcd_client import (
     MAX_IDLE,
@@ -362,6 +362,47 @@ def test_names_are_listed_without_their_records(secured: Etcd) -> None:
         (entry,) = await _entries(one._client, prefix, prefix_end(prefix), keys_only=True)
         assert "value" not in entry
         assert await one.all_names() == ["name"]
+
+    play(scenario, access_of(secured))
+
+
+async def write_over(node: EtcdBackend, value: bytes) -> None:
+    await node._client.call("/v3/kv/put", {"key": encode(node._key("names", "name")), "value": encode(value)})
+
+
+@pytest.mark.parametrize("value", [b"", b"{", b"\xff", b"[]", b"{}", b'{"format": 2}'])
+@pytest.mark.parametrize("told", [False, True])
+def test_a_value_that_is_no_record_can_be_replaced(value: bytes, told: bool, secured: Etcd) -> None:
+    """All whose leases hold could be on it, and hear that it is broken."""
+
+    async def scenario(one: EtcdBackend, two: EtcdBackend) -> None:
+        seen = await one.swap("name", Stored(), held_by(two.node))
+        assert seen is not None
+        follower = one.follow("name")
+        if told:
+            assert await follower.next_change(seen, 0.1) is None
+        await write_over(two, value)
+        with pytest.raises(DamagedError, match="'name' cannot be read") as caught:
+            await (follower.next_change(seen, SECONDS) if told else one.read("name"))
+        stored = caught.value.stored
+        assert stored.record == NameRecord(broken=stored.record.broken)
+        assert set(stored.record.broken) == {one.node, two.node}
+        assert await one.swap("name", stored, held_by("a"))
+        assert (await two.read("name")).record == held_by("a")
+        assert await two.swap("name", stored, held_by("b")) is None
+        await follower.aclose()
+
+    play(scenario, access_of(secured))
+
+
+def test_a_record_of_another_version_is_not_damaged(secured: Etcd) -> None:
+    """Whoever took it for that would put another into its place."""
+
+    async def scenario(one: EtcdBackend, _: EtcdBackend) -> None:
+        await write_over(one, b'{"format": 99}')
+        with pytest.raises(UnreadableError, match=r"'name'.*another version") as caught:
+            await one.read("name")
+        assert not isinstance(caught.value, DamagedError)
 
     play(scenario, access_of(secured))
 

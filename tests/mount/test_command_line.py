@@ -214,6 +214,85 @@ def test_where_nothing_is_broken(mount: Mount, locked: Path, tmp_path: Path) -> 
     assert breaks(mount) == ["d/x.lock"]
 
 
+def record_of(mount: Mount, path: Path) -> Path:
+    """What the lease files have of the lock on a path of the mount."""
+    (data,) = (
+        data
+        for data in (mount.backing / ".safefs/locks/names").glob("*/data~*")
+        if json.loads(data.read_text())["name"].endswith(f"/{path.name}")
+    )
+    return data
+
+
+@pytest.fixture
+def spoilt(two_mounts: tuple[Mount, Mount], locked: Path) -> Iterator[Path]:
+    """The record of the lock, which only the second mount has to read; there is one more lock."""
+    with open(two_mounts[0] / "other.lock", "w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        yield record_of(two_mounts[0], locked)
+
+
+def states(mount: Mount) -> dict[str, str]:
+    done = safefs("locks", "--at", mount.path, "--json")
+    assert done.returncode == 0, done
+    return {os.path.basename(entry["path"]): entry["state"] for entry in json.loads(done.stdout)}
+
+
+def problem_of(mount: Mount) -> dict[str, object] | None:
+    found: dict[str, object] | None = json.loads(safefs("status", mount.path, "--json").stdout)["lock_problem"]
+    return found
+
+
+@pytest.fixture
+def waiter(two_mounts: tuple[Mount, Mount], locked: Path, spoilt: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """It wants the lock on the second mount, once its record is damaged."""
+    spoilt.write_bytes(b"damaged")
+    waits = subprocess.Popen(["flock", two_mounts[1] / "d" / locked.name, "true"])
+    yield waits
+    waits.kill()
+    waits.wait(COMMAND_SECONDS)
+
+
+def test_a_damaged_record_is_shown_and_can_be_broken(
+    two_mounts: tuple[Mount, Mount], locked: Path, waiter: subprocess.Popen[bytes]
+) -> None:
+    """With all other locks; and how long somebody has waited because of it."""
+    one, two = two_mounts
+    assert wait_until(lambda: problem_of(two) is not None)
+    found = problem_of(two)
+    assert found is not None and found["names"] == 1 and "'" in str(found["text"])
+    assert problem_of(one) is None
+    shown = states(two)
+    assert shown["other.lock"] == "held" and "cannot be read" in shown[locked.name]
+    done = safefs("locks", "--at", two.path, "--json")
+    assert done.returncode == 0 and done.stderr.count("\n") == 1 and "cannot be read" in done.stderr
+    assert "safefs: the lock backend: " in done.stderr and " 1 name)" in done.stderr
+    assert "the lock backend: " in safefs("status").stdout
+    assert "lock_problem" in safefs("status", two.path).stdout
+    done = safefs("locks", "break", two / "d" / locked.name)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "1 broken\n", "")
+    assert waiter.wait(COMMAND_SECONDS) == 0
+    assert wait_until(lambda: problem_of(two) is None)
+    assert "lock_problem" not in safefs("status", two.path).stdout
+    assert safefs("locks", "--at", two.path).stderr == ""
+    assert wait_until(lambda: breaks(two) == ["d/x.lock"])
+
+
+def test_a_record_that_nobody_can_name(two_mounts: tuple[Mount, Mount], spoilt: Path) -> None:
+    """It tells its name no more, and nobody waits for it on this node."""
+    spoilt.write_bytes(b"damaged")
+    assert states(two_mounts[1]) == {"other.lock": "held", spoilt.parent.name: "unknown: its record is damaged"}
+
+
+def test_a_record_of_another_version_is_shown(two_mounts: tuple[Mount, Mount], spoilt: Path, locked: Path) -> None:
+    whole = spoilt.read_text()
+    spoilt.write_text(json.dumps({**json.loads(whole), "record": {"format": 99}}))
+    shown = states(two_mounts[1])
+    assert shown["other.lock"] == "held" and "another version of safefs" in shown[locked.name]
+    spoilt.write_text(whole)
+    assert states(two_mounts[1]) == {"other.lock": "held", locked.name: "held"}
+
+
 def test_locks_of_the_mount_that_is_meant(two_mounts: tuple[Mount, Mount], locked: Path) -> None:
     """Of several, that of the working directory; else --at says which."""
     assert "--at" in one_line(safefs("locks"))

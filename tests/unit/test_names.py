@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import trio
 import trio.testing
 
 from safefs.cluster import names as module
-from safefs.cluster.backend import BackendError, DamagedError, Stored
+from safefs.cluster.backend import BackendError, DamagedError, Stored, UnreadableError
 from safefs.cluster.names import GIVE_BACK_SECONDS, LOOK_SECONDS, Names
-from safefs.cluster.record import FORMAT, Acquire, Break, GiveUp, NameRecord, Release, Step, carry_out
+from safefs.cluster.problems import MOST_LINES
+from safefs.cluster.record import (
+    FORMAT,
+    Acquire,
+    Break,
+    ForeignRecordError,
+    GiveUp,
+    NameRecord,
+    Release,
+    Step,
+    carry_out,
+)
 from safefs.cluster.survey import MOST_ANSWERS, QUESTION
 from safefs.locks import Locks
 from safefs.locktable import OFFSET_MAX, Kind, Lock, Mode, NameLocks, Owner, Wait
@@ -680,11 +692,203 @@ def test_an_operator_can_break_a_record_that_is_damaged() -> None:
             with trio.move_on_after(60) as scope:
                 await other.names.look("name")
             assert scope.cancelled_caught
-            await other.names.look("name", clears=True)
+            assert await other.names.clear("name") is None
         await trio.sleep(60)
         assert {"node0", "node2"} <= heard
 
     play(scenario, Damaged)
+
+
+def test_a_damaged_record_counts_and_who_waited_on_the_operators_node_keeps_the_lock() -> None:
+    async def scenario(nodes: list[Node]) -> None:
+        holder, mine, _ = nodes
+        cluster, fenced = holder.backend._cluster, list[set[int]]()
+        assert await holder.acquire("name", 1, Mode.EXCLUSIVE)
+        locks = Locks(mine.names)
+        locks.fence = fenced.append
+        mine.names.resolve, mine.names.broken = locks.answer, locks.broken
+        waiting = locks.acquire("name", Kind.FLOCK, Lock(Owner(mine.name, 1), Mode.EXCLUSIVE), 1, may_wait=True)
+        assert waiting is not None
+        await trio.sleep(2)
+        cluster.records["name"] = Stored(cluster.new_version(), NameRecord(wanted=("damaged",)))
+        await trio.sleep(2)
+        assert not waiting.settled.is_set()
+        assert await locks.break_locks("name") == 1
+        await waiting.settled.wait()
+        assert waiting.held and not fenced
+        assert await locks.break_locks("name") == 1
+        assert fenced == [{1}]
+        assert await locks.break_locks("name") == 0
+
+    play(scenario, Damaged)
+
+
+def test_a_record_that_cannot_be_read_hides_no_others() -> None:
+    class Foreign(Damaged):
+        async def read(self, name: str) -> Stored:
+            if name == "foreign":
+                raise UnreadableError("another version's")
+            return await super().read(name)
+
+    async def scenario(nodes: list[Node]) -> None:
+        one, two, _ = nodes
+        cluster = one.backend._cluster
+        assert await one.acquire("name", 1, Mode.EXCLUSIVE)
+        for key in ("damaged", "foreign"):
+            cluster.records[key] = Stored(cluster.new_version(), NameRecord(wanted=("damaged",)))
+        said = {(entry["key"], entry["node"], entry["state"]) for entry in await Locks(two.names).report()}
+        unknown = {("damaged", "", "unknown: damaged"), ("foreign", "", "unknown: another version's")}
+        assert said == {("name", "node0", "held"), *unknown}
+
+    play(scenario, Foreign)
+
+
+# Problems, as they are shown and logged.
+
+
+class Failing(MemoryBackend):
+    """What is in `failing` fails, and says so."""
+
+    failing: ClassVar[dict[str, str]] = {}
+
+    async def _may_fail(self, call: str, name: str = "") -> None:
+        await trio.lowlevel.checkpoint()
+        if call in self.failing:
+            raise BackendError(self.failing[call].format(name))
+
+    async def renew(self) -> None:
+        await self._may_fail("renew")
+        await super().renew()
+
+    async def swap(self, name: str, old: Stored, new: NameRecord) -> Stored | None:
+        await self._may_fail("swap", name)
+        return await super().swap(name, old, new)
+
+    async def next_notice(self) -> str:
+        await self._may_fail("next_notice")
+        return await super().next_notice()
+
+
+@pytest.fixture
+def failing() -> Iterator[dict[str, str]]:
+    yield Failing.failing
+    Failing.failing.clear()
+
+
+def problem_of(node: Node) -> tuple[str, float, int] | None:
+    found = node.names.problems.report()
+    return None if found is None else (found["text"], found["seconds"], found["names"])
+
+
+def logged(caplog: pytest.LogCaptureFixture) -> list[str]:
+    said = [record.getMessage() for record in caplog.records]
+    caplog.clear()
+    return said
+
+
+def test_problems_are_shown_as_long_as_they_last(failing: dict[str, str], caplog: pytest.LogCaptureFixture) -> None:
+    """Whatever else goes well meanwhile; and the log has each once, however often it is tried and by whom."""
+
+    async def scenario(nodes: list[Node]) -> None:
+        one, *_ = nodes
+        assert await one.acquire("another", 1, Mode.EXCLUSIVE)
+        failing["swap"] = "no space"
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(one.acquire, "name0", 1, Mode.EXCLUSIVE)
+            await trio.sleep(40)
+            nursery.start_soon(one.acquire, "name1", 1, Mode.EXCLUSIVE)
+            await trio.sleep(20)
+            await one.backend.renew()
+            await one.release("another", 1)
+            assert problem_of(one) == ("no space", pytest.approx(60, abs=0.2), 2)
+            assert logged(caplog) == ["the lock backend: no space"]
+            failing["swap"] = "no quorum"
+            await trio.sleep(40)
+            assert problem_of(one) == ("no quorum", pytest.approx(100, abs=0.2), 2)
+            assert logged(caplog) == ["the lock backend: no quorum"]
+            failing.clear()
+        await trio.sleep(2)
+        assert problem_of(one) is None
+        (over,) = logged(caplog)
+        assert re.fullmatch(r"the lock backend: over, after 10[01] s: no quorum", over)
+
+    play(scenario, Failing)
+
+
+def test_what_is_tried_again_before_the_next_failure_ends_no_problem(failing: dict[str, str]) -> None:
+    """A node that is gone and named on record: it is found to be gone, and then cannot be taken off it."""
+
+    async def scenario(nodes: list[Node]) -> None:
+        one, two, _ = nodes
+        assert await one.acquire("name", 1, Mode.SHARED) and await two.acquire("name", 1, Mode.SHARED)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(two.acquire, "name", 2, Mode.EXCLUSIVE)
+            await trio.sleep(2)
+            failing["swap"] = "no space"
+            await one.backend.leave()
+            seconds = list[float]()
+            for _ in range(40):
+                await trio.sleep(0.77)
+                seconds.append((problem_of(two) or ("", 0.0, 0))[1])
+            assert seconds == sorted(seconds) and seconds[-1] > 25
+            nursery.cancel_scope.cancel()
+
+    play(scenario, Failing)
+
+
+def test_many_problems_leave_few_lines(failing: dict[str, str], caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario(nodes: list[Node]) -> None:
+        failing["swap"] = "no space for {}"
+        async with trio.open_nursery() as nursery:
+            for number in range(1000):
+                nursery.start_soon(nodes[0].acquire, f"name{number}", 1, Mode.EXCLUSIVE)
+            await trio.sleep(5)
+            found = problem_of(nodes[0])
+            assert found is not None and found[2] == 1000
+            assert len(logged(caplog)) == MOST_LINES
+            failing.clear()
+        assert problem_of(nodes[0]) is None
+        assert len(logged(caplog)) <= MOST_LINES + 1
+
+    play(scenario, Failing)
+
+
+@pytest.mark.parametrize("comes", [False, True])
+def test_a_problem_with_notices_is_over_when_they_are_heard_again(comes: bool, failing: dict[str, str]) -> None:
+    """Or could be: perhaps nobody wants anything of this node for hours."""
+
+    async def scenario(nodes: list[Node]) -> None:
+        one, two, _ = nodes
+        await two.backend.notify(one.name, "name")
+        failing["next_notice"] = "no answer"
+        await two.backend.notify(one.name, "another")  # wakes the one that listens
+        await trio.sleep(20)
+        assert problem_of(one) == ("no answer", pytest.approx(20, abs=2), 0)
+        failing.clear()
+        if comes:
+            await two.backend.notify(one.name, "a third")
+        await trio.sleep(2 if comes else module.CALM_SECONDS + 2)
+        assert problem_of(one) is None
+
+    play(scenario, Failing)
+
+
+def test_a_lost_lease_ends_the_problems_of_its_names(failing: dict[str, str], caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing of them is tried any more; the log has said why."""
+
+    async def scenario(nodes: list[Node]) -> None:
+        failing["swap"] = "no space"
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(nodes[0].acquire, "name", 1, Mode.EXCLUSIVE)
+            await trio.sleep(20.5)
+            nodes[0].names.lose()
+            assert problem_of(nodes[0]) is None
+            await trio.sleep(20)
+            assert problem_of(nodes[0]) is None
+            nursery.cancel_scope.cancel()
+        assert logged(caplog) == ["the lock backend: no space"]
+
+    play(scenario, Failing)
 
 
 def test_waiters_of_all_nodes_get_the_lock_in_turn() -> None:
@@ -925,12 +1129,14 @@ def test_names_that_are_not_used_leave_no_record() -> None:
 
 
 def test_a_record_that_another_version_wrote() -> None:
-    with pytest.raises(ValueError, match="another version"):
+    with pytest.raises(ForeignRecordError, match="another version"):
         NameRecord.from_json({"format": 99})
     whole = NameRecord().to_json()
-    for none in ({"format": FORMAT, "delegate": "a"}, [], None, 17, {**whole, "locks": []}, {**whole, "wanted": 1}):
-        with pytest.raises(ValueError, match="no lock record"):
+    parts: list[dict[str, Any]] = [{"locks": []}, {"locks": {"none": {}}}, {"wanted": 1}]
+    for none in ({"format": FORMAT, "delegate": "a"}, {}, [], None, 17, *({**whole, **part} for part in parts)):
+        with pytest.raises(ValueError, match="no lock record") as caught:
             NameRecord.from_json(none)
+        assert not isinstance(caught.value, ForeignRecordError)
     record = NameRecord("a", ("b",), NameLocks())
     assert NameRecord.from_json(record.to_json()) == record
 
