@@ -23,6 +23,9 @@ from safefs.native import native
 
 # After that long, who waits behind others who have nothing yet passes them, should he be what they wait for.
 PATIENCE_SECONDS = 5.0
+# That doubles while the queue does not empty, up to this: those who hold a lock for less than half of it starve nobody,
+# and who is waited for in a way that is not seen does not wait for days because the queue has been busy for days.
+MAX_PATIENCE_SECONDS = 3600.0
 MAX_KIN = 16
 # How long the RELEASE of a closed file is waited for, and so many times as long when there is a reason to.
 RELEASE_SECONDS, RELEASE_LOOKS = 0.02, 10
@@ -217,7 +220,8 @@ class Locking:
             with trio.move_on_after(seconds):
                 await waiting.settled.wait()
             if not waiting.settled.is_set():
-                self._patience[queue] = max(self._patience.get(queue, 0.0), 2 * seconds)
+                doubled = min(2 * seconds, MAX_PATIENCE_SECONDS)
+                self._patience[queue] = max(self._patience.get(queue, 0.0), doubled)
                 self.locks.let_pass(waiting)
             await waiting.settled.wait()
         finally:
