@@ -167,8 +167,12 @@ def _as_nobody(function: Callable[[], T]) -> T:
 def test_a_maker_for_whom_no_descriptor_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
     """The file has been made: its open succeeds, it is not watched, and nothing stays open."""
 
-    def fail(*_: object) -> int:
-        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    works = getattr(os, failing)
+
+    def fail(what: Any, flags: int = os.O_PATH, *arguments: Any, **options: Any) -> Any:
+        if flags & os.O_PATH:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return works(what, flags, *arguments, **options)  # what looks at the process
 
     directory = os.open(tmp_path, os.O_PATH)
     fd = os.open(tmp_path / "x.lock", os.O_CREAT | os.O_RDWR)
