@@ -25,7 +25,7 @@ from safefs.config import Settings
 from safefs.draft import Draft, DraftState, DraftTable
 from safefs.hot import Cold
 from safefs.identity import DAEMON
-from safefs.locks import Locks
+from safefs.locks import Locks, name_key
 from safefs.model import Caller, Identity, Process
 from safefs.namespace import ROOT_NODEID, Namespace, Node, Ticket, Tickets
 from safefs.native import native
@@ -235,7 +235,10 @@ class FileSystem:
             native.close_later(fd)
             self.nodes.touch(node)
         node.mode = status.st_mode
-        node.linked = status.st_nlink > 1
+        linked = status.st_nlink > 1
+        if linked and not node.linked:
+            node.first_place = (node.parent, node.name) if node.name else (parent.nodeid, name)
+        node.linked = linked
         if node.nodeid != ROOT_NODEID:
             self._place(node, parent, name)
         return node
@@ -244,6 +247,7 @@ class FileSystem:
         """Note where a node was found.  Its place before may be a name that the kernel still keeps without asking."""
         now, elsewhere = time.monotonic(), (node.parent, node.name) != (parent.nodeid, name)
         if node.name and elsewhere:
+            self._end_loans(node, node.parent, node.name)
             node.doubtful_until = now + self.settings.entry_timeout_seconds
         node.parent, node.name = parent.nodeid, name
         if elsewhere or node.doubtful_until <= now:
@@ -256,11 +260,21 @@ class FileSystem:
 
     def moved(self, node: Node, parent: Node, name: bytes, before: tuple[int, bytes]) -> None:
         """A rename has given the node another place; `before`: its directory and name until then."""
+        self._end_loans(node, *before)
         node.parent, node.name = parent.nodeid, name
+        if node.first_place == before:
+            node.first_place = parent.nodeid, name
         for handle in self.handles.values() if node.opens else ():
             if handle.node is node and handle.place == before:
                 handle.place = parent.nodeid, name
         self._offer(node)
+
+    def _end_loans(self, node: Node, parent: int, name: bytes) -> None:
+        """The node has another place now: whoever locks it by the one before asks us again, who know the new one."""
+        if node.is_directory and not self.numbers_are_shared:
+            self.locks.end_loans(lambda _number: True)  # what is in it has other names as well
+        elif (directory := self.nodes.get(parent)) is not None:
+            self.locks.end_loan(name_key(self.directory_key(directory), name))
 
     def seen(self, node: Node, status: os.stat_result) -> bool:
         """Note what an open sees; whether the kernel may keep what it has cached since the open before."""

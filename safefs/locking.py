@@ -24,6 +24,9 @@ from safefs.native import native
 
 # After that long, who waits behind others who have nothing yet passes them, should he be what they wait for.
 PATIENCE_SECONDS = 5.0
+# That doubles while the queue does not empty, up to this: those who hold a lock for less than half of it starve nobody,
+# and who is waited for in a way that is not seen does not wait for days because the queue has been busy for days.
+MAX_PATIENCE_SECONDS = 3600.0
 MAX_KIN = 16
 # How long the RELEASE of a closed file is waited for, and so many times as long when there is a reason to.
 RELEASE_SECONDS, RELEASE_LOOKS = 0.02, 10
@@ -82,24 +85,39 @@ class Locking:
         self._endings: list[Ending] = []
         self._patience: dict[tuple[str, Kind], float] = {}  # where it was lost before, while anybody waits
 
-    def key(self, nodeid: int, number: int) -> str:
-        """What an open file is locked by: the name that it was locked by before, its draft's, or where it was found."""
-        return self.locks.key_of(number) or self._found_under(nodeid, number)
+    def key(self, nodeid: int, number: int, owner: Owner) -> str:
+        """What an open file is locked by, for one who asks: its draft's name, or the one that it was found under.
 
-    def _found_under(self, nodeid: int, number: int) -> str:
+        What is held or waited for through it, or by who asks, keeps the name that it was locked by, whatever has become
+        of the file since; once there is nothing, it is the name that others find the file by.
+        """
+        known, found = self.locks.key_of(number), self._found_under(nodeid, number)
+        if found is None:  # all that were open then go on with the name that they had
+            return known or name_key(self.fs.directory_key(self.fs.node(nodeid)), b"")
+        if known in (None, found) or not self.locks.is_bound(number, owner):
+            return found
+        return known
+
+    def _key(self, wanted: Wanted) -> str:
+        return self.key(wanted.nodeid, wanted.handle, self._owner(wanted))
+
+    def _found_under(self, nodeid: int, number: int) -> str | None:
+        """None of a name that is gone with its directory; the kernel keeps the others above a file that is open."""
         directory, name = self._place(nodeid, number)
-        # The kernel keeps the directories above a file that is open; only of a name that is gone there is none.
-        if directory is None:
-            return name_key(self.fs.directory_key(self.fs.node(nodeid)), b"")
-        return name_key(self.fs.directory_key(directory), name)
+        return name_key(self.fs.directory_key(directory), name) if directory is not None else None
 
     def _place(self, nodeid: int, number: int) -> tuple[Node | None, bytes]:
-        """Directory and name of an open file; of one with several names those that it was opened by."""
+        """Directory and name of an open file; of one with several names those that it was opened by.
+
+        A draft has the name that it will be published under, also when somebody else has renamed the version.
+        """
         handle = self.fs.handles.get(number)
-        if handle is not None and handle.draft is not None:
+        if handle is not None and handle.draft is not None and handle.node.draft is handle.draft:
             return handle.draft.directory, handle.draft.name
         node = self.fs.node(nodeid)
-        parent, name = handle.place if handle is not None and node.linked else (node.parent, node.name)
+        parent, name = node.parent, node.name
+        if node.linked:  # the extension opens what has one name alone
+            parent, name = handle.place if handle is not None else node.first_place
         return self.fs.nodes.get(parent), name
 
     def _owner(self, wanted: Wanted) -> Owner:
@@ -110,7 +128,7 @@ class Locking:
 
         Asked for F_UNLCK (F_OFD_GETLK, where the kernel has that) it is a lock of the open file's own.
         """
-        key, owner, first, last = self.key(wanted.nodeid, wanted.handle), self._owner(wanted), wanted.first, wanted.last
+        key, owner, first, last = self._key(wanted), self._owner(wanted), wanted.first, wanted.last
         if wanted.mode is None:
             found = self.locks.own(key, wanted.kind, owner, first, last)
         else:
@@ -130,14 +148,14 @@ class Locking:
         Who closed it has no lock any more as far as he knows, so who asks for one in the way (F_GETLK) waits as well.
         """
         if self._endings:
-            key = self.key(wanted.nodeid, wanted.handle)
+            key = self._key(wanted)
             for ending in [ending for ending in self._endings if ending.key == key]:
                 await ending.done.wait()
         await self.fs.ordering.wait_name(*self._place(wanted.nodeid, wanted.handle))
 
     def unlock(self, wanted: Wanted) -> trio.Event | None:
         """None if that is done, else what to wait for."""
-        key = self.key(wanted.nodeid, wanted.handle)
+        key = self._key(wanted)
         unlocking = self.locks.release(key, wanted.kind, self._owner(wanted), wanted.first, wanted.last)
         if unlocking is None:
             self._lend(wanted, key)
@@ -146,7 +164,7 @@ class Locking:
     def lock(self, wanted: Wanted, mode: Mode) -> Waiting | None:
         """None if the lock is held, else what to `wait` for.  OSError: EAGAIN, EDEADLK, ESTALE."""
         known = self.locks.key_of(wanted.handle)
-        key = known or self._found_under(wanted.nodeid, wanted.handle)
+        key = self._key(wanted)
         if wanted.kind is Kind.RECORD:
             native.mark_ranged(entry_of(key))  # from now on every close of such a file is heard of
             closed = key, self._owner(wanted)
@@ -171,7 +189,7 @@ class Locking:
         try:
             return self.lock(wanted, mode)
         except BlockingIOError:
-            key = self.key(wanted.nodeid, wanted.handle)
+            key = self._key(wanted)
             seconds = self.locks.turns.seconds(key) if wanted.kind is Kind.FLOCK else 0.0
             if not seconds:
                 raise
@@ -180,18 +198,18 @@ class Locking:
     async def lock_in_turn(self, wanted: Wanted, seconds: float) -> Waiting | None:
         """As `lock`, as soon as it is free, or refused after so long."""
         assert wanted.mode is not None
-        key = self.key(wanted.nodeid, wanted.handle)
+        key = self._key(wanted)
         return await self.locks.turns.attempt(key, seconds, partial(self.lock, wanted, wanted.mode))
 
     def _lend(self, wanted: Wanted, key: str) -> None:
         """From now on the extension answers, until somebody else comes.
 
         Not where a lock means more than that it is held: a draft is moved by it, and is published before it is free;
-        and what was written in place is sent before.
+        and what was written in place is sent before.  Nor by a name that the file does not have any more.
         """
         handle = self.fs.handles.get(wanted.handle)
         means_more = handle is not None and (handle.draft is not None or handle.node.nodeid in self.fs.unsent)
-        if wanted.kind is Kind.FLOCK and not means_more:
+        if wanted.kind is Kind.FLOCK and not means_more and key == self._found_under(wanted.nodeid, wanted.handle):
             self.locks.lend(key, wanted.owner, wanted.handle)
 
     async def wait(self, waiting: Waiting, tid: int) -> None:
@@ -218,7 +236,8 @@ class Locking:
             with trio.move_on_after(seconds):
                 await waiting.settled.wait()
             if not waiting.settled.is_set():
-                self._patience[queue] = max(self._patience.get(queue, 0.0), 2 * seconds)
+                doubled = min(2 * seconds, MAX_PATIENCE_SECONDS)
+                self._patience[queue] = max(self._patience.get(queue, 0.0), doubled)
                 self.locks.let_pass(waiting)
             await waiting.settled.wait()
         finally:
@@ -276,7 +295,7 @@ class Locking:
         closer = Owner(self.locks.node, owner)
         if not self.locks.has_record_locks(closer):
             return []
-        return self.locks.flushed(number, self.key(nodeid, number), closer)
+        return self.locks.flushed(number, self.key(nodeid, number, closer), closer)
 
     def flushed_unpublished(self, nodeid: int, number: int, owner: int) -> Ending | None:
         """The same, where the RELEASE that perhaps follows will publish what was written under the locks.
@@ -288,7 +307,7 @@ class Locking:
         closer = Owner(self.locks.node, owner)
         if not self.locks.has_record_locks(closer):
             return None
-        ending = Ending(number, self.key(nodeid, number), closer)
+        ending = Ending(number, self.key(nodeid, number, closer), closer)
         self._endings.append(ending)
         return ending
 

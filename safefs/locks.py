@@ -162,7 +162,7 @@ class Locks:
         self._lent: dict[str, tuple[Owner, int]] = {}  # by name: to whom, through which file handle
         self._waiting: dict[int, Waiting] = {}  # by ticket
         self._by_handle: defaultdict[int, set[Use]] = defaultdict(set)
-        self._keys: dict[int, str] = {}  # the name that was locked through a file handle, as long as that is open
+        self._keys: dict[int, str] = {}  # the name that was locked last through a file handle that is open
         self._last_handle: dict[Use, int] = {}  # through which an owner asked last
         # What owners of this node have been told that they hold, whether or not the backend can be asked about it.
         self._held: defaultdict[tuple[str, Kind], dict[Owner, LockTable]] = defaultdict(dict)
@@ -259,8 +259,17 @@ class Locks:
         return len(self._last_handle), len(self._waiting)
 
     def key_of(self, handle: int) -> str | None:
-        """The name that was locked through this file handle, which it may not have any more; None if none was."""
+        """The name that was locked last through this file handle, which it may not have any more; None if none was."""
         return self._keys.get(handle)
+
+    def is_bound(self, handle: int, owner: Owner) -> bool:
+        """Whether an open file, or an owner, has to do with the name that was locked through it: holds or wants it."""
+        key = self._keys.get(handle)
+        return (
+            self._holds(handle)
+            or any(owner in self._held.get((key, kind), ()) for kind in (Kind.FLOCK, Kind.RECORD) if key is not None)
+            or any(handle == other.handle or owner == other.wait.lock.owner for other in self._waiting.values())
+        )
 
     def kin(self, waiting: Waiting) -> set[int]:
         """Pids of those who hold something on the name: a request of a child of theirs need not wait in the queue."""
@@ -407,6 +416,8 @@ class Locks:
     def give_up(self, waiting: Waiting) -> None:
         """Nobody waits for this lock any more."""
         if self._waiting.pop(waiting.wait.ticket, None) is not None:
+            if waiting.submitted:
+                self._drop_converted(waiting)
             self._do(waiting.key, GiveUp(waiting.kind, waiting.wait))
 
     def has_record_locks(self, owner: Owner) -> bool:
@@ -431,7 +442,7 @@ class Locks:
 
     def _remember(self, handle: int, use: Use) -> None:
         self._by_handle[handle].add(use)
-        self._keys.setdefault(handle, use[0])
+        self._keys[handle] = use[0]
         if use not in self._last_handle and use[1] is Kind.RECORD:
             self._recorded[use[2]] += 1
         self._last_handle[use] = handle
@@ -439,6 +450,11 @@ class Locks:
     def _hold(self, use: Use, wait: Wait) -> None:
         key, kind, owner = use
         self._held[key, kind].setdefault(owner, LockTable()).request(wait)
+
+    def _drop_converted(self, waiting: Waiting) -> None:
+        """A flock(2) was not had: one that was to be converted to it is gone all the same."""
+        if waiting.kind is Kind.FLOCK:
+            self._drop(waiting.use)
 
     def _drop(self, use: Use) -> None:
         """An owner has nothing more on a name."""
@@ -471,6 +487,8 @@ class Locks:
             return False
         waiting.held = held
         waiting.settled.set()
+        if not held:
+            self._drop_converted(waiting)
         if held and waiting.handle is not None:
             self._remember(waiting.handle, waiting.use)  # a close by another thread has perhaps forgotten it
             self._hold(waiting.use, waiting.wait)
@@ -532,6 +550,10 @@ class Locks:
     def end_loans(self, concerns: Callable[[int], bool]) -> None:
         """Take back what is lent to those file handles of which this is true."""
         self._settle_loans([key for key, (_, handle) in self._lent.items() if concerns(handle)])
+
+    def end_loan(self, key: str) -> None:
+        """Take back what is lent of a name."""
+        self._settle_loans([key])
 
     def _settle_loans(self, keys: Iterable[str]) -> None:
         for key in self._lent.keys() & set(keys):

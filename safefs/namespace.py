@@ -31,6 +31,7 @@ class Node:
         "draft",
         "fd",
         "file_handle",
+        "first_place",
         "identity",
         "linked",
         "lookups",
@@ -55,6 +56,7 @@ class Node:
         self.parent = 0  # nodeid of the directory it was last found in
         self.name = b""
         self.linked = False  # a file with several names, of which `name` is the last that it was looked up by
+        self.first_place = (0, b"")  # of a linked one: directory and name when it had no other yet
         self.doubtful_until = 0.0  # time.monotonic(): until then the kernel may believe in another place of it
         self.file_handle: bytes | None = None
         self.stamp: Stamp | None = None  # at the last open that Python answered: changed by whom?

@@ -24,7 +24,7 @@ import stat
 import struct
 import time
 from collections.abc import Iterable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -128,13 +128,25 @@ class Maker:
 
 
 def introduce_maker(directory: int, fd: int, tid: int) -> Maker | None:
-    """The process of a thread that waits for its open(2) of a new lock file; None where it cannot be seen.  Blocks."""
+    """The process of a thread that waits for its open(2) of a new lock file; None where it cannot be seen.  Blocks.
+
+    Nor is it watched where there is no descriptor left for that: the file has been made, so the open succeeds.
+    """
     process = processes.identify(tid)
     pidfd = processes.open_pidfd(process.tgid) if process is not None else -1
     if process is None or pidfd < 0:
         return None
-    path_fd = os.open(backing.proc_path(fd), os.O_PATH | os.O_CLOEXEC)
-    return Maker(process, pidfd, os.dup(directory), path_fd)
+    with ExitStack() as undo:
+        undo.callback(os.close, pidfd)
+        try:
+            path_fd = os.open(backing.proc_path(fd), os.O_PATH | os.O_CLOEXEC)
+            undo.callback(os.close, path_fd)
+            maker = Maker(process, pidfd, os.dup(directory), path_fd)
+        except OSError as error:
+            log.warning("a lock file of process %d is not watched: %s", process.tgid, error)
+            return None
+        undo.pop_all()
+        return maker
 
 
 @dataclass(eq=False)

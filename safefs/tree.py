@@ -311,10 +311,28 @@ class Tree:
         self, drafts: tuple[Draft | None, ...], old: Node, name: bytes, new: Node, new_name: bytes, caller: Caller
     ) -> None:
         """RENAME_EXCHANGE, of what the family's drafts have published."""
+        fs = self.fs
         for draft in drafts:
             if draft is not None:
-                await self.fs.publish(draft)
-        await self.fs.backing.run(caller, backing.rename, old.fd, name, new.fd, new_name, RENAME_EXCHANGE)
+                await fs.publish(draft)
+        locks = [fs.soft_locks.find(old.identity, name), fs.soft_locks.find(new.identity, new_name)]
+        shown = await fs.backing.run(caller, self._exchange_entries, old.fd, name, new.fd, new_name)
+        for lock in locks:
+            fs.soft_locks.forget(lock)
+        places = [(old, name), (new, new_name)]
+        for identity, place, before, draft in zip(shown, reversed(places), places, drafts, strict=True):
+            moved = fs.nodes.find(identity)
+            if moved is not None and moved is not fs.root:
+                fs.moved(moved, *place, (before[0].nodeid, before[1]))
+            if draft is not None:
+                fs.rename_draft(draft, *place)
+
+    @staticmethod
+    def _exchange_entries(old: int, name: bytes, new: int, new_name: bytes) -> tuple[Identity, Identity]:
+        """What the names showed before."""
+        backing.rename(old, name, new, new_name, RENAME_EXCHANGE)
+        moved, other = (os.stat(at, dir_fd=fd, follow_symlinks=False) for fd, at in ((new, new_name), (old, name)))
+        return backing.identity_of(moved), backing.identity_of(other)
 
     async def _rename(
         self, own: Draft | None, old: Node, name: bytes, new: Node, new_name: bytes, flags: int, caller: Caller

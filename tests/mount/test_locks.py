@@ -939,3 +939,119 @@ def test_another_name_of_a_file_is_looked_at_meanwhile(
     one("flock(fd, LOCK_EX)")
     os.stat(mount / f"copy-{name}")
     assert two.errno(TRY["flock"]) in BLOCKED
+
+
+AGAIN = {"reading": (os.O_RDONLY, "flock"), **{kind: (os.O_RDWR, kind) for kind in TRY}}
+EXCHANGE = "ctypes.CDLL(None).renameat2(-100, os.fsencode(a), -100, os.fsencode(b), 2)"
+
+
+@pytest.mark.parametrize("way", list(AGAIN))
+@pytest.mark.parametrize("name", NAMES)
+def test_locked_again_after_a_rename(place: Path, party: Make, name: str, way: str) -> None:
+    """Through the old descriptor, by the name that others find the file by."""
+    (flags, kind), new = AGAIN[way], place / f"new-{name}"
+    (place / name).write_text("x")
+    one, two = party(), party()
+    opened(one, place / name, flags)
+    for _ in range(3):
+        one(TRY[kind])
+        one(RELEASE[kind])
+    one("os.rename(a, b)", a=str(place / name), b=str(new))
+    opened(two, new, flags)
+    two(TRY[kind])
+    assert one.errno(TRY[kind]) in BLOCKED
+    two(RELEASE[kind])
+    one(TRY[kind])
+    assert two.errno(TRY[kind]) in BLOCKED
+
+
+@pytest.mark.parametrize("name", ["data", "db.sqlite"])
+def test_locked_across_a_rename_and_again(place: Path, party: Make, name: str) -> None:
+    """What is held keeps its name; what is locked after that has the new one, also where C answers for the old."""
+    (place / name).write_text("x")
+    one, two, three = party(), party(), party()
+    for process in (one, two):
+        opened(process, place / name, os.O_RDONLY)
+        for _ in range(3):
+            process(TRY["flock"])
+            process(RELEASE["flock"])
+    one(TRY["flock"])
+    os.rename(place / name, place / "new")
+    one("flock(fd, LOCK_SH | LOCK_NB)")
+    one(TRY["flock"])
+    for _ in range(3):
+        one(RELEASE["flock"])
+        one(TRY["flock"])
+    opened(three, place / "new", os.O_RDONLY)
+    for process in (two, three):
+        assert process.errno(TRY["flock"]) in BLOCKED
+    one(RELEASE["flock"])
+    three(TRY["flock"])
+    for process in (one, two):
+        assert process.errno(TRY["flock"]) in BLOCKED
+
+
+@pytest.mark.parametrize("locked", [False, True], ids=["first", "again"])
+@pytest.mark.parametrize("way", ["data", "db.sqlite", "x.lock"])
+def test_locked_after_an_exchange_of_two_names(place: Path, party: Make, way: str, locked: bool) -> None:
+    first, second = place / way, place / f"other-{way}"
+    flags = os.O_RDONLY if way == "data" else os.O_RDWR
+    one, two, three = party(), party(), party()
+    for process, path in ((one, first), (two, second)):
+        path.write_text(path.name)
+        opened(process, path, flags)
+        if locked:
+            process(TRY["flock"])
+            process(RELEASE["flock"])
+    assert one(EXCHANGE, a=str(first), b=str(second)) == 0
+    for process in (one, two):
+        process(TRY["flock"])
+    opened(three, second, flags)
+    assert three("os.read(fd, 100)") == os.fsencode(way)
+    assert three.errno(TRY["flock"]) in BLOCKED
+    one(RELEASE["flock"])
+    three(TRY["flock"])
+
+
+def test_what_is_open_for_writing_follows_an_exchange(place: Path, party: Make) -> None:
+    one = party()
+    (place / "other").write_text("other")
+    opened(one, place / "data")
+    one("os.write(fd, b'one')")
+    assert one(EXCHANGE, a=str(place / "data"), b=str(place / "other")) == 0
+    one("os.write(fd, b' and more')")
+    one("os.close(fd)")
+    assert (place / "data").read_text() == "other"
+    assert (place / "other").read_text() == "one and more"
+
+
+def test_an_open_file_of_which_a_link_is_made(place: Path, party: Make) -> None:
+    """The extension opened it; only Python knows by now that it had one name then."""
+    (place / "data").write_text("x")
+    one, two = party(), party()
+    opened(one, place / "data", os.O_RDONLY)
+    os.link(place / "data", place / "link")
+    os.stat(place / "link")
+    one(TRY["flock"])
+    opened(two, place / "data", os.O_RDONLY)
+    assert two.errno(TRY["flock"]) in BLOCKED
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
+@pytest.mark.parametrize("way", ["bare", "mount"])
+def test_a_conversion_that_is_refused_loses_the_lock(
+    make_mount: MountFactory, tmp_path: Path, party: Make, way: str, shared: bool
+) -> None:
+    first = second = tmp_path
+    if way == "mount":
+        first = make_mount().path
+        second = make_mount().path if shared else first
+    one, two, three = party(), party(), party()
+    opened(one, first / "x.lock")
+    for process in (two, three):
+        opened(process, second / "x.lock")
+    for process in (one, two):
+        process("flock(fd, LOCK_SH)")
+    assert one.errno(TRY["flock"]) in BLOCKED
+    two(RELEASE["flock"])
+    three(TRY["flock"])

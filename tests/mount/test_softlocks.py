@@ -142,6 +142,17 @@ def test_what_was_renamed_stays(mount: Mount, creator: Actor) -> None:
     assert (mount / "index").read_bytes() == b"DIRC"
 
 
+def test_what_was_exchanged_is_no_lock_any_more(mount: Mount, creator: Actor) -> None:
+    """Its name shows something else now, also when that is exchanged back."""
+    (mount / "other").write_text("x")
+    creator.closefd(creator.open(mount / "x.lock", EXCLUSIVE))
+    exchange = "ctypes.CDLL(None).renameat2(-100, os.fsencode(a), -100, os.fsencode(b), 2)"
+    for _ in range(2):
+        assert creator(exchange, a=str(mount / "x.lock"), b=str(mount / "other")) == 0
+    creator.kill(signal.SIGKILL)
+    assert stays(mount.backing / "x.lock")  # on the mount the kernel shows for a second what it remembers
+
+
 def test_what_was_not_made_with_o_excl_stays(mount: Mount, creator: Actor) -> None:
     """A file that is locked with flock(2): its being there says nothing."""
     creator.open(mount / "x.lock", os.O_CREAT | os.O_RDWR)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import trio
 
+from safefs.cluster.record import Acquire, Step
 from safefs.locks import Alone, Locks
-from safefs.locktable import Kind, Lock, Mode, Owner
+from safefs.locktable import Kind, Lock, Mode, NameLocks, Owner
 
 NAME, HANDLE = "1/x.lock", 7
 
@@ -77,3 +79,55 @@ def test_what_a_conversion_has_lost_is_not_held(locks: Locks, may_wait: bool) ->
             locks.acquire(NAME, Kind.FLOCK, wanted, 1, may_wait=False)
     assert locks.own(NAME, Kind.FLOCK, owner(1), 0, 0) is None
     assert locks.lose() == {2}
+
+
+class Shared(Alone):
+    """Another node has to do with all names: every step is on its way to a record."""
+
+    is_shared = False
+
+    def __init__(self, node: str) -> None:
+        super().__init__(node)
+        self.steps: list[Step] = []
+
+    def local(self, key: str) -> NameLocks:
+        return None if self.is_shared else super().local(key)  # type: ignore[return-value]
+
+    def submit(self, key: str, step: Step) -> trio.Event:
+        self.steps.append(step)
+        return trio.Event()
+
+
+@pytest.mark.parametrize("given_up", [False, True])
+def test_the_same_on_a_name_that_nodes_share(given_up: bool) -> None:
+    names = Shared("node")
+    locks = Locks(names)
+    locks.acquire(NAME, Kind.FLOCK, Lock(owner(1), Mode.SHARED), HANDLE, may_wait=False)
+    names.is_shared = True
+    waiting = locks.acquire(NAME, Kind.FLOCK, Lock(owner(1), Mode.EXCLUSIVE), HANDLE, may_wait=given_up)
+    assert waiting is not None
+    step = names.steps[-1]
+    assert isinstance(step, Acquire)
+    if given_up:
+        locks.give_up(waiting)
+    else:
+        locks.answer(step.wait.ticket, False)
+    assert locks.own(NAME, Kind.FLOCK, owner(1), 0, 0) is None
+    assert locks.lose() == set()
+
+
+def test_an_open_file_is_bound_to_its_name_while_there_is_something(locks: Locks) -> None:
+    def ask(number: int, handle: int) -> object:
+        return locks.acquire(NAME, Kind.FLOCK, Lock(owner(number), Mode.EXCLUSIVE), handle, may_wait=True)
+
+    assert ask(1, 1) is None
+    waiting = ask(2, 2)
+    assert locks.is_bound(1, owner(1)) and locks.is_bound(2, owner(2))
+    locks.release(NAME, Kind.FLOCK, owner(1))
+    assert not locks.is_bound(1, owner(1))
+    assert waiting is not None and locks.is_bound(2, owner(2))
+    assert locks.is_bound(1, owner(2))  # by who asks
+    locks.release(NAME, Kind.FLOCK, owner(2))
+    assert not locks.is_bound(2, owner(2))
+    locks.acquire("1/y.lock", Kind.FLOCK, Lock(owner(2), Mode.EXCLUSIVE), 2, may_wait=True)
+    assert locks.key_of(2) == "1/y.lock"

@@ -5,11 +5,12 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import trio
 import trio.testing
 from trio.testing import MockClock
 
-from safefs.locking import PATIENCE_SECONDS, Locking
+from safefs.locking import MAX_PATIENCE_SECONDS, PATIENCE_SECONDS, Locking
 from safefs.locks import Alone, Locks
 from safefs.locktable import Kind, Lock, Mode, Owner
 
@@ -38,21 +39,22 @@ class Party:
         self.locks.release("d/name", Kind.FLOCK, owner)
 
 
-def test_a_writer_among_readers_that_overlap() -> None:
-    """Each of them waits longer than the last before it passes him."""
+@pytest.mark.parametrize("scale", [1, 100])
+def test_a_writer_among_readers_that_overlap(scale: int) -> None:
+    """Each of them waits longer than the last before it passes him: also where they hold it for twenty minutes."""
     party = Party()
 
     async def main() -> None:
         async with trio.open_nursery() as nursery:
             for reader in range(1, READERS):
-                nursery.start_soon(party.use, reader, Mode.SHARED, HOLD_SECONDS)
+                nursery.start_soon(party.use, reader, Mode.SHARED, scale * HOLD_SECONDS)
                 if reader == 1:
                     await trio.sleep(1)
                     nursery.start_soon(party.use, 0, Mode.EXCLUSIVE, 1)
-                await trio.sleep(NEXT_SECONDS)
+                await trio.sleep(scale * NEXT_SECONDS)
 
     trio.run(main, clock=MockClock(autojump_threshold=0))
-    assert 0 < party.granted.index(0) < READERS / 10
+    assert 0 < party.granted.index(0) < READERS / 5
     assert sorted(party.granted) == list(range(READERS))
 
 
@@ -102,3 +104,20 @@ def test_a_reader_that_a_waiting_writer_waits_for() -> None:
 
     trio.run(main, clock=MockClock(autojump_threshold=0))
     assert party.granted == [1, 0]
+
+
+def test_there_is_an_end_to_patience() -> None:
+    """The queue has been busy for days: who comes now does not wait for days until he passes."""
+    party, days = Party(), 3 * 86400.0
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(party.use, 0, Mode.EXCLUSIVE, days)
+            await trio.sleep(1)
+            number = 0
+            while trio.current_time() < days - MAX_PATIENCE_SECONDS:
+                nursery.start_soon(party.use, number := number + 1, Mode.EXCLUSIVE, 0)
+                await trio.sleep(MAX_PATIENCE_SECONDS / 4)
+            assert set(party.locking._patience.values()) == {MAX_PATIENCE_SECONDS}
+
+    trio.run(main, clock=MockClock(autojump_threshold=0))

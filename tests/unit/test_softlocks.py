@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from safefs.backing import Backing
 from safefs.events import EventLog
 from safefs.model import Identity, Process
 from safefs.rules import Stale
-from safefs.softlocks import NOTE_SECONDS, End, Maker, SoftLocks
+from safefs.softlocks import NOTE_SECONDS, End, Maker, SoftLocks, introduce_maker
 from safefs.state import DaemonRecord
 
 T = TypeVar("T")
@@ -160,3 +161,26 @@ def _as_nobody(function: Callable[[], T]) -> T:
         return function()
     finally:
         os.setresuid(0, 0, 0)
+
+
+@pytest.mark.parametrize("failing", ["open", "dup"])
+def test_a_maker_for_whom_no_descriptor_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
+    """The file has been made: its open succeeds, it is not watched, and nothing stays open."""
+
+    works = getattr(os, failing)
+
+    def fail(what: Any, flags: int = os.O_PATH, *arguments: Any, **options: Any) -> Any:
+        if flags & os.O_PATH:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return works(what, flags, *arguments, **options)  # what looks at the process
+
+    directory = os.open(tmp_path, os.O_PATH)
+    fd = os.open(tmp_path / "x.lock", os.O_CREAT | os.O_RDWR)
+    before = os.listdir("/proc/self/fd")
+    with monkeypatch.context() as patch:
+        patch.setattr(softlocks.os, failing, fail)
+        maker = introduce_maker(directory, fd, os.getpid())
+    assert maker is None
+    assert os.listdir("/proc/self/fd") == before
+    os.close(fd)
+    os.close(directory)
