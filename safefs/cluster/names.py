@@ -29,7 +29,7 @@ LINGER_SECONDS = 1.0  # so long after it was last used a record that others use,
 MOST_FOLLOWED = 32  # names at once, with those on which somebody waits: these are followed however many there are
 MOST_LOST = 1000  # nodes of which it is remembered that they are gone
 RETRY_SECONDS = (0.05, 1.0)  # after a failure of the backend, at first and at most
-CALM_SECONDS = 15.0  # without a failure, longer than a call takes: then notices only do not come
+CALM_SECONDS = 10.0  # without a failure, longer than a call takes: then notices only do not come
 GIVE_BACK_SECONDS = 2.0  # at the end, for names that are not used any more,
 GIVE_BACK_AT_ONCE = 8  # so many at a time
 IDLE_SECONDS = 60.0  # a name that nobody has used for so long is given back without being asked for
@@ -257,33 +257,22 @@ class Names:
 
     async def _heed(self) -> None:
         """Names that others want are given back."""
-        assert self._nursery is not None
-        calm = trio.CancelScope()
         while True:
             try:
                 key = await self._backend.next_notice()
             except BackendError as error:
-                calm.cancel()
                 self.problems.note(NOTICES, error)
                 await trio.sleep(RETRY_SECONDS[1])
-                calm = trio.CancelScope()
-                self._nursery.start_soon(self._calm_down, calm)
                 continue
-            calm.cancel()
             self.problems.over(NOTICES)
             if key.startswith(QUESTION):
+                assert self._nursery is not None
                 self._nursery.start_soon(self._answers.give, key.removeprefix(QUESTION), self._served())
             elif self._has_lease_to_serve():
                 # Also one that this node does not know of: a swap may have been carried out long after it was given up.
                 name = self._names.setdefault(key, _Name(key, used=boottime()))
                 name.asked = True
                 self._wake(name)
-
-    async def _calm_down(self, calm: trio.CancelScope) -> None:
-        """Notices that do not fail any more need not come."""
-        with calm:
-            await trio.sleep(CALM_SECONDS)
-            self.problems.over(NOTICES)
 
     async def _tidy(self) -> None:
         """Names that are not used any more leave no record behind, and nodes that are gone nothing else."""
@@ -296,6 +285,7 @@ class Names:
             for name in list(self._names.values()):
                 if boottime() - name.used > IDLE_SECONDS:
                     self._put_away(name)
+            self.problems.over(NOTICES, unless_within=CALM_SECONDS)  # notices that do not fail need not come
             if not self._names:
                 self._backend.rest()
 

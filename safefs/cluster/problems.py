@@ -25,10 +25,11 @@ MOST_LINES, LINES_SECONDS = 20, 60.0  # so many lines in the log, in so long
 
 @dataclass(frozen=True)
 class Problem:
-    """The last text, and since when nothing has gone well."""
+    """The last text, when that was, and since when nothing has gone well."""
 
     text: str
     since: float
+    last: float
 
 
 @dataclass
@@ -52,17 +53,19 @@ class Problems:
         """It has failed, perhaps again."""
         text, now = str(error), trio.current_time()
         known = self._problems.get(about)
-        self._problems[about] = Problem(text, known.since if known else now)
+        self._problems[about] = Problem(text, known.since if known else now, now)
         if text not in self._said and len(self._said) < MOST_SAID:
             self._said[text] = _Said(now)
             self._say(text)
         if text in self._said:
             self._said[text].whose.add(about)
 
-    def over(self, about: str, *, is_known: bool = False) -> None:
-        """It has gone well; or, where somebody `is_known` to have said why, is not tried any more."""
-        if self._problems.pop(about, None) is None:
+    def over(self, about: str, *, is_known: bool = False, unless_within: float = 0.0) -> None:
+        """It has gone well, or has not failed for some seconds; or it `is_known` why it is not tried any more."""
+        problem = self._problems.get(about)
+        if problem is None or trio.current_time() - problem.last < unless_within:
             return
+        del self._problems[about]
         for said in self._said.values():
             said.whose.discard(about)
         ended = [text for text, said in self._said.items() if not said.whose]

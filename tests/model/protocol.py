@@ -20,8 +20,9 @@ from unittest import mock
 import trio
 
 from safefs.cluster import names as module
-from safefs.cluster.backend import BackendError, ProcessIdentity, Stored
+from safefs.cluster.backend import BackendError, LockBackend, ProcessIdentity, Stored
 from safefs.cluster.names import Names
+from safefs.cluster.problems import Problems
 from safefs.cluster.record import Break, NameRecord, Step
 from safefs.locks import Locks, Waiting
 from safefs.locktable import Kind, Lock, Mode, Owner
@@ -119,10 +120,27 @@ class Backend:
         return 0.0 if self.lapsed else LEASE
 
 
+class Untold(Problems):
+    """Nobody is told what is wrong: nothing that a node does depends on it, and each moment would be another state."""
+
+    def __init__(self) -> None:
+        pass
+
+    def note(self, about: str, error: BackendError | str) -> None:
+        pass
+
+    def over(self, about: str, *, is_known: bool = False, unless_within: float = 0.0) -> None:
+        pass
+
+
 class SearchedNames(Names):
     """As daemons run it; only that the search decides when a pause is over, and that it looks as often as it may."""
 
     tells_changes = False
+
+    def __init__(self, backend: LockBackend) -> None:
+        super().__init__(backend)
+        self.problems = Untold()
 
     async def _pause(self, name: module._Name, stored: Stored, seconds: float) -> Stored | None:
         """Without tasks of its own."""

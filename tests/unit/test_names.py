@@ -867,7 +867,7 @@ def test_a_problem_with_notices_is_over_when_they_are_heard_again(comes: bool, f
         failing.clear()
         if comes:
             await two.backend.notify(one.name, "a third")
-        await trio.sleep(2 if comes else module.CALM_SECONDS + 2)
+        await trio.sleep(2 if comes else module.CALM_SECONDS + module.IDLE_SECONDS / 4 + 2)
         assert problem_of(one) is None
 
     play(scenario, Failing)
