@@ -35,7 +35,7 @@ MOST_DAMAGED = 100  # records of which it is remembered who could be on them
 # For changes of a record, at first and at most: the first in the queue, and who is behind him so many times as seldom.
 # No more often than every other moment is spent with it, be the filesystem as slow as it may.
 POLL_SECONDS = (0.001, 0.25)
-POLL_SHARE = 0.005  # in between, this part of the time that they have been waited for: so much longer it takes at most
+POLL_SHARE = 0.002  # in between, this part of the time that they have been waited for: so much longer it takes at most
 NOTICE_SECONDS = (0.02, 0.5)  # for what others want, at first and at most;
 NOTICE_SHARE = 0.1  # in between, this part of the time since a name that others can want was used
 REST_SECONDS = 5.0  # at most where there is none: of a thousand nodes that do nothing each would look twice a second

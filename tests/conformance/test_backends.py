@@ -695,11 +695,11 @@ def test_whatever_goes_wrong_is_an_error_of_the_backend(
 @pytest.mark.parametrize(
     ("turns", "takes", "waited", "most"),
     [
-        (0, 0.0, 0.0, 525),  # at first a thousand times a second, and later less often;
-        (0, 0.0, 10.0, 21),
+        (0, 0.0, 0.0, 850),  # at first a thousand times a second, and later less often;
+        (0, 0.0, 10.0, 49),
         (0, 0.0, 1000.0, 4),
-        (9, 0.0, 0.0, 60),  # the tenth in the queue a tenth of that,
-        (9, 0.0, 10.0, 4),
+        (9, 0.0, 0.0, 87),  # the tenth in the queue a tenth of that,
+        (9, 0.0, 10.0, 6),
         (0, 0.05, 0.0, 10),  # and where a look takes long, half of the time at most goes into it
     ],
 )
