@@ -1,6 +1,6 @@
 # Everything here sets up what it needs first, asks nothing and can be run again.
 
-# Thousands of daemons are started: with what Python keeps of a source that it has compiled, each is twice as quick.
+# Most tests start daemons, and each would compile all of safefs where Python may not keep what it has compiled.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: setup demo test test-modes test-nightly test-labs check bench clean

@@ -94,7 +94,7 @@ class Locking:
         known, found = self.locks.key_of(number), self._found_under(nodeid, number)
         if found is None:  # all that were open then go on with the name that they had
             return known or name_key(self.fs.directory_key(self.fs.node(nodeid)), b"")
-        if known in (None, found) or not self.locks.is_bound(number, owner):
+        if known in (None, found) or not self.locks.is_bound(number, known, owner):
             return found
         return known
 

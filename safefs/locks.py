@@ -262,12 +262,11 @@ class Locks:
         """The name that was locked last through this file handle, which it may not have any more; None if none was."""
         return self._keys.get(handle)
 
-    def is_bound(self, handle: int, owner: Owner) -> bool:
-        """Whether an open file, or an owner, has to do with the name that was locked through it: holds or wants it."""
-        key = self._keys.get(handle)
+    def is_bound(self, handle: int, key: str, owner: Owner) -> bool:
+        """Whether an open file, or an owner, has to do with a name that was locked through it: holds or wants it."""
         return (
             self._holds(handle)
-            or any(owner in self._held.get((key, kind), ()) for kind in (Kind.FLOCK, Kind.RECORD) if key is not None)
+            or any(owner in self._held.get((key, kind), ()) for kind in (Kind.FLOCK, Kind.RECORD))
             or any(handle == other.handle or owner == other.wait.lock.owner for other in self._waiting.values())
         )
 

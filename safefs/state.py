@@ -414,9 +414,13 @@ class DaemonRecord:
         """
         self._replace(ETCD, etcd)
 
-    def _replace(self, name: str, text: str) -> None:
+    def _replace(self, name: str, text: str, *, durable: bool = False) -> None:
         temporary = self.path / f"{name}.new"
-        temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
+        with open(temporary, "w", encoding="utf-8", errors="surrogateescape") as file:
+            file.write(text)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         temporary.rename(self.path / name)
 
     def has_noted(self, path: bytes) -> bool:
@@ -439,12 +443,7 @@ class DaemonRecord:
 
     def write_soft_locks(self, data: dict[str, Any]) -> None:
         """Replace the list of lock files that go with this daemon, durably: others read it when this node is gone."""
-        temporary = self.path / f"{SOFT_LOCKS}.new"
-        with open(temporary, "w", encoding="ascii") as file:
-            json.dump(data, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(self.path / SOFT_LOCKS)
+        self._replace(SOFT_LOCKS, json.dumps(data), durable=True)
 
     def _append(self, entry: dict[str, Any]) -> None:
         os.write(self._journal, json.dumps(entry).encode("ascii") + b"\n")

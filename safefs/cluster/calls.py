@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -13,6 +13,7 @@ from safefs.cluster.backend import Act, BackendError
 CALL_SECONDS = 5.0  # a call that takes longer counts as unanswered
 MAX_THREADS = 16
 MAX_OWN_THREADS = 2  # for this node's own lease
+AT_ONCE = 100  # directories of names, or of nodes, that one call reads
 
 T = TypeVar("T")
 
@@ -21,6 +22,11 @@ class Call(Protocol):
     """Runs a function in a thread; BackendError for whatever goes wrong, also where there is no answer in time."""
 
     async def __call__(self, function: Callable[..., T], /, *arguments: Any, **options: Any) -> T: ...
+
+
+def batches(things: Sequence[T]) -> Iterator[Sequence[T]]:
+    """As many at a time as a call may be about: thousands in one would take longer than calls may."""
+    return (things[at : at + AT_ONCE] for at in range(0, len(things), AT_ONCE))
 
 
 class _Running(Generic[T]):

@@ -12,11 +12,10 @@ import random
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 
-from safefs.cluster.calls import Call
+from safefs.cluster.calls import Call, batches
 from safefs.cluster.files import ENDED, GONE, LOOK, Files
 from safefs.lease import Sightings, boottime
 
-NODES_AT_ONCE = 100  # that one call looks at
 LOOKED_AT_ONCE = 10  # nodes, for what they have left
 MOST_FORMER = 10  # names of this node, which are looked at each time
 MOST_UNFINISHED = 100
@@ -103,16 +102,16 @@ class Housekeeping:
         """Some of it, for who is `node` now.  The first time it is about those before this one on its host."""
         if self._tidied_as != node:
             others, self._tidied_as = await self._call(self._remains.others, node), node
-            for at in range(0, len(others), NODES_AT_ONCE):
-                await self._call(self._remains.end_the_dead, others[at : at + NODES_AT_ONCE])
+            for some in batches(others):
+                await self._call(self._remains.end_the_dead, some)
         if not self._to_look_at:
             self._to_look_at = await self._call(self._remains.others, node)
             random.shuffle(self._to_look_at)
             self._sightings.forget(self._known - set(self._to_look_at))
             self._known = set(self._to_look_at)
-        some, self._to_look_at = self._to_look_at[:LOOKED_AT_ONCE], self._to_look_at[LOOKED_AT_ONCE:]
+        due, self._to_look_at = self._to_look_at[:LOOKED_AT_ONCE], self._to_look_at[LOOKED_AT_ONCE:]
         own = {former for former in self._former if former != node}  # lost, or it was not known that it had joined
-        gone = await self._gone({*some, *own})
+        gone = await self._gone({*due, *own})
         self._former = [former for former in self._former if former not in gone]
         await self._call(self._remains.bury, node, gone)
         await self._remove_unfinished()

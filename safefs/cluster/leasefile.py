@@ -22,7 +22,7 @@ from safefs.cluster.backend import (
     Stored,
     plainly,
 )
-from safefs.cluster.calls import Call, Calls
+from safefs.cluster.calls import Call, Calls, batches
 from safefs.cluster.files import ENDED, Files, directory_of
 from safefs.cluster.housekeeping import Housekeeping
 from safefs.cluster.record import NameRecord
@@ -30,7 +30,6 @@ from safefs.lease import OwnLease, Sightings, Terms, boottime
 
 log = logging.getLogger(__name__)
 
-HOMES_AT_ONCE = 100  # directories of names that one call reads
 MOST_DAMAGED = 100  # records of which it is remembered who could be on them
 # For changes of a record, at first and at most: the first in the queue, and who is behind him so many times as seldom.
 # No more often than every other moment is spent with it, be the filesystem as slow as it may.
@@ -201,8 +200,8 @@ class LeasefileBackend:
 
     async def all_names(self) -> list[str]:
         homes, found = await self._call(self.files.homes), list[str]()
-        for at in range(0, len(homes), HOMES_AT_ONCE):
-            found += await self._call(self.files.names_of, homes[at : at + HOMES_AT_ONCE])
+        for some in batches(homes):
+            found += await self._call(self.files.names_of, some)
         return found
 
     async def process_of(self, node: str) -> ProcessIdentity:

@@ -41,8 +41,8 @@ import trio
 import xxhash
 
 from safefs.cluster.backend import BackendError, HasDied, LeaseLostError, ProcessIdentity
+from safefs.cluster.calls import batches
 from safefs.cluster.files import ENDED, Files
-from safefs.cluster.housekeeping import NODES_AT_ONCE
 from safefs.cluster.leasefile import LeasefileBackend, Site
 from safefs.lease import Terms, boottime
 
@@ -238,8 +238,8 @@ class NativeBackend(LeasefileBackend):
     async def _contradiction(self) -> str:
         """A node that lives and whose lock looks free; empty when there is none."""
         nodes, first = await self._call(self._locked.nodes), dict[str, str]()
-        for at in range(0, len(nodes), NODES_AT_ONCE):
-            first |= await self._call(self._locked.unlocked, nodes[at : at + NODES_AT_ONCE])
+        for some in batches(nodes):
+            first |= await self._call(self._locked.unlocked, some)
         pause = WITNESS_RENEWALS * self._site.terms.renew_seconds / LOOKS
         for _ in range(LOOKS if first else 0):
             await trio.sleep(pause)

@@ -15,8 +15,8 @@ import xxhash
 from safefs.cluster import files as files_module
 from safefs.cluster import ofd as module
 from safefs.cluster.backend import BackendError, LeaseLostError, Stored
+from safefs.cluster.calls import AT_ONCE
 from safefs.cluster.files import directory_of
-from safefs.cluster.housekeeping import NODES_AT_ONCE
 from safefs.cluster.leasefile import LeasefileBackend
 from safefs.cluster.ofd import RANGE, NativeBackend
 from safefs.cluster.record import NameRecord
@@ -213,7 +213,7 @@ def test_who_does_not_see_the_lock_of_a_node_that_lives_takes_no_part(
 def test_who_joins_looks_at_some_of_the_others_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A call that looked at a thousand could take longer than calls may; the one that lives is found among them."""
     others = files_module.Files(str(tmp_path), {}, lambda _identity: False)
-    crowd = 2 * NODES_AT_ONCE + 1
+    crowd = 2 * AT_ONCE + 1
     for number in range(crowd):
         others.join(f"dead{number}")
     unlocked, looked = module.LockedFiles.unlocked, list[int]()
@@ -228,7 +228,7 @@ def test_who_joins_looks_at_some_of_the_others_at_a_time(tmp_path: Path, monkeyp
         module.unlock(one._locked._alive, 0)
         monkeypatch.setattr(module.LockedFiles, "unlocked", counted)
         await two.join()
-        assert max(looked) == NODES_AT_ONCE and sum(looked[:3]) == crowd + 2
+        assert max(looked) == AT_ONCE and sum(looked[:3]) == crowd + 2
         assert looked[3:] == [1] * module.LOOKS
 
     trio.run(scenario, clock=without_threads(monkeypatch))

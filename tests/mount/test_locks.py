@@ -780,15 +780,21 @@ def test_what_a_child_writes_under_a_record_lock(place: Path, party: Make) -> No
     assert (place / "data").read_text() == "60"
 
 
-def test_a_lock_that_others_have_the_file_open_for(place: Path, party: Make) -> None:
-    """A process that closes a file of which others have copies gives its record locks up all the same."""
+def writes_under_a_lock(place: Path, party: Make) -> tuple[Actor, Actor]:
+    """A process whose parent has the file open as well; and somebody else who has opened it."""
     (place / "data").write_text("old")
-    one, two = party(), party()
-    opened(one, place / "data", os.O_RDWR)
-    child = one.fork()
+    parent, other = party(), party()
+    opened(parent, place / "data", os.O_RDWR)
+    child = parent.fork()
     child(TRY["fcntl"])
     child("os.pwrite(fd, b'new', 0)")
-    opened(two, place / "data", os.O_RDWR)
+    opened(other, place / "data", os.O_RDWR)
+    return child, other
+
+
+def test_a_lock_that_others_have_the_file_open_for(place: Path, party: Make) -> None:
+    """A process that closes a file of which others have copies gives its record locks up all the same."""
+    child, two = writes_under_a_lock(place, party)
     assert two.errno(TRY["fcntl"]) in BLOCKED
     child("os.close(fd)")
     two(TRY["fcntl"])
@@ -818,13 +824,7 @@ def test_a_signal_ends_the_wait_for_a_publish(mount: Mount, party: Make, how: st
 
 def test_who_asks_for_a_lock_that_was_closed_sees_none(place: Path, party: Make) -> None:
     """F_GETLK, while it is not known yet whether the close was the last one, which publishes."""
-    (place / "data").write_text("old")
-    one, two = party(), party()
-    opened(one, place / "data", os.O_RDWR)
-    child = one.fork()
-    child(TRY["fcntl"])
-    child("os.pwrite(fd, b'new', 0)")
-    opened(two, place / "data", os.O_RDWR)
+    child, two = writes_under_a_lock(place, party)
     assert two("record(fd, GET, EXCLUSIVE)") == ("exclusive", 0, 0, child.pid)
     child("os.close(fd)")
     assert two("record(fd, GET, EXCLUSIVE)")[0] == ""

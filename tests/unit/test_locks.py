@@ -122,12 +122,12 @@ def test_an_open_file_is_bound_to_its_name_while_there_is_something(locks: Locks
 
     assert ask(1, 1) is None
     waiting = ask(2, 2)
-    assert locks.is_bound(1, owner(1)) and locks.is_bound(2, owner(2))
+    assert locks.is_bound(1, NAME, owner(1)) and locks.is_bound(2, NAME, owner(2))
     locks.release(NAME, Kind.FLOCK, owner(1))
-    assert not locks.is_bound(1, owner(1))
-    assert waiting is not None and locks.is_bound(2, owner(2))
-    assert locks.is_bound(1, owner(2))  # by who asks
+    assert not locks.is_bound(1, NAME, owner(1))
+    assert waiting is not None and locks.is_bound(2, NAME, owner(2))
+    assert locks.is_bound(1, NAME, owner(2))  # by who asks
     locks.release(NAME, Kind.FLOCK, owner(2))
-    assert not locks.is_bound(2, owner(2))
+    assert not locks.is_bound(2, NAME, owner(2))
     locks.acquire("1/y.lock", Kind.FLOCK, Lock(owner(2), Mode.EXCLUSIVE), 2, may_wait=True)
     assert locks.key_of(2) == "1/y.lock"
