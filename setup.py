@@ -18,7 +18,7 @@ def pkg_config(flag: str) -> list[str]:
     return shlex.split(done.stdout)
 
 
-SOURCES = ("native", "opens", "loans", "closer", "hot_table", "hot_answers", "hot_readers", "hot_module")
+SOURCES = ("native", "opens", "walks", "loans", "closer", "hot_table", "hot_answers", "hot_readers", "hot_module")
 
 FLAGS = ("-std=gnu11", "-O2", "-Wall", "-Wextra", "-fvisibility=hidden", "-pthread")
 

@@ -108,15 +108,16 @@ class Files:
         node = fs.node(nodeid)
         if node.draft is not None and (node.draft.visible_to_family or node.draft.discarded):
             return await self._open_draft(node.draft, flags, caller)
-        parent = fs.nodes.get(node.parent)
+        number, name = fs.opened_by(node, caller)
+        parent = fs.nodes.get(number)
         if parent is not None:
-            await fs.ordering.wait_name(parent, node.name)
-        name_class = fs.classify(parent, node.name).name_class if parent else NameClass.PRIVATE
+            await fs.ordering.wait_name(parent, name)
+        name_class = fs.classify(parent, name).name_class if parent else NameClass.PRIVATE
         if name_class.in_place:
             return await self._open_in_place(node, flags, caller)
         if wants_write(flags):
             raise await self._redirect_writer(node, caller)
-        return await self._open_version(node, parent, flags, caller)
+        return await self._open_version(node, parent, name, flags, caller)
 
     async def _redirect_writer(self, node: Node, caller: Caller) -> OSError:
         """A version is never written to: the kernel is sent through the path again, to find a draft there."""
@@ -133,7 +134,9 @@ class Files:
         # The same thread came back without a walk: a magic link (/proc/self/fd/N), which has no name to publish.
         return failure(errno.ETXTBSY)
 
-    async def _open_version(self, node: Node, parent: Node | None, flags: int, caller: Caller) -> Opened:
+    async def _open_version(
+        self, node: Node, parent: Node | None, name: bytes, flags: int, caller: Caller
+    ) -> Opened:
         fs = self.fs
         returning = fs.tickets.take(caller.pid) if caller.pid else None
         await fs.end_ticket(returning)
@@ -146,7 +149,7 @@ class Files:
         where = parent if parent is not None else node
         register = fs.passthrough.register if fs.wants_backing_id(node) else None
         async with fs.pinned(node, where):
-            order = VersionOrder(where.fd, node.name, node.fd, flags, check, register)
+            order = VersionOrder(where.fd, name, node.fd, flags, check, register)
             if execute:
                 opened = await fs.backing.run_or_daemon(caller, open_version, order, owned=node.fd)
             else:
@@ -274,6 +277,7 @@ class Files:
             fs.soft_locks.made(directory.identity, name, maker, fs.policy(directory, name).stale)
         path_fd = os.open(backing.proc_path(fd), os.O_PATH)
         node = fs.intern(path_fd, status, directory, name)
+        fs.walked(node, directory, name, caller)
         node.lookups += 1
         candidate = await (self._backing_id_in_place if in_place else fs.backing_id)(node, fd, caller)
         handle = fs.add_handle(node, fd, caller, writable=bool(flags & os.O_ACCMODE), backing_id=candidate)

@@ -97,7 +97,7 @@ class Handle:
     backing_id: int = 0  # passed through by the kernel under it; 0: read and written by the daemon
     draft: Draft | None = None
     opener_tgid: int = 0
-    place: tuple[int, bytes] = (0, b"")  # directory and name that it was opened by, as far as that can be told
+    place: tuple[int, bytes] = (0, b"")  # directory and name that it was opened by
     released: bool = False  # its RELEASE has come
     fenced: bool = False  # what was locked through it may be another node's by now
     in_place: bool = False  # what is written goes into the version itself
@@ -262,6 +262,8 @@ class FileSystem:
         """A rename has given the node another place; `before`: its directory and name until then."""
         self._end_loans(node, *before)
         node.parent, node.name = parent.nodeid, name
+        if node.linked:
+            native.forget_walks(node.nodeid)
         if node.first_place == before:
             node.first_place = parent.nodeid, name
         for handle in self.handles.values() if node.opens else ():
@@ -431,6 +433,20 @@ class FileSystem:
         if self.ordering:
             await self.ordering.wait_process(await self.identify(caller.pid))
 
+    def walked(self, node: Node, directory: Node, name: bytes, caller: Caller) -> None:
+        """Note by which of its names a thread finds a file that has several."""
+        if node.linked:
+            native.note_walk(caller.pid, node.nodeid, directory.nodeid, name)
+
+    def opened_by(self, node: Node, caller: Caller) -> tuple[int, bytes]:
+        """Directory and name that a thread opens a file by.
+
+        OPEN does not say it.  Of one with several names it is the one that the thread found it by, as it has to before
+        each open; through /proc/self/fd/N, where nothing is looked up, the last one if it ever did.
+        """
+        walked = native.last_walk(caller.pid, node.nodeid) if node.linked else None
+        return walked or (node.parent, node.name)
+
     # ----------------------------------------------------------- handles
 
     def add_handle(self, handle_of: Node, fd: int, caller: Caller, *, writable: bool, backing_id: int = 0) -> Handle:
@@ -438,7 +454,7 @@ class FileSystem:
         self._last_handle += 1
         agreed = native.opens_join(handle_of.nodeid, backing_id)
         handle = Handle(self._last_handle, handle_of, fd, caller, writable, agreed)
-        handle.place = handle_of.parent, handle_of.name
+        handle.place = self.opened_by(handle_of, caller)
         self.handles[handle.number] = handle
         handle_of.opens += 1
         return handle

@@ -85,6 +85,7 @@ class Tree:
                     draft = await self.files.draft_for_ticket(directory, name, caller, ticket)
                     return await self._show_draft(draft, ticket)
             node = fs.intern(fd, status, directory, name)
+        fs.walked(node, directory, name, caller)
         node.lookups += 1
         if ticket is not None:
             ticket.found = node.nodeid

@@ -3,6 +3,7 @@
  *   hot_table.c    what C may answer for: grants of nodes, marks, lookup counts (docs/decisions/0002-hot-requests.md)
  *   hot_answers.c  the answers
  *   opens.c        which open handles the kernel passes through
+ *   walks.c        by which of its names a file was found
  *   loans.c        locks of flock(2) that Python has lent
  *   closer.c       the thread that closes descriptors of inodes
  *   hot_readers.c  the threads, the queue of what is left to Python, and the symbols of libfuse3 that hide both
@@ -163,6 +164,19 @@ void opens_leave(uint64_t nodeid);
  * write.  Nothing happens when it has no handle. */
 void opens_set_bare(uint64_t nodeid, bool bare);
 bool opens_are_bare(uint64_t nodeid);
+
+/* ------------------------------------------------------------------ walks */
+
+struct place {
+	uint64_t parent;
+	char name[256]; /* NAME_MAX and a zero */
+};
+/* A thread has found a file with several names by this one. */
+void walk_note(uint32_t tid, uint64_t nodeid, uint64_t parent, const char *name);
+/* The last one by which it found the file; false when that is not known. */
+bool walk_last(uint32_t tid, uint64_t nodeid, struct place *place);
+/* The file has been renamed. */
+void walk_forget(uint64_t nodeid);
 
 /* ------------------------------------------------------------------ loans */
 

@@ -115,7 +115,7 @@ static bool reply_data(const struct fuse_in_header *in, const void *data, size_t
 
 /* ------------------------------------------------------------------- names */
 
-static bool reply_entry(const struct fuse_in_header *in, struct node *node, const struct stat *st)
+static bool reply_entry(const struct fuse_in_header *in, const char *name, struct node *node, const struct stat *st)
 {
 	struct timespec entry = entry_validity(node, st), attr = attr_validity(node, st);
 	struct fuse_entry_out out = {
@@ -126,6 +126,8 @@ static bool reply_entry(const struct fuse_in_header *in, struct node *node, cons
 		.attr_valid_nsec = (uint32_t)attr.tv_nsec,
 	};
 	fill_attr(&out.attr, st);
+	if (S_ISREG(st->st_mode) && st->st_nlink > 1)
+		walk_note(in->pid, node->nodeid, in->nodeid, name);
 	if (hot_reply(in->unique, 0, &out, sizeof out, NULL, 0))
 		table_done(node);
 	else
@@ -169,7 +171,7 @@ static bool answer_new_entry(const struct fuse_in_header *in, int directory, con
 		node = table_opened(&st, in->nodeid, name, fd, handle_of(fd, &room));
 	if (!node || node->fd != fd)
 		close(fd);
-	return node && reply_entry(in, node, &st);
+	return node && reply_entry(in, name, node, &st);
 }
 
 static bool answer_lookup(struct reader *reader, const struct fuse_in_header *in, const char *name)
@@ -183,7 +185,7 @@ static bool answer_lookup(struct reader *reader, const struct fuse_in_header *in
 		if (fstatat(directory->fd, name, &st, AT_SYMLINK_NOFOLLOW | AT_NO_AUTOMOUNT) == 0) {
 			struct node *node = table_found(&st, in->nodeid, name, &wants_descriptor);
 			if (node)
-				answered = reply_entry(in, node, &st);
+				answered = reply_entry(in, name, node, &st);
 			else if (wants_descriptor)
 				answered = answer_new_entry(in, directory->fd, name, &st);
 		} else if (errno == ENOENT && hot_settings.believes_misses) {

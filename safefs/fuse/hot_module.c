@@ -167,6 +167,43 @@ static PyObject *module_is_ranged(PyObject *module, PyObject *args)
 	return PyBool_FromLong(name_ranged(name));
 }
 
+/* ------------------------------------------------------------------- walks */
+
+static PyObject *module_note_walk(PyObject *module, PyObject *args)
+{
+	(void)module;
+	unsigned tid;
+	unsigned long long nodeid, parent;
+	const char *name;
+	if (!PyArg_ParseTuple(args, "IKKy", &tid, &nodeid, &parent, &name))
+		return NULL;
+	walk_note(tid, nodeid, parent, name);
+	Py_RETURN_NONE;
+}
+
+static PyObject *module_last_walk(PyObject *module, PyObject *args)
+{
+	(void)module;
+	unsigned tid;
+	unsigned long long nodeid;
+	struct place place;
+	if (!PyArg_ParseTuple(args, "IK", &tid, &nodeid))
+		return NULL;
+	if (!walk_last(tid, nodeid, &place))
+		Py_RETURN_NONE;
+	return Py_BuildValue("Ky", (unsigned long long)place.parent, place.name);
+}
+
+static PyObject *module_forget_walks(PyObject *module, PyObject *arg)
+{
+	(void)module;
+	unsigned long long nodeid;
+	if (!number_of(arg, &nodeid))
+		return NULL;
+	walk_forget(nodeid);
+	Py_RETURN_NONE;
+}
+
 /* ------------------------------------------------------------------- loans */
 
 static PyObject *module_lend_lock(PyObject *module, PyObject *args)
@@ -496,6 +533,9 @@ static PyMethodDef hot_methods[] = {
 	{"mark_ranged", module_mark_ranged, METH_VARARGS, "Ranges are locked of files of this name."},
 	{"is_ranged", module_is_ranged, METH_VARARGS, "Whether ranges may have been locked of files of this name."},
 	{"hot_mark_handle", module_mark_handle, METH_VARARGS, "Add to the marks of a file handle that C has made."},
+	{"note_walk", module_note_walk, METH_VARARGS, "A thread has found a file with several names by this one."},
+	{"last_walk", module_last_walk, METH_VARARGS, "Where it found the file last; None: that is not known."},
+	{"forget_walks", module_forget_walks, METH_O, "The file has been renamed: how it was found says nothing more."},
 	{"hot_lend_lock", module_lend_lock, METH_VARARGS, "Let C lock and unlock an open file, until a moment."},
 	{"hot_take_lock_back", module_take_lock_back, METH_O, "What an open file holds that was lent; None: it was not."},
 	{"hot_release", module_release, METH_VARARGS, "End a file handle that C has made, with its node."},

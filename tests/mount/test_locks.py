@@ -8,6 +8,8 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -939,6 +941,45 @@ def test_another_name_of_a_file_is_looked_at_meanwhile(
     one("flock(fd, LOCK_EX)")
     os.stat(mount / f"copy-{name}")
     assert two.errno(TRY["flock"]) in BLOCKED
+
+
+LOOKED_AT = """
+import os, sys
+while True:
+    os.stat(sys.argv[1])
+"""
+OPENED_EVERY_TIME = """
+for _ in range(100):
+    fd = os.open(p, os.O_RDWR)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+    else:
+        raise AssertionError("two have the lock")
+"""
+
+
+@pytest.mark.parametrize("hot", ["on", "off"])
+@pytest.mark.parametrize("name", ["x.lock", "db.sqlite"])
+def test_another_name_of_what_is_written_in_place_is_looked_at_meanwhile(
+    make_mount: MountFactory, party: Make, name: str, hot: str
+) -> None:
+    """Whoever opens it is known by the thread that walked to it, whatever others look at in between."""
+    mount = make_mount("-o", f"hot={hot}")
+    one, two = party(), party()
+    opened(one, mount / name)
+    one("flock(fd, LOCK_EX)")
+    link = mount / f"copy-{name}"
+    os.link(mount / name, link)
+    os.stat(link)
+    opened(two, mount / name)
+    assert two.errno(TRY["flock"]) in BLOCKED
+    with subprocess.Popen([sys.executable, "-c", LOOKED_AT, link]) as watcher:
+        try:
+            two(OPENED_EVERY_TIME, p=str(mount / name))
+        finally:
+            watcher.kill()
 
 
 AGAIN = {"reading": (os.O_RDONLY, "flock"), **{kind: (os.O_RDWR, kind) for kind in TRY}}
