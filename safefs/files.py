@@ -134,9 +134,7 @@ class Files:
         # The same thread came back without a walk: a magic link (/proc/self/fd/N), which has no name to publish.
         return failure(errno.ETXTBSY)
 
-    async def _open_version(
-        self, node: Node, parent: Node | None, name: bytes, flags: int, caller: Caller
-    ) -> Opened:
+    async def _open_version(self, node: Node, parent: Node | None, name: bytes, flags: int, caller: Caller) -> Opened:
         fs = self.fs
         returning = fs.tickets.take(caller.pid) if caller.pid else None
         await fs.end_ticket(returning)

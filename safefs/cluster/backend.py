@@ -161,6 +161,9 @@ class LockBackend(Protocol):
     async def all_names(self) -> list[str]:
         """The names that have records; where nobody can tell the name, `NAMELESS` and the place of the record."""
 
+    async def some_names(self, most: int) -> list[str]:
+        """Some of them, so many at most; asked again and again it comes to all that stay."""
+
     async def process_of(self, node: str) -> ProcessIdentity:
         """Which process a node is; empty when that is not known."""
 

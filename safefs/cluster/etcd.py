@@ -46,6 +46,7 @@ log = logging.getLogger(__name__)
 NOTICE_SECONDS = 5.0  # after so long without a notice it is looked whether the watch has missed one
 ENDED_SECONDS = 3600  # how long it is remembered that a node has ended
 MOST_MISSING = 10_000  # nodes of which it is remembered since when they have no key
+ENTRIES_AT_ONCE = 1000  # in one answer
 NODES_AT_ONCE = 50  # in one question: etcd takes 128 operations in a transaction, if it has not been told otherwise
 
 
@@ -77,6 +78,7 @@ class EtcdBackend:
         self._notice: Answer | None = None  # the last one that was given
         self._missing: dict[str, float] = {}  # nodes without a key, and since when this node knows it
         self._not_before = float("-inf")  # may this node join again
+        self._swept = b""  # where the names begin that are looked at next
         self.node = ""
 
     def _key(self, kind: str, *parts: str) -> bytes:
@@ -280,6 +282,13 @@ class EtcdBackend:
         entries = await _entries(self._client, prefix, prefix_end(prefix), keys_only=True)
         return [decode(entry["key"])[len(prefix) :].decode("utf-8", "surrogateescape") for entry in entries]
 
+    async def some_names(self, most: int) -> list[str]:
+        prefix = self._key("names", "")
+        entries = await _page(self._client, self._swept or prefix, prefix_end(prefix), most, keys_only=True)
+        keys = [decode(entry["key"]) for entry in entries]
+        self._swept = _after(keys[-1]) if len(keys) == most else b""
+        return [key[len(prefix) :].decode("utf-8", "surrogateescape") for key in keys]
+
     async def process_of(self, node: str) -> ProcessIdentity:
         value = await self._get(self._key("nodes", node))
         try:
@@ -378,6 +387,9 @@ class Following:
         self._unknown_before = 0  # this revision: what happened then was not told
 
     async def next_change(self, seen: Stored, seconds: float, _turns: int = 0) -> Stored | None:
+        if self._watch is None and not self._client.may_watch():
+            await trio.sleep(seconds)  # and then whoever waits reads the record
+            return None
         try:
             latest = await self._begin(seen)  # in its own time: on a busy machine it would never be done otherwise
             if latest is None:
@@ -448,12 +460,28 @@ class Notices:
 
 
 async def _entries(client: EtcdClient, key: bytes, end: bytes = b"", *, keys_only: bool = False) -> list[Answer]:
-    """What is there under a key, or under all up to `end`."""
-    request: dict[str, Any] = {"key": encode(key), "keys_only": keys_only}
+    """What is there under a key, or under all up to `end`: each as it was when its page was asked for."""
+    entries: list[Answer] = []
+    while True:
+        page = await _page(client, key, end, ENTRIES_AT_ONCE, keys_only=keys_only)
+        entries += page
+        if len(page) < ENTRIES_AT_ONCE:
+            return entries
+        key = _after(decode(page[-1]["key"]))
+
+
+async def _page(client: EtcdClient, key: bytes, end: bytes, most: int, *, keys_only: bool) -> list[Answer]:
+    """The first entries of a range, so many at most."""
+    request: dict[str, Any] = {"key": encode(key), "keys_only": keys_only, "limit": str(most)}
     if end:
         request["range_end"] = encode(end)
     answer = await client.call("/v3/kv/range", request, changes=False)
     return list(answer.get("kvs", []))
+
+
+def _after(key: bytes) -> bytes:
+    """The first key that comes after one."""
+    return key + b"\0"
 
 
 def _value(entries: list[Answer]) -> bytes | None:

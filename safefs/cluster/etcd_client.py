@@ -28,6 +28,7 @@ CALL_SECONDS = 5.0
 CONNECT_SECONDS = 2.0
 ATTEMPTS = 3  # at each endpoint: a connection that was kept, and the token, can both be too old
 MAX_IDLE = 8  # connections that are kept
+MOST_WATCHES = 200  # each has one of its own; whoever wants to watch more looks now and then
 MAX_ANSWER_BYTES = 16 << 20
 READ_BYTES = 1 << 16
 # What etcd says where a token is too old for it, or missing.
@@ -202,8 +203,9 @@ class _Connection:
 class Watch:
     """What happens to some keys, told as long as it is open; for one task at a time."""
 
-    def __init__(self, connection: _Connection) -> None:
+    def __init__(self, connection: _Connection, all_open: set[Watch]) -> None:
         self._connection = connection
+        self._all_open = all_open
         self._rest = b""
         self._answers: deque[Answer] = deque()
         self.begins_after = 0  # this revision
@@ -233,6 +235,7 @@ class Watch:
         return events
 
     async def aclose(self) -> None:
+        self._all_open.discard(self)
         await self._connection.aclose()
 
     async def _next(self) -> Answer:
@@ -259,6 +262,8 @@ class EtcdClient:
     def __init__(self, access: Access) -> None:
         self._access = access
         self._idle: list[_Connection] = []
+        self._watches: set[Watch] = set()  # which are open, each a connection,
+        self._beginning = 0  # and so many that will be
         self._first = 0  # of the endpoints: who answered last
         self._token = ""
 
@@ -266,13 +271,23 @@ class EtcdClient:
         """One request and its answer; BackendError when there is none in time."""
         return await self._ask_members(lambda endpoint: self._call_once(endpoint, path, request), changes=changes)
 
+    def may_watch(self) -> bool:
+        """Whether there is a connection left for one more watch."""
+        return len(self._watches) + self._beginning < MOST_WATCHES
+
     async def watch(self, key: bytes, end: bytes = b"") -> Watch:
         """Watch a key, or all up to `end`, from now on: who has seen an older revision has to look once more.
 
         etcd can tell what has happened since an older one, but looks after such watches only ten times a second.
         """
         what = {"key": encode(key), **({"range_end": encode(end)} if end else {})}
-        return await self._ask_members(lambda endpoint: self._watch_once(endpoint, what), changes=False)
+        self._beginning += 1
+        try:
+            watch = await self._ask_members(lambda endpoint: self._watch_once(endpoint, what), changes=False)
+        finally:
+            self._beginning -= 1
+        self._watches.add(watch)
+        return watch
 
     async def aclose(self) -> None:
         while self._idle:
@@ -373,7 +388,7 @@ class EtcdClient:
         return answer
 
     async def _watch_once(self, endpoint: Endpoint, what: Mapping[str, str]) -> Watch:
-        watch = Watch(await self._connect(endpoint))
+        watch = Watch(await self._connect(endpoint), self._watches)
         try:
             await watch.start("/v3/watch", {"create_request": what}, self._headers())
         except BaseException as error:

@@ -210,9 +210,21 @@ class Files:
 
     def discard(self, name: str, stored: Stored) -> None:
         """Remove what an empty record has left; nothing happens where it is not empty any more."""
-        home = self.path("names", directory_of(name))
-        with suppress(FileNotFoundError), self._deciding(directory_of(name)):
-            os.rename(f"{home}/{stored.version}~{stored.token}", f"{home}/{GONE}~{secrets.token_hex(8)}")
+        with suppress(FileNotFoundError):
+            self._retire(self.path("names", directory_of(name)), f"{stored.version}~{stored.token}")
+
+    def discard_empty(self, home: str, before: float) -> None:
+        """The same for a name that nobody can tell, if its record has been empty since `before` (its clock)."""
+        for entry in self.listed(home):
+            state = STATE.fullmatch(entry)
+            if state and state[2].startswith(NONE):
+                with suppress(OSError):
+                    if os.stat(f"{home}/{entry}").st_ctime < before:
+                        self._retire(home, entry)
+
+    def _retire(self, home: str, state: str) -> None:
+        with self._deciding(os.path.basename(home)):
+            os.rename(f"{home}/{state}", f"{home}/{GONE}~{secrets.token_hex(8)}")
             self._bury(home)
 
     def leftovers(self, name: str) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from safefs.lease import Sightings, boottime
 LOOKED_AT_ONCE = 10  # nodes, for what they have left
 MOST_FORMER = 10  # names of this node, which are looked at each time
 MOST_UNFINISHED = 100
+MOST_HOMES = 10_000  # directories of names of which it is remembered that they were there
 BURIED_SECONDS = 86400.0  # after that long nobody looks for an ended node any more
 
 
@@ -69,6 +70,12 @@ class Remains:
             os.rename(path, over)
             self._files.clear(over)
 
+    def remove_empty(self, node: str, homes: Iterable[str]) -> None:
+        """Directories of names of which nothing has been on record for long."""
+        before = self._now(node) - BURIED_SECONDS
+        for home in homes:
+            self._files.discard_empty(home, before)
+
     @staticmethod
     def _remove_looks(directory: str, before: float) -> None:
         """What nodes have left that died while they had their client look anew."""
@@ -85,6 +92,7 @@ class Housekeeping:
     def __init__(
         self, files: Files, call: Call, gone: Callable[[Iterable[str]], Awaitable[set[str]]], sightings: Sightings
     ) -> None:
+        self._files = files
         self._remains = Remains(files)
         self._call = call
         self._gone = gone
@@ -92,6 +100,7 @@ class Housekeeping:
         self._former: list[str] = []  # this node's names, with the one that it has
         self._known, self._unfinished = set[str](), set[str]()  # nodes and first states, as listed last
         self._to_look_at: list[str] = []
+        self._homes: list[str] = []  # of names, which are still to be looked at
         self._tidied_as = ""
 
     def joins(self, node: str) -> None:
@@ -115,6 +124,15 @@ class Housekeeping:
         self._former = [former for former in self._former if former not in gone]
         await self._call(self._remains.bury, node, gone)
         await self._remove_unfinished()
+
+    async def some_names(self, node: str, most: int) -> list[str]:
+        """Some of those that have records, for who is `node` now."""
+        if not self._homes:
+            homes = await self._call(self._files.homes)
+            self._homes = random.sample(homes, min(len(homes), MOST_HOMES))
+        due, self._homes = self._homes[:most], self._homes[most:]
+        await self._call(self._remains.remove_empty, node, due)
+        return await self._call(self._files.names_of, due)
 
     async def _remove_unfinished(self) -> None:
         """What nodes have left that died while they made a name's first state."""

@@ -204,6 +204,9 @@ class LeasefileBackend:
             found += await self._call(self.files.names_of, some)
         return found
 
+    async def some_names(self, most: int) -> list[str]:
+        return [] if self._housekeeping is None else await self._housekeeping.some_names(self.node, most)
+
     async def process_of(self, node: str) -> ProcessIdentity:
         return await self._call(self.files.process_of, node)
 

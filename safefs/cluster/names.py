@@ -17,6 +17,7 @@ from safefs.cluster.backend import BackendError, DamagedError, Follower, LeaseLo
 from safefs.cluster.problems import NOTICES, Problems
 from safefs.cluster.record import Acquire, Break, GiveUp, LetPass, NameRecord, Release, Step, carry_out
 from safefs.cluster.survey import QUESTION, Answers, Survey, survey
+from safefs.cluster.sweep import Sweep
 from safefs.lease import boottime
 from safefs.locktable import Kind, Lock, Mode, NameLocks, Owner, Wait
 
@@ -120,6 +121,7 @@ class Names:
     def __init__(self, backend: LockBackend) -> None:
         self._backend = backend
         self._answers = Answers(backend)
+        self._sweep = Sweep(backend, lambda key: key in self._names, self._gone)
         self.problems = Problems()
         self.resolve: Resolve = lambda _ticket, _held: False
         self.take_back: TakeBack = lambda _key, _locks: None
@@ -252,6 +254,7 @@ class Names:
                     self._wake(name)
                 nursery.start_soon(self._heed)
                 nursery.start_soon(self._tidy)
+                nursery.start_soon(self._sweep.run, self.lease_holds)
         finally:
             self._nursery, self._is_over = None, True
 

@@ -335,6 +335,22 @@ def test_notices_to_a_node_that_has_joined_anew(cluster: Cluster) -> None:
     play(cluster, scenario)
 
 
+def test_some_names_come_to_be_all(cluster: Cluster) -> None:
+    async def scenario(one: LockBackend, other: LockBackend) -> None:
+        names = {f"name{number}/ä" for number in range(11)}
+        for name in names:
+            assert await one.swap(name, Stored(), held_by("a"))
+        found: set[str] = set()
+        with trio.fail_after(SECONDS):
+            while found != names:
+                some = await other.some_names(3)
+                assert len(some) <= 3 and names.issuperset(some)
+                found.update(some)
+        assert set(await other.all_names()) == names
+
+    play(cluster, scenario)
+
+
 def test_every_node_has_a_name_of_its_own(cluster: Cluster) -> None:
     async def scenario(*nodes: LockBackend) -> None:
         assert len({node.node for node in nodes}) == 5
@@ -418,6 +434,29 @@ def test_names_and_nodes_that_are_gone_leave_no_files(tmp_path: Path, monkeypatc
         await two.tidy_up()
         assert [path.name for path in (tmp_path / "nodes").iterdir()] == [two.node]
         assert not list((tmp_path / "names").iterdir()) and not list((tmp_path / "new").iterdir())
+
+    trio.run(scenario)
+
+
+@pytest.mark.parametrize("is_old", [True, False])
+def test_a_record_that_is_empty_for_long_is_removed(
+    is_old: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a node that cannot tell of which name it is: whoever emptied it has died before it was done."""
+    monkeypatch.setattr(housekeeping, "BURIED_SECONDS", -1.0 if is_old else 3600.0)
+
+    async def scenario() -> None:
+        one, two = leasefile(tmp_path), leasefile(tmp_path)
+        await one.join()
+        await two.join()
+        first = await one.swap("name", Stored(), held_by("a"))
+        assert first is not None
+        empty = await one.swap("name", first, NameRecord())
+        assert empty is not None and await one.swap("other", Stored(), held_by("a"))
+        assert set(await two.some_names(10)) == {"other"}
+        assert (await one.read("name")).version == (0 if is_old else empty.version)
+        assert (await one.swap("name", empty, held_by("b")) is None) == is_old
+        assert (await one.read("other")).record == held_by("a")
 
     trio.run(scenario)
 

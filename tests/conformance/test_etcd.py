@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 import trio
 
+from safefs.cluster import etcd as etcd_module
+from safefs.cluster import etcd_client as etcd_client_module
 from safefs.cluster.backend import BackendError, DamagedError, LeaseLostError, Stored, UnreadableError
 from safefs.cluster.etcd import EtcdBackend, _entries
 from safefs.cluster.etcd_client import (
@@ -366,6 +368,21 @@ def test_names_are_listed_without_their_records(secured: Etcd) -> None:
     play(scenario, access_of(secured))
 
 
+@pytest.mark.parametrize("names", [0, 5, 6, 7])
+def test_many_names_take_several_answers(secured: Etcd, names: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as come in one, one more, and a whole number of answers."""
+    monkeypatch.setattr(etcd_module, "ENTRIES_AT_ONCE", 3)
+
+    async def scenario(one: EtcdBackend, _: EtcdBackend) -> None:
+        wanted = {f"name{number}" for number in range(names)}
+        for name in wanted:
+            assert await one.swap(name, Stored(), held_by("a"))
+        found = await one.all_names()
+        assert len(found) == names and set(found) == wanted
+
+    play(scenario, access_of(secured))
+
+
 async def write_over(node: EtcdBackend, value: bytes) -> None:
     await node._client.call("/v3/kv/put", {"key": encode(node._key("names", "name")), "value": encode(value)})
 
@@ -461,6 +478,34 @@ def test_what_a_hand_over_costs(secured: Etcd, monkeypatch: pytest.MonkeyPatch) 
                 assert requests[waiter.name] == []
                 requests[holder.name].clear()
             nursery.cancel_scope.cancel()
+
+    play(scenario, access_of(secured))
+
+
+def test_whoever_waits_for_many_names_has_so_many_connections_and_no_more(
+    secured: Etcd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other names are looked at now and then, and had all the same."""
+    monkeypatch.setattr(etcd_client_module, "MOST_WATCHES", 3)
+    names = [f"name{number}" for number in range(8)]
+
+    async def scenario(*backends: EtcdBackend) -> None:
+        one, two = (Node(backend.node, backend) for backend in backends)
+        most = 0
+        async with trio.open_nursery() as nursery:
+            for node in (one, two):
+                nursery.start_soon(node.names.run)
+            for name in names:
+                assert await one.acquire(name, 1, Mode.EXCLUSIVE)
+            async with trio.open_nursery() as waiting:
+                for name in names:
+                    waiting.start_soon(two.acquire, name, 1, Mode.EXCLUSIVE)
+                for name in names:
+                    await trio.sleep(0.2)
+                    most = max(most, len(backends[1]._client._watches))
+                    await one.release(name, 1)
+            nursery.cancel_scope.cancel()
+        assert most == 3
 
     play(scenario, access_of(secured))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections import defaultdict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -140,6 +141,10 @@ class MemoryBackend:
     async def all_names(self) -> list[str]:
         await trio.lowlevel.checkpoint()
         return list(self._cluster.records)
+
+    async def some_names(self, most: int) -> list[str]:
+        await trio.lowlevel.checkpoint()
+        return random.sample(list(self._cluster.records), min(most, len(self._cluster.records)))
 
     async def process_of(self, node: str) -> ProcessIdentity:
         await trio.lowlevel.checkpoint()

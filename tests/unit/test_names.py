@@ -30,6 +30,7 @@ from safefs.cluster.record import (
     carry_out,
 )
 from safefs.cluster.survey import MOST_ANSWERS, QUESTION
+from safefs.cluster.sweep import SWEEP_SECONDS
 from safefs.locks import Locks
 from safefs.locktable import OFFSET_MAX, Kind, Lock, Mode, NameLocks, Owner, Wait
 from tests.support.memory_backend import MemoryBackend, MemoryCluster, MemoryFollower
@@ -954,6 +955,29 @@ def test_all_names_of_a_lost_node_are_free_at_once() -> None:
             await one.backend.leave()
             nursery.cancel_scope.deadline = trio.current_time() + 3 * LOOK_SECONDS
         assert not nursery.cancel_scope.cancelled_caught
+
+    play(scenario, MemoryBackend)
+
+
+def test_records_of_lost_nodes_that_nobody_asks_for_are_removed() -> None:
+    """Also what they held, or waited for, on names that are shared; nothing of those who live."""
+
+    async def scenario(nodes: list[Node]) -> None:
+        dies, lives, other = nodes
+        for number in range(30):
+            assert await dies.acquire(f"left{number}", 1, Mode.EXCLUSIVE)
+        assert await lives.acquire("kept", 1, Mode.EXCLUSIVE)
+        for node in (dies, lives):
+            assert await node.acquire("shared", 1, Mode.SHARED)
+        before = set(await lives.backend.all_names())
+        await trio.sleep(2 * SWEEP_SECONDS)
+        assert set(await lives.backend.all_names()) == before
+        dies.names.submit = lambda *_: None  # type: ignore[method-assign, assignment]
+        await dies.backend.leave()
+        await trio.sleep(20 * SWEEP_SECONDS)
+        assert set(await lives.backend.all_names()) == {"kept", "shared"}
+        assert dies.name not in (await other.backend.read("shared")).record.nodes()
+        assert not await other.acquire("kept", 1, Mode.SHARED, may_wait=False)
 
     play(scenario, MemoryBackend)
 

@@ -1,0 +1,56 @@
+"""Records of names that nobody asks for any more: what nodes that are gone have on them is freed, and they are removed.
+
+Whoever needs a name finds out by himself that a node on its record is gone.  But programs lock names that they need
+once, and what a node had of those when it died would stay for good.  So each node looks at a few records a minute.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+
+import trio
+
+from safefs.cluster.backend import NAMELESS, BackendError, LockBackend, UnreadableError
+
+log = logging.getLogger(__name__)
+
+SWEEP_SECONDS = 60.0
+SWEPT_AT_ONCE = 10  # records
+
+
+class Sweep:
+    """One node's part in it: of the names that it does not know of itself."""
+
+    def __init__(
+        self, backend: LockBackend, knows: Callable[[str], bool], gone: Callable[[set[str]], Awaitable[set[str]]]
+    ) -> None:
+        self._backend = backend
+        self._knows = knows
+        self._gone = gone
+
+    async def run(self, may_act: Callable[[], bool]) -> None:
+        """Until cancelled; only while this node has a lease."""
+        while True:
+            await trio.sleep(SWEEP_SECONDS)
+            try:
+                if may_act():
+                    await self._look_at_some()
+            except BackendError as error:
+                log.info("the lock backend: %s", error)
+
+    async def _look_at_some(self) -> None:
+        for key in await self._backend.some_names(SWEPT_AT_ONCE):
+            if not key.startswith(NAMELESS) and not self._knows(key):
+                await self._free(key)
+
+    async def _free(self, key: str) -> None:
+        try:
+            stored = await self._backend.read(key)
+        except UnreadableError:  # whoever needs the name is told
+            return
+        gone = await self._gone(stored.record.nodes())
+        if gone and not self._knows(key):
+            swapped = await self._backend.swap(key, stored, stored.record.without(gone))
+            if swapped is not None and not swapped.record:
+                await self._backend.discard(key, swapped)
