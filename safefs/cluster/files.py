@@ -223,7 +223,7 @@ class Files:
                         self._retire(home, entry)
 
     def _retire(self, home: str, state: str) -> None:
-        with self._deciding(os.path.basename(home)):
+        with self._deciding(home.rpartition("/")[2]):
             os.rename(f"{home}/{state}", f"{home}/{GONE}~{secrets.token_hex(8)}")
             self._bury(home)
 

@@ -9,11 +9,19 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 
 import trio
 
-from safefs.cluster.backend import BackendError, DamagedError, Follower, LeaseLostError, LockBackend, Stored
+from safefs.cluster.backend import (
+    BackendError,
+    DamagedError,
+    Follower,
+    LeaseLostError,
+    LockBackend,
+    Stored,
+    UnreadableError,
+)
+from safefs.cluster.name import Name, Pending, Queued, is_refused, queued_in
 from safefs.cluster.problems import NOTICES, Problems
 from safefs.cluster.record import Acquire, Break, GiveUp, LetPass, NameRecord, Release, Step, carry_out
 from safefs.cluster.survey import QUESTION, Answers, Survey, survey
@@ -43,78 +51,6 @@ Broken = Callable[[str, NameLocks], None]
 Resolve = Callable[[int, bool], bool]
 
 
-@dataclass(eq=False)
-class Pending:
-    """A step on its way; `done` once it is on record."""
-
-    step: Step
-    had_part: bool | None = None  # as in `_Queued`, before the first attempt: a later one may see the lock itself
-    found: NameLocks | None = None  # the locks then, for who only looks
-    clears: bool = False  # a record that is damaged
-    cleared: bool = False  # there was one
-    done: trio.Event = field(default_factory=trio.Event)
-
-    def settle(self, locks: NameLocks) -> None:
-        if isinstance(self.step, LetPass):
-            self.found = locks.copy()
-        self.done.set()
-
-
-@dataclass(frozen=True)
-class _Queued:
-    """A request in the queue; `had_part`: its owner held a part of the range before."""
-
-    kind: Kind
-    wait: Wait
-    had_part: bool
-
-
-def _is_refused(step: Step, done: bool) -> bool:
-    """Whether a request that may not wait is not had."""
-    return isinstance(step, Acquire) and not step.may_wait and not done
-
-
-def _queued(locks: NameLocks) -> dict[int, _Queued]:
-    """All requests in the queues, by ticket."""
-    return {
-        wait.ticket: _Queued(kind, wait, table.has_part_of(wait.lock))
-        for kind, table in locks.tables.items()
-        for wait in table.waiting
-    }
-
-
-@dataclass(eq=False)
-class _Name:
-    key: str
-    mine: NameLocks | None = None  # delegated to this node: all its locks
-    taking: NameLocks | None = None  # what they will be once a record that delegates the name to this node is there
-    leaving: NameLocks | None = None  # what is to be on record once the name is shared
-    stored: Stored | None = None  # as last read, written or told; None: has to be read
-    replaced: Stored | None = None  # a record that a swap has found replaced
-    follower: Follower | None = None
-    asked: bool = False  # somebody else wants the name of this node
-    gone: set[str] = field(default_factory=set)  # nodes that have lost their leases
-    telling: bool = False  # other nodes, that what they held is broken
-    pending: list[Pending] = field(default_factory=list)
-    waits: dict[int, _Queued] = field(default_factory=dict)  # requests of ours in the queue on record, by ticket
-    poke: trio.Event = field(default_factory=trio.Event)
-    busy: bool = False
-    used: float = 0.0
-    idle: bool = False  # nobody has used it for long
-
-    lost: bool = False  # with the lease of this node
-
-    @property
-    def has_work(self) -> bool:
-        if self.lost:
-            return False
-        if self.mine is not None:
-            return self.asked or bool(self.pending)
-        if self.idle and self.stored is not None:
-            return True
-        return self.asked or self.leaving is not None or self.telling or bool(self.pending or self.waits or self.gone)
-
-
 class Names:
     """The names that this node has to do with."""
 
@@ -126,7 +62,7 @@ class Names:
         self.resolve: Resolve = lambda _ticket, _held: False
         self.take_back: TakeBack = lambda _key, _locks: None
         self.broken: Broken = lambda _key, _locks: None
-        self._names: dict[str, _Name] = {}
+        self._names: dict[str, Name] = {}
         self._looked: dict[str, float] = {}  # when it was asked last whether a node is still there
         self._lost: dict[str, None] = {}  # nodes that are known to be gone
         self._followed = 0  # names that are followed, for whatever reason
@@ -145,7 +81,7 @@ class Names:
         self._backend.expect_notices()
         return self._mine(name)
 
-    def _mine(self, name: _Name) -> NameLocks:
+    def _mine(self, name: Name) -> NameLocks:
         """The locks of a name that is delegated to this node, with what was lent of them."""
         assert name.mine is not None
         self.take_back(name.key, name.mine)
@@ -188,7 +124,7 @@ class Names:
         if not self._has_lease_to_serve():
             pending.done.set()
             return pending
-        name = self._names.setdefault(key, _Name(key))
+        name = self._names.setdefault(key, Name(key))
         name.used, name.idle = boottime(), False
         name.pending.append(pending)
         self._wake(name)
@@ -201,9 +137,12 @@ class Names:
     async def clear(self, key: str) -> NameLocks | None:
         """The same for an operator who is going to break them: a damaged record is taken from everybody.
 
-        None where there was one: nobody can tell what was on it, and what is locked now was locked later.
+        None where there was one: nobody can tell what was on it, and what is locked now was locked later.  Raises
+        UnreadableError for one that another version of safefs has written.
         """
         pending = await self._see(key, clears=True)
+        if pending.refused is not None:
+            raise pending.refused
         return None if pending.cleared else self._found(key, pending)
 
     async def _see(self, key: str, *, clears: bool = False) -> Pending:
@@ -273,7 +212,7 @@ class Names:
                 self._nursery.start_soon(self._answers.give, key.removeprefix(QUESTION), self._served())
             elif self._has_lease_to_serve():
                 # Also one that this node does not know of: a swap may have been carried out long after it was given up.
-                name = self._names.setdefault(key, _Name(key, used=boottime()))
+                name = self._names.setdefault(key, Name(key, used=boottime()))
                 name.asked = True
                 self._wake(name)
 
@@ -292,7 +231,7 @@ class Names:
             if not self._names:
                 self._backend.rest()
 
-    def _put_away(self, name: _Name) -> None:
+    def _put_away(self, name: Name) -> None:
         if name.mine is not None and self._mine(name):
             return
         if not name.busy:
@@ -314,25 +253,25 @@ class Names:
                 for _ in range(GIVE_BACK_AT_ONCE):
                     nursery.start_soon(self._give_back_some, due)
 
-    def _has_only_its_record(self, name: _Name) -> bool:
+    def _has_only_its_record(self, name: Name) -> bool:
         if name.mine is not None:
             return not self._mine(name)
         return name.stored is not None and not name.stored.record
 
-    async def _give_back_some(self, due: list[_Name]) -> None:
+    async def _give_back_some(self, due: list[Name]) -> None:
         while due:
             name = due.pop()
             if not name.busy:
                 name.idle, name.asked, name.busy = True, name.mine is not None, True
                 await self._work(name)
 
-    def _wake(self, name: _Name) -> None:
+    def _wake(self, name: Name) -> None:
         name.poke.set()
         if not name.busy and self._has_work(name) and self._nursery is not None:
             name.busy = True
             self._nursery.start_soon(self._work, name)
 
-    async def _work(self, name: _Name) -> None:
+    async def _work(self, name: Name) -> None:
         seconds, longest = RETRY_SECONDS
         try:
             while self._has_work(name):
@@ -357,33 +296,33 @@ class Names:
             self._forget(name)
             await self._unfollow(name)
 
-    def _is_well(self, name: _Name) -> None:
+    def _is_well(self, name: Name) -> None:
         """Nothing has failed, or nothing is tried any more."""
         if not name.lost:
             self.problems.over(name.key)
 
-    def _forget(self, name: _Name) -> None:
+    def _forget(self, name: Name) -> None:
         """Where there is nothing more to do; but empty records that are there are remembered until they are removed."""
         is_remembered = name.stored is not None and name.stored.version and not name.stored.record
         if name.mine is None and not name.has_work and not is_remembered and self._names.get(name.key) is name:
             del self._names[name.key]
 
-    def _follower(self, name: _Name) -> Follower:
+    def _follower(self, name: Name) -> Follower:
         if name.follower is None:
             name.follower = self._backend.follow(name.key)
             self._followed += 1
         return name.follower
 
-    async def _unfollow(self, name: _Name) -> None:
+    async def _unfollow(self, name: Name) -> None:
         follower, name.follower = name.follower, None
         if follower is not None:
             self._followed -= 1
             await follower.aclose()
 
-    def _has_work(self, name: _Name) -> bool:
+    def _has_work(self, name: Name) -> bool:
         return name.has_work or (not name.lost and self._follows(name))
 
-    def _follows(self, name: _Name) -> bool:
+    def _follows(self, name: Name) -> bool:
         """Whether to know a record as it changes: who then unlocks what is on it, or locks again, needs one swap."""
         if name.mine is not None or name.stored is None or not self._backend.tells_changes:
             return False
@@ -392,13 +331,13 @@ class Names:
         nodes = name.stored.record.locks.nodes()
         return self._backend.node in nodes or (bool(nodes) and self._lingers(name))
 
-    def _lingers(self, name: _Name) -> bool:
+    def _lingers(self, name: Name) -> bool:
         """Whether a name has been used lately."""
         return boottime() - name.used < LINGER_SECONDS
 
     # ------------------------------------------------------------ protocol
 
-    async def _advance(self, name: _Name) -> None:
+    async def _advance(self, name: Name) -> None:
         """One step of the protocol."""
         if name.mine is not None and (name.pending or not name.asked):
             # First what this node took the name for: else two could take it from each other for ever, and use it never.
@@ -433,7 +372,7 @@ class Names:
             self._settle_waits(name, record)
         await self._proceed(name, stored, record)
 
-    async def _proceed(self, name: _Name, stored: Stored, record: NameRecord) -> None:
+    async def _proceed(self, name: Name, stored: Stored, record: NameRecord) -> None:
         """With what is to be done on a record that is not this node's."""
         node = self._backend.node
         if record.delegate:
@@ -445,7 +384,7 @@ class Names:
         else:
             await self._share(name, stored, record)
 
-    async def _look(self, name: _Name) -> Stored:
+    async def _look(self, name: Name) -> Stored:
         """The record, read again where what is known of it may not be the latest."""
         if name.asked:
             name.stored, name.asked = None, False  # somebody has put it on record that he wants the name
@@ -454,18 +393,28 @@ class Names:
         name.replaced = None
         try:
             stored = name.stored or await self._backend.read(name.key)
-        except DamagedError as error:
-            clearing = [pending for pending in name.pending if pending.clears]
-            if not clearing:
-                raise
-            for pending in clearing:
-                pending.cleared = True
-            stored, name.telling = error.stored, True
+        except UnreadableError as error:
+            stored = self._cleared(name, error)
         self._require_lease(name)
         name.stored = stored
         return stored
 
-    async def _share(self, name: _Name, stored: Stored, record: NameRecord) -> None:
+    def _cleared(self, name: Name, error: UnreadableError) -> Stored:
+        """What an operator puts into the place of a record that cannot be read; raises `error` where nobody may."""
+        clearing = [pending for pending in name.pending if pending.clears]
+        if not isinstance(error, DamagedError):
+            for pending in clearing:
+                pending.refused = error
+                pending.done.set()
+                name.pending.remove(pending)
+        if not clearing or not isinstance(error, DamagedError):
+            raise error
+        for pending in clearing:
+            pending.cleared = True
+        name.telling = True
+        return error.stored
+
+    async def _share(self, name: Name, stored: Stored, record: NameRecord) -> None:
         """The locks of all are on record."""
         if name.pending:
             await self._step(name, stored, record)
@@ -479,12 +428,12 @@ class Names:
             holds = self._backend.node in record.locks.nodes()
             await self._await_change(name, stored, FOLLOW_SECONDS if holds else LINGER_SECONDS)
 
-    async def _wait_for_others(self, name: _Name, stored: Stored) -> None:
+    async def _wait_for_others(self, name: Name, stored: Stored) -> None:
         name.gone = await self._gone(stored.record.in_the_way(self._backend.node))
         if not name.gone:
             await self._await_change(name, stored, LOOK_SECONDS)
 
-    async def _tell(self, name: _Name, stored: Stored) -> None:
+    async def _tell(self, name: Name, stored: Stored) -> None:
         """Those whose locks are broken have no other reason to look at the record."""
         for node in stored.record.broken:
             await self._backend.notify(node, name.key)
@@ -505,13 +454,13 @@ class Names:
                 del self._lost[node]
         return nodes & self._lost.keys()
 
-    def _work_locally(self, name: _Name, locks: NameLocks) -> None:
+    def _work_locally(self, name: Name, locks: NameLocks) -> None:
         while name.pending:
             pending = name.pending.pop(0)
             step = pending.step
-            queued = _queued(locks)
+            queued = queued_in(locks)
             if isinstance(step, Acquire):
-                queued[step.wait.ticket] = self._asks(pending, step, locks)
+                queued[step.wait.ticket] = pending.asks(locks)
             done, others = carry_out(locks, step)
             if isinstance(step, Break):
                 self.broken(name.key, locks)
@@ -520,15 +469,15 @@ class Names:
             self._note(name, step, done, queued)
             pending.settle(locks)
 
-    async def _give_back(self, name: _Name, stored: Stored, locks: NameLocks) -> None:
+    async def _give_back(self, name: Name, stored: Stored, locks: NameLocks) -> None:
         node, record = self._backend.node, stored.record
         # Where the name is not this node's any more, an earlier swap did it whose answer was lost; or others did,
         # because the lease of this node is over, which its own clock has told it before.
         if record.delegate != node or await self._swap(name, stored, record.given_back(node, locks)):
-            name.waits = _queued(locks)
+            name.waits = queued_in(locks)
             name.leaving, name.asked = None, False
 
-    async def _ask(self, name: _Name, stored: Stored, record: NameRecord) -> None:
+    async def _ask(self, name: Name, stored: Stored, record: NameRecord) -> None:
         node = self._backend.node
         if node not in record.wanted or record != stored.record:
             if not await self._swap(name, stored, record.want(node)):
@@ -538,15 +487,15 @@ class Names:
         await self._backend.notify(record.delegate, name.key)
         await self._wait_for_others(name, stored)
 
-    async def _step(self, name: _Name, stored: Stored, record: NameRecord) -> None:
+    async def _step(self, name: Name, stored: Stored, record: NameRecord) -> None:
         batch = self._batch(name.pending)
         locks = record.locks.copy()
         outcomes, asked = [], {}
         for pending in batch:
             if isinstance(pending.step, Acquire):
-                asked[pending.step.wait.ticket] = self._asks(pending, pending.step, locks)
+                asked[pending.step.wait.ticket] = pending.asks(locks)
             outcomes.append(carry_out(locks, pending.step)[0])
-        if any(_is_refused(pending.step, done) for pending, done in zip(batch, outcomes, strict=True)):
+        if any(is_refused(pending.step, done) for pending, done in zip(batch, outcomes, strict=True)):
             # Who only tries does not wait, and who tries again and again must get what a dead node held all the same.
             name.gone = await self._gone(record.nodes())
             if name.gone:
@@ -578,30 +527,24 @@ class Names:
         end = next((at for at, each in enumerate(pending, 1) if isinstance(each.step, GiveUp)), len(pending))
         return pending[:end]
 
-    @staticmethod
-    def _asks(pending: Pending, step: Acquire, locks: NameLocks) -> _Queued:
-        if pending.had_part is None:
-            pending.had_part = locks[step.kind].has_part_of(step.wait.lock)
-        return _Queued(step.kind, step.wait, pending.had_part)
-
-    def _note(self, name: _Name, step: Step, done: bool, asked: dict[int, _Queued]) -> None:
+    def _note(self, name: Name, step: Step, done: bool, asked: dict[int, Queued]) -> None:
         """What a step that has been carried out means for those who asked for it."""
         if isinstance(step, Acquire) and done:
             self._granted(name, step.wait.ticket, asked[step.wait.ticket])
-        elif _is_refused(step, done):
+        elif is_refused(step, done):
             assert isinstance(step, Acquire)
             self.resolve(step.wait.ticket, False)
         elif isinstance(step, GiveUp) and done:
             name.waits.pop(step.wait.ticket, None)
 
-    def _granted(self, name: _Name, ticket: int, asked: _Queued) -> None:
+    def _granted(self, name: Name, ticket: int, asked: Queued) -> None:
         """A request has its lock.  Where nobody wants it any more it is unlocked, unless its owner had a part of it."""
         if not self.resolve(ticket, True) and not asked.had_part:
             lock = asked.wait.lock
             # Before everything else: the owner may have asked for another lock since.
             name.pending.insert(0, Pending(Release(asked.kind, lock.owner, lock.first, lock.last)))
 
-    def _settle_waits(self, name: _Name, record: NameRecord) -> None:
+    def _settle_waits(self, name: Name, record: NameRecord) -> None:
         """Requests of ours that are not in the queue any more have their locks, if the record says so.
 
         Nobody else takes them out of it.  But an operator may have broken the lock since, or a step of ours have
@@ -618,7 +561,7 @@ class Names:
                     again = Acquire(asked.kind, asked.wait, may_wait=True)
                     name.pending.insert(0, Pending(again, asked.had_part))  # before it is given up, if it is
 
-    async def _put(self, name: _Name, stored: Stored, new: NameRecord) -> bool:
+    async def _put(self, name: Name, stored: Stored, new: NameRecord) -> bool:
         """A swap; but a record that would only be written anew is left alone, if it is still there.
 
         Writing it would fail the swaps of others and wake all who wait, as often as somebody tries what he cannot have.
@@ -631,7 +574,7 @@ class Names:
         self._require_lease(name)
         return name.stored is not None
 
-    async def _swap(self, name: _Name, stored: Stored, new: NameRecord) -> bool:
+    async def _swap(self, name: Name, stored: Stored, new: NameRecord) -> bool:
         self._require_lease(name)
         name.stored = None  # what becomes of it is not known until the answer is there
         name.stored = await self._backend.swap(name.key, stored, new)
@@ -639,14 +582,14 @@ class Names:
         self._require_lease(name)
         return name.stored is not None
 
-    def _require_lease(self, name: _Name) -> None:
+    def _require_lease(self, name: Name) -> None:
         """No answer is acted on that comes after the lease: it may be about a name that this node has not any more."""
         if name.lost:
             raise LeaseLostError("the lease was lost meanwhile")
         if not self.lease_holds():
             raise BackendError("the lease of this node is over")
 
-    async def _await_change(self, name: _Name, stored: Stored, seconds: float) -> None:
+    async def _await_change(self, name: Name, stored: Stored, seconds: float) -> None:
         """Until the record changes, there is something else to do, or it is time to look around."""
         latest = await self._pause(name, stored, seconds)
         if latest is None and not name.poke.is_set() and self._has_work(name):
@@ -656,7 +599,7 @@ class Names:
         if latest is not None:
             name.stored = latest
 
-    async def _pause(self, name: _Name, stored: Stored, seconds: float) -> Stored | None:
+    async def _pause(self, name: Name, stored: Stored, seconds: float) -> Stored | None:
         """The record once it is a later one; None where there is something else to do, or the time is over."""
         follower, latest = self._follower(name), None
         kinds = {asked.kind for asked in name.waits.values()}

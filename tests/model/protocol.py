@@ -21,6 +21,7 @@ import trio
 
 from safefs.cluster import names as module
 from safefs.cluster.backend import BackendError, LockBackend, ProcessIdentity, Stored
+from safefs.cluster.name import Name
 from safefs.cluster.names import Names
 from safefs.cluster.problems import Problems
 from safefs.cluster.record import Break, NameRecord, Step
@@ -145,11 +146,11 @@ class SearchedNames(Names):
         super().__init__(backend)
         self.problems = Untold()
 
-    async def _pause(self, name: module._Name, stored: Stored, seconds: float) -> Stored | None:
+    async def _pause(self, name: Name, stored: Stored, seconds: float) -> Stored | None:
         """Without tasks of its own."""
         return await self._follower(name).next_change(stored, seconds)
 
-    def _lingers(self, name: module._Name) -> bool:
+    def _lingers(self, name: Name) -> bool:
         return False
 
     async def _gone(self, nodes: set[str]) -> set[str]:
@@ -166,7 +167,7 @@ class ToldNames(SearchedNames):
 class LingeringNames(ToldNames):
     """Where a record is followed for as long as there is something on it."""
 
-    def _lingers(self, name: module._Name) -> bool:
+    def _lingers(self, name: Name) -> bool:
         return True
 
 

@@ -18,7 +18,7 @@ from dataclasses import replace
 import pytest
 
 from safefs.cluster.backend import BackendError, Stored
-from safefs.cluster.names import _Name
+from safefs.cluster.name import Name
 from safefs.cluster.record import NameRecord
 from safefs.locks import Locks
 from safefs.locktable import Held, Kind, Lock, LockTable, Mode, NameLocks, Owner, Wait
@@ -140,7 +140,7 @@ def test_all_orders(nodes: list[str], faults: Faults, names: type[SearchedNames]
 class ActsOnOldAnswers(SearchedNames):
     """An answer to what this node asked under its old name counts under the new one."""
 
-    def _require_lease(self, name: _Name) -> None:
+    def _require_lease(self, name: Name) -> None:
         if not self.lease_holds():
             raise BackendError("the lease of this node is over")
 
@@ -148,7 +148,7 @@ class ActsOnOldAnswers(SearchedNames):
 class ServesWithoutALease(SearchedNames):
     """What was delegated to a node is locked there until it has noticed that its lease is over."""
 
-    def _require_lease(self, name: _Name) -> None:
+    def _require_lease(self, name: Name) -> None:
         if name.mine is None:
             super()._require_lease(name)
 
@@ -156,7 +156,7 @@ class ServesWithoutALease(SearchedNames):
 class LeavesWhatIsLent(SearchedNames):
     """A name is given back without what was lent of it."""
 
-    async def _advance(self, name: _Name) -> None:
+    async def _advance(self, name: Name) -> None:
         if name.mine is not None and name.asked and not name.pending:
             name.leaving, name.mine = name.mine, None
         await super()._advance(name)
@@ -183,7 +183,7 @@ class HeedsOnlyWhatItKnows(SearchedNames):
 class GivesBackUnused(SearchedNames):
     """A name is given back when it is asked for, whatever this node took it for."""
 
-    async def _advance(self, name: _Name) -> None:
+    async def _advance(self, name: Name) -> None:
         if name.mine is not None and name.asked:
             name.leaving, name.mine = name.mine, None
         await super()._advance(name)
@@ -192,7 +192,7 @@ class GivesBackUnused(SearchedNames):
 class TrustsLostAnswers(SearchedNames):
     """A swap whose answer was lost is taken for one that was carried out."""
 
-    async def _swap(self, name: _Name, stored: Stored, new: NameRecord) -> bool:
+    async def _swap(self, name: Name, stored: Stored, new: NameRecord) -> bool:
         try:
             return await super()._swap(name, stored, new)
         except BackendError:

@@ -289,6 +289,9 @@ def test_a_record_of_another_version_is_shown(two_mounts: tuple[Mount, Mount], s
     spoilt.write_text(json.dumps({**json.loads(whole), "record": {"format": 99}}))
     shown = states(two_mounts[1])
     assert shown["other.lock"] == "held" and "another version of safefs" in shown[locked.name]
+    done = safefs("locks", "break", two_mounts[1] / "d" / locked.name)
+    assert "another version of safefs" in one_line(done)
+    assert "lock_problem" not in safefs("status", two_mounts[1].path).stdout
     spoilt.write_text(whole)
     assert states(two_mounts[1]) == {"other.lock": "held", locked.name: "held"}
 

@@ -1,0 +1,94 @@
+"""What a node knows of one name, and has to do for it: what safefs/cluster/names.py works on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import trio
+
+from safefs.cluster.backend import Follower, Stored, UnreadableError
+from safefs.cluster.record import Acquire, LetPass, Step
+from safefs.locktable import Kind, NameLocks, Wait
+
+
+@dataclass(eq=False)
+class Pending:
+    """A step on its way; `done` once it is on record."""
+
+    step: Step
+    had_part: bool | None = None  # as in `Queued`, before the first attempt: a later one may see the lock itself
+    found: NameLocks | None = None  # the locks then, for who only looks
+    clears: bool = False  # a record that is damaged
+    cleared: bool = False  # there was one
+    refused: UnreadableError | None = None  # it is not damaged, and nobody's to clear
+    done: trio.Event = field(default_factory=trio.Event)
+
+    def asks(self, locks: NameLocks) -> Queued:
+        """The request that this step is, on the locks as they are before it."""
+        assert isinstance(self.step, Acquire)
+        kind, wait = self.step.kind, self.step.wait
+        if self.had_part is None:
+            self.had_part = locks[kind].has_part_of(wait.lock)
+        return Queued(kind, wait, self.had_part)
+
+    def settle(self, locks: NameLocks) -> None:
+        if isinstance(self.step, LetPass):
+            self.found = locks.copy()
+        self.done.set()
+
+
+@dataclass(frozen=True)
+class Queued:
+    """A request in the queue; `had_part`: its owner held a part of the range before."""
+
+    kind: Kind
+    wait: Wait
+    had_part: bool
+
+
+def is_refused(step: Step, done: bool) -> bool:
+    """Whether a request that may not wait is not had."""
+    return isinstance(step, Acquire) and not step.may_wait and not done
+
+
+def queued_in(locks: NameLocks) -> dict[int, Queued]:
+    """All requests in the queues, by ticket."""
+    return {
+        wait.ticket: Queued(kind, wait, table.has_part_of(wait.lock))
+        for kind, table in locks.tables.items()
+        for wait in table.waiting
+    }
+
+
+@dataclass(eq=False)
+class Name:
+    """One name, as this node sees it."""
+
+    key: str
+    mine: NameLocks | None = None  # delegated to this node: all its locks
+    taking: NameLocks | None = None  # what they will be once a record that delegates the name to this node is there
+    leaving: NameLocks | None = None  # what is to be on record once the name is shared
+    stored: Stored | None = None  # as last read, written or told; None: has to be read
+    replaced: Stored | None = None  # a record that a swap has found replaced
+    follower: Follower | None = None
+    asked: bool = False  # somebody else wants the name of this node
+    gone: set[str] = field(default_factory=set)  # nodes that have lost their leases
+    telling: bool = False  # other nodes, that what they held is broken
+    pending: list[Pending] = field(default_factory=list)
+    waits: dict[int, Queued] = field(default_factory=dict)  # requests of ours in the queue on record, by ticket
+    poke: trio.Event = field(default_factory=trio.Event)
+    busy: bool = False
+    used: float = 0.0
+    idle: bool = False  # nobody has used it for long
+
+    lost: bool = False  # with the lease of this node
+
+    @property
+    def has_work(self) -> bool:
+        if self.lost:
+            return False
+        if self.mine is not None:
+            return self.asked or bool(self.pending)
+        if self.idle and self.stored is not None:
+            return True
+        return self.asked or self.leaving is not None or self.telling or bool(self.pending or self.waits or self.gone)
