@@ -34,7 +34,7 @@ from safefs.state import (
 
 log = logging.getLogger(__name__)
 
-WATCH_SECONDS = 3 * BEAT_SECONDS + 1  # for the heartbeat of a daemon on another host
+WATCH_SECONDS = 3 * BEAT_SECONDS + 1  # for the heartbeat of a daemon on another host, if its lease is no longer
 LOOK_SECONDS = 0.25
 
 IsDead = Callable[[Mapping[str, Any]], bool | None]  # what this host knows of a daemon (state.known_dead)
@@ -74,20 +74,34 @@ def state_of(backing: Path) -> Path:
     return default
 
 
-def require_same_settings(record: DaemonRecord, sharing: Mapping[str, Any], is_dead: IsDead) -> None:
+def watch_seconds(lease_seconds: float) -> float:
+    """How long it is waited for the heartbeat of a daemon: one that is frozen for longer has no lease any more."""
+    return max(WATCH_SECONDS, lease_seconds + 1)
+
+
+def require_same_settings(
+    record: DaemonRecord, sharing: Mapping[str, Any], is_dead: IsDead, *, beats: bool = False
+) -> None:
     """SafefsError where another living daemon shares its locks otherwise.  Blocks, where it may be a dead one's record.
 
     After this daemon's own record is there: of two that start at once one sees the other, and of a record that is being
-    made, whose identity is empty yet, the daemon will see this one.  Nothing else shows yet that this one lives.
+    made, whose identity is empty yet, the daemon will see this one.  `beats`: something else shows that this one lives.
     """
     others = {path: identity_of(path) for path in _others(record)}
     others = {path: each for path, each in others.items() if each.get(SHARING, sharing) != sharing}
-    found = _one_that_lives(others, is_dead, beat=record.beat)
+    longest = max((_lease_of(each) for each in others.values()), default=0.0)
+    beat = (lambda: None) if beats else record.beat
+    found = _one_that_lives(others, is_dead, watch_seconds(longest), beat=beat)
     if found is not None:
         raise SafefsError(_difference(found, sharing), errno.EBUSY)
 
 
-def require_same_etcd(record: DaemonRecord, etcd: str, is_dead: IsDead) -> None:
+def _lease_of(identity: Mapping[str, Any]) -> float:
+    seconds = identity[SHARING].get("lease_seconds")
+    return float(seconds) if isinstance(seconds, int | float) else 0.0
+
+
+def require_same_etcd(record: DaemonRecord, etcd: str, is_dead: IsDead, lease_seconds: float) -> None:
     """Note in this daemon's record which etcd it is about to join; SafefsError where another living one is in another.
 
     Blocks, as `require_same_settings` does, but something else has this daemon's heart beat.  The note comes before the
@@ -100,7 +114,7 @@ def require_same_etcd(record: DaemonRecord, etcd: str, is_dead: IsDead) -> None:
         return etcd_of(path) not in ("", etcd)
 
     others = {path: identity_of(path) for path in _others(record) if is_elsewhere(path)}
-    found = _one_that_lives(others, is_dead, is_elsewhere)
+    found = _one_that_lives(others, is_dead, watch_seconds(lease_seconds), is_elsewhere)
     if found is not None:
         record.note_etcd("")
         raise SafefsError(
@@ -119,6 +133,7 @@ def _others(record: DaemonRecord) -> Iterator[Path]:
 def _one_that_lives(
     others: Mapping[Path, Mapping[str, Any]],
     is_dead: IsDead,
+    seconds: float,
     matters: Callable[[Path], bool] = lambda _: True,
     beat: Callable[[], None] = lambda: None,
 ) -> Mapping[str, Any] | None:
@@ -129,7 +144,7 @@ def _one_that_lives(
     """
     others = dict(others)
     beats = {path: heartbeat_of(path) for path in others}
-    deadline = time.monotonic() + WATCH_SECONDS
+    deadline = time.monotonic() + seconds
     while others:
         for path, identity in list(others.items()):
             dead = is_dead(identity)

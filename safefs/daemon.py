@@ -17,13 +17,14 @@ import tempfile
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import trio
 
 from safefs import __version__, backing
-from safefs.agreement import require_one_state, require_same_etcd, require_same_settings
+from safefs.agreement import require_one_state, require_same_etcd, require_same_settings, watch_seconds
 from safefs.backing import Backing
 from safefs.closing import Closing
 from safefs.cluster.backend import BackendError, ProcessIdentity
@@ -78,7 +79,7 @@ EVENTS_SECONDS = 0.5  # between writes of the events that happened
 HOUSEKEEPING_SECONDS = 3600.0
 EVENTS_KEPT_SECONDS = 90 * 86400.0  # after the last of a daemon that is gone
 SWEEP_SECONDS = 60.0
-JOIN_SECONDS = 20.0  # for the first lease
+JOIN_SECONDS = 4.0  # for the first lease, and as long again as it takes to see which daemons live
 SURVEY_SECONDS = 20.0  # to ask for the locks of all nodes
 
 T = TypeVar("T")
@@ -211,10 +212,10 @@ class Daemon:
         """
         settings = self.settings
         cluster = "" if settings.read_only else require_one_state(self.state, settings.backing)
-        sharing = shared_settings(settings, cluster)
-        self.record = DaemonRecord(self.state, self.backing.node_id, sharing)
+        self.sharing = shared_settings(settings, cluster)
+        self.record = DaemonRecord(self.state, self.backing.node_id, self.sharing)
         try:
-            require_same_settings(self.record, sharing, self._known_dead)
+            require_same_settings(self.record, self.sharing, self._known_dead)
         except BaseException:
             self._withdraw()
             raise
@@ -243,13 +244,26 @@ class Daemon:
         if backend is None:
             return None, None
         names, terms = Names(backend), Terms(settings.lease_seconds)
-        return names, Keeper(backend, terms, self._on_joined, self._on_lost, names.problems)
+        keeper = Keeper(backend, terms, self._on_joined, self._on_lost, names.problems)
+        keeper.before_rejoin = self._agree_again
+        return names, keeper
+
+    async def _agree_again(self) -> None:
+        """Who was frozen for long counted as dead, and another may have been mounted with other settings meanwhile."""
+        require = partial(require_same_settings, beats=True)
+        try:
+            await self.backing.run(SERVICE, require, self.record, self.sharing, self._known_dead)
+        except SafefsError as error:
+            raise BackendError(error.message, answered=True) from None
+        except OSError as error:
+            raise BackendError(f"how others share their locks cannot be seen: {error}", answered=True) from None
 
     async def _admit(self, etcd: str) -> None:
         """Before this node joins an etcd, and with no id where it has left one (cluster.backend.Admit)."""
         try:
             if etcd:
-                await self.backing.run(SERVICE, require_same_etcd, self.record, etcd, self._known_dead)
+                lease_seconds = self.settings.lease_seconds
+                await self.backing.run(SERVICE, require_same_etcd, self.record, etcd, self._known_dead, lease_seconds)
             else:
                 await self.backing.run(SERVICE, self.record.note_etcd, etcd)
         except SafefsError as error:
@@ -348,8 +362,9 @@ class Daemon:
             helpers.cancel_scope.cancel()
 
     async def _join(self, helpers: trio.Nursery, names: Names, keeper: Keeper) -> None:
+        seconds = JOIN_SECONDS + watch_seconds(self.settings.lease_seconds)
         try:
-            with trio.fail_after(JOIN_SECONDS):
+            with trio.fail_after(seconds):
                 await helpers.start(keeper.run)
         except BackendError as error:
             raise SafefsError(f"no lease: {error}", errno.EACCES) from None
@@ -358,7 +373,7 @@ class Daemon:
             # Locks that others share are not done without because something in the options is wrong.
             hint = "; where no other node uses this directory, -o locks=memory does without"
             raise SafefsError(
-                f"no lease within {JOIN_SECONDS:g} s: {problem}{'' if problem.answered else hint}", errno.ETIMEDOUT
+                f"no lease within {seconds:g} s: {problem}{'' if problem.answered else hint}", errno.ETIMEDOUT
             ) from None
         helpers.start_soon(names.run)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import trio
 
@@ -38,6 +38,7 @@ class Keeper:
         self._on_joined = on_joined
         self._on_lost = on_lost
         self._problems = problems or Problems()
+        self.before_rejoin: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint  # BackendError: not now
         self.problem: BackendError | None = None  # why there is no lease; None: no attempt to get one has failed
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -58,6 +59,8 @@ class Keeper:
         pause, longest = RETRY_SECONDS
         while True:
             try:
+                if not is_first:
+                    await self.before_rejoin()
                 await self._backend.join()
             except BackendError as error:
                 self._problems.note(LEASE, f"no lease: {error}")

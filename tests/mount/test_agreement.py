@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import fcntl
+import json
+import signal
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
@@ -13,7 +15,7 @@ import pytest
 
 from tests.conftest import MountFactory
 from tests.support.etcd import Etcd, etcd
-from tests.support.mounting import Mount, start_mount, wait_until
+from tests.support.mounting import Mount, safefs, start_mount, wait_until
 
 LEASES = "locks=leasefile,lease_seconds=7"
 SHORT = "lease_seconds=3"
@@ -100,6 +102,24 @@ def test_the_state_was_on_the_backing_before(tmp_path: Path, make_mount: MountFa
     mark.unlink()
     mark.parent.rmdir()
     make_mount("-o", f"state={tmp_path}/elsewhere", backing=backing)
+
+
+def test_one_that_was_frozen_while_another_was_mounted_otherwise(make_mount: MountFactory) -> None:
+    """Nobody could tell it from one that is gone; so it looks around before it has locks again."""
+    frozen = make_mount("-o", f"locks=leasefile,{SHORT}", prefix=ELSEWHERE)
+    assert try_lock(frozen)
+    frozen.expect_log("the lease of this node is lost")
+    frozen.process.send_signal(signal.SIGSTOP)
+    try:
+        other = make_mount("-o", "locks=memory", backing=frozen.backing)
+    finally:
+        frozen.process.send_signal(signal.SIGCONT)
+    assert try_lock(other)
+    assert not try_lock(frozen, 10)
+    problem = json.loads(safefs("status", frozen.path, "--json").stdout)["lock_problem"]
+    assert "with other settings nodes would not exclude each other" in problem["text"]
+    other.stop()
+    assert try_lock(frozen, OUTAGE_SECONDS)
 
 
 @pytest.mark.parametrize("host", [[], ELSEWHERE], ids=["this host", "another host"])

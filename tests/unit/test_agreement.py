@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from safefs.agreement import require_same_etcd, require_same_settings
 from safefs.backing import Backing
 from safefs.errors import SafefsError
 from safefs.identity import Identities
-from safefs.state import DaemonRecord, StateDirectory, etcd_of
+from safefs.state import DaemonRecord, StateDirectory, etcd_of, heartbeat_of
 
 HERE, THERE = {"host": "here", "pid": 1}, {"host": "there", "pid": 2}
 
@@ -36,7 +37,7 @@ class Daemons:
     other: DaemonRecord
 
     def require(self, etcd: str, *, dead: bool = False) -> None:
-        require_same_etcd(self.own, etcd, known_here(dead=dead))
+        require_same_etcd(self.own, etcd, known_here(dead=dead), 0.0)
 
     def identify(self, identity: Mapping[str, Any]) -> None:
         self.other.identity.write_text(json.dumps(identity))
@@ -126,7 +127,7 @@ def test_of_two_that_join_at_once_one_at_least_sees_the_other(daemons: Daemons) 
 
     def join(record: DaemonRecord, etcd: str) -> None:
         try:
-            require_same_etcd(record, etcd, lambda _: False)
+            require_same_etcd(record, etcd, lambda _: False, 0.0)
         except SafefsError:
             refused.append(True)
 
@@ -167,3 +168,22 @@ def test_who_looks_whether_others_live_shows_that_it_does(daemons: Daemons) -> N
     for thread in both:
         thread.join()
     assert refused
+
+
+def test_the_lease_of_one_that_is_frozen_is_waited_for(daemons: Daemons) -> None:
+    """It may be longer than a heart can stand still."""
+    theirs = {"locks": "leasefile", "lease_seconds": 1.5}
+    daemons.identify({**THERE, "sharing": theirs})
+    began = time.monotonic()
+    require_same_settings(daemons.own, {"locks": "native"}, known_here(dead=False))
+    assert time.monotonic() - began > 2.5
+
+
+def test_who_is_looked_after_by_another_does_not_beat(daemons: Daemons) -> None:
+    """Two that beat for one daemon would write the same file at once."""
+    daemons.identify({**THERE, "sharing": {"locks": "native"}})
+    before = heartbeat_of(daemons.own.path)
+    require_same_settings(daemons.own, {}, known_here(dead=False), beats=True)
+    assert heartbeat_of(daemons.own.path) == before
+    require_same_settings(daemons.own, {}, known_here(dead=False))
+    assert heartbeat_of(daemons.own.path) != before

@@ -90,6 +90,29 @@ def test_what_was_held_is_fenced_and_who_waits_goes_on() -> None:
     play(scenario, MemoryBackend)
 
 
+def test_a_node_joins_anew_only_once_it_may() -> None:
+    """Nobody asks before the first lease, which whoever mounts has looked around for."""
+
+    async def scenario(cluster: MemoryCluster, one: Node, two: Node) -> None:
+        asked = 0
+
+        async def not_yet() -> None:
+            nonlocal asked
+            asked += 1
+            if asked < 5:
+                raise BackendError("others have mounted otherwise")
+
+        one.keeper.before_rejoin = not_yet
+        cluster.ended.add("one")
+        await trio.sleep(TERMS.renew_seconds + 1)
+        assert 0 < asked < 5 and not one.names.lease_holds()
+        assert "mounted otherwise" in str(one.keeper.problem)
+        await trio.sleep(TERMS.gone_seconds)
+        assert asked == 5 and one.names.lease_holds() and one.locks.node != "one"
+
+    play(scenario, MemoryBackend)
+
+
 @pytest.mark.parametrize("reached", [True, False])
 def test_who_waits_for_one_range_and_holds_another_is_fenced(reached: bool) -> None:
     """Also where the answer to its request was not there yet."""
