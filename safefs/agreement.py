@@ -34,7 +34,7 @@ from safefs.state import (
 
 log = logging.getLogger(__name__)
 
-WATCH_SECONDS = 3 * BEAT_SECONDS + 1  # for the heartbeat of a daemon on another host, if its lease is no longer
+WATCH_SECONDS = 3 * BEAT_SECONDS + 1  # at least, for the heartbeat of a daemon on another host
 LOOK_SECONDS = 0.25
 
 IsDead = Callable[[Mapping[str, Any]], bool | None]  # what this host knows of a daemon (state.known_dead)
@@ -75,23 +75,24 @@ def state_of(backing: Path) -> Path:
 
 
 def watch_seconds(lease_seconds: float) -> float:
-    """How long it is waited for the heartbeat of a daemon: one that is frozen for longer has no lease any more."""
-    return max(WATCH_SECONDS, lease_seconds + 1)
+    """How long it is waited for a daemon's heartbeat.
+
+    One whose heart has not beaten for so long was frozen at the latest when the next beat was due; it renewed its lease
+    before that for the last time.
+    """
+    return max(WATCH_SECONDS, lease_seconds + BEAT_SECONDS + 2)
 
 
-def require_same_settings(
-    record: DaemonRecord, sharing: Mapping[str, Any], is_dead: IsDead, *, beats: bool = False
-) -> None:
+def require_same_settings(record: DaemonRecord, sharing: Mapping[str, Any], is_dead: IsDead) -> None:
     """SafefsError where another living daemon shares its locks otherwise.  Blocks, where it may be a dead one's record.
 
     After this daemon's own record is there: of two that start at once one sees the other, and of a record that is being
-    made, whose identity is empty yet, the daemon will see this one.  `beats`: something else shows that this one lives.
+    made, whose identity is empty yet, the daemon will see this one.
     """
     others = {path: identity_of(path) for path in _others(record)}
     others = {path: each for path, each in others.items() if each.get(SHARING, sharing) != sharing}
     longest = max((_lease_of(each) for each in others.values()), default=0.0)
-    beat = (lambda: None) if beats else record.beat
-    found = _one_that_lives(others, is_dead, watch_seconds(longest), beat=beat)
+    found = _one_that_lives(others, is_dead, watch_seconds(longest), beat=record.beat)
     if found is not None:
         raise SafefsError(_difference(found, sharing), errno.EBUSY)
 

@@ -17,7 +17,6 @@ import tempfile
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -250,9 +249,9 @@ class Daemon:
 
     async def _agree_again(self) -> None:
         """Who was frozen for long counted as dead, and another may have been mounted with other settings meanwhile."""
-        require = partial(require_same_settings, beats=True)
         try:
-            await self.backing.run(SERVICE, require, self.record, self.sharing, self._known_dead)
+            await self.backing.run(SERVICE, self.record.beat)  # there may be no record of it any more
+            await self.backing.run(SERVICE, require_same_settings, self.record, self.sharing, self._known_dead)
         except SafefsError as error:
             raise BackendError(error.message, answered=True) from None
         except OSError as error:

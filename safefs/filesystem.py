@@ -263,7 +263,7 @@ class FileSystem:
         self._end_loans(node, *before)
         node.parent, node.name = parent.nodeid, name
         if node.linked:
-            native.forget_walks(node.nodeid)
+            native.move_walks(node.nodeid, *before, parent.nodeid, name)
         if node.first_place == before:
             node.first_place = parent.nodeid, name
         for handle in self.handles.values() if node.opens else ():

@@ -17,6 +17,7 @@ import secrets
 import socket
 import stat
 import struct
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -394,18 +395,42 @@ class DaemonRecord:
 
     def __init__(self, state: StateDirectory, node_id: str, sharing: Mapping[str, Any]) -> None:
         self.path = state.path / DAEMONS / node_id
-        self.path.mkdir(mode=0o700)
         self.identity = self.path / IDENTITY
-        self.identity.write_text(json.dumps({**host_identity(), SHARING: dict(sharing)}) + "\n", encoding="ascii")
+        self._identity = json.dumps({**host_identity(), SHARING: dict(sharing)}) + "\n"
         self._beats = 0
-        self.beat()
-        self._journal = os.open(self.path / "journal", os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600)
+        self._beating = threading.Lock()
         self._noted: set[bytes] = set()
+        self._journal = self._make()
+        self._is_over = False
+        self.beat()
+
+    def _make(self) -> int:
+        """The record, and the descriptor of its journal."""
+        self.path.mkdir(mode=0o700)
+        self.identity.write_text(self._identity, encoding="ascii")
+        return os.open(self.path / "journal", os.O_CREAT | os.O_APPEND | os.O_WRONLY | os.O_CLOEXEC, 0o600)
 
     def beat(self) -> None:
-        """Show other nodes that this daemon lives: they watch the content change, no clocks are compared."""
-        self._beats += 1
-        self._replace(HEARTBEAT, f"{self._beats}\n")
+        """Show other nodes that this daemon lives: they watch the content change, no clocks are compared.
+
+        One that was frozen for so long that another has settled what it left gets a record again.
+        """
+        with self._beating:
+            if self._is_over:
+                return
+            self._beats += 1
+            try:
+                self._replace(HEARTBEAT, f"{self._beats}\n")
+            except FileNotFoundError:
+                self._make_again()
+                self._replace(HEARTBEAT, f"{self._beats}\n")
+
+    def _make_again(self) -> None:
+        journal = self._make()
+        os.dup2(journal, self._journal, inheritable=False)  # others may be about to write to it
+        os.close(journal)
+        self._noted.clear()
+        log.warning("others took this daemon for dead, and have settled what it left")
 
     def note_etcd(self, etcd: str) -> None:
         """Show other nodes in which etcd this daemon has its locks, by its id; empty: in none.
@@ -450,6 +475,8 @@ class DaemonRecord:
 
     def remove(self) -> None:
         """An orderly end: nothing is left to find."""
+        with self._beating:
+            self._is_over = True
         os.close(self._journal)
         replaced = (HEARTBEAT, SOFT_LOCKS, ETCD)
         for name in (*(f"{each}.new" for each in replaced), *replaced, "journal", IDENTITY):

@@ -78,7 +78,8 @@ class EtcdBackend:
         self._notice: Answer | None = None  # the last one that was given
         self._missing: dict[str, float] = {}  # nodes without a key, and since when this node knows it
         self._not_before = float("-inf")  # may this node join again
-        self._swept = b""  # where the names begin that are looked at next
+        # Where the names begin that are looked at next; nodes that are mounted together begin at different ones.
+        self._swept = self._key("names", secrets.token_hex(1))
         self.node = ""
 
     def _key(self, kind: str, *parts: str) -> bytes:
@@ -388,7 +389,10 @@ class Following:
 
     async def next_change(self, seen: Stored, seconds: float, _turns: int = 0) -> Stored | None:
         if self._watch is None and not self._client.may_watch():
-            await trio.sleep(seconds)  # and then whoever waits reads the record
+            now = await self._read()  # what it is waited for may have been
+            if now.version != seen.version:
+                return now
+            await trio.sleep(seconds)  # and then whoever waits reads it again
             return None
         try:
             latest = await self._begin(seen)  # in its own time: on a busy machine it would never be done otherwise

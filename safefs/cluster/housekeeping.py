@@ -12,6 +12,7 @@ import random
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 
+from safefs.cluster.backend import BackendError
 from safefs.cluster.calls import Call, batches
 from safefs.cluster.files import ENDED, GONE, LOOK, Files
 from safefs.lease import Sightings, boottime
@@ -70,11 +71,9 @@ class Remains:
             os.rename(path, over)
             self._files.clear(over)
 
-    def remove_empty(self, node: str, homes: Iterable[str]) -> None:
-        """Directories of names of which nothing has been on record for long."""
-        before = self._now(node) - BURIED_SECONDS
-        for home in homes:
-            self._files.discard_empty(home, before)
+    def remove_empty(self, home: str, node: str) -> None:
+        """The directory of a name, if its record has been empty for long."""
+        self._files.discard_empty(home, self._now(node) - BURIED_SECONDS)
 
     @staticmethod
     def _remove_looks(directory: str, before: float) -> None:
@@ -131,8 +130,12 @@ class Housekeeping:
             homes = await self._call(self._files.homes)
             self._homes = random.sample(homes, min(len(homes), MOST_HOMES))
         due, self._homes = self._homes[:most], self._homes[most:]
-        await self._call(self._remains.remove_empty, node, due)
-        return await self._call(self._files.names_of, due)
+        found: list[str] = []
+        for home in due:
+            with suppress(BackendError):  # one that hangs, or cannot be read, is nobody else's affair
+                await self._call(self._remains.remove_empty, home, node)
+                found += await self._call(self._files.names_of, [home])
+        return found
 
     async def _remove_unfinished(self) -> None:
         """What nodes have left that died while they made a name's first state."""

@@ -138,7 +138,7 @@ class Names:
         """The same for an operator who is going to break them: a damaged record is taken from everybody.
 
         None where there was one: nobody can tell what was on it, and what is locked now was locked later.  Raises
-        UnreadableError for one that another version of safefs has written.
+        UnreadableError for one that is not damaged, but another version's of safefs.
         """
         pending = await self._see(key, clears=True)
         if pending.refused is not None:

@@ -7,11 +7,12 @@ once, and what a node had of those when it died would stay for good.  So each no
 from __future__ import annotations
 
 import logging
+import random
 from collections.abc import Awaitable, Callable
 
 import trio
 
-from safefs.cluster.backend import NAMELESS, BackendError, LockBackend, UnreadableError
+from safefs.cluster.backend import NAMELESS, BackendError, LockBackend
 
 log = logging.getLogger(__name__)
 
@@ -32,25 +33,29 @@ class Sweep:
     async def run(self, may_act: Callable[[], bool]) -> None:
         """Until cancelled; only while this node has a lease."""
         while True:
-            await trio.sleep(SWEEP_SECONDS)
-            try:
-                if may_act():
-                    await self._look_at_some()
-            except BackendError as error:
-                log.info("the lock backend: %s", error)
+            await trio.sleep(SWEEP_SECONDS * random.uniform(0.5, 1.5))  # nodes are often mounted together
+            for key in await self._some() if may_act() else ():
+                if not key.startswith(NAMELESS) and not self._knows(key):
+                    await self._look_at(key)
 
-    async def _look_at_some(self) -> None:
-        for key in await self._backend.some_names(SWEPT_AT_ONCE):
-            if not key.startswith(NAMELESS) and not self._knows(key):
-                await self._free(key)
+    async def _some(self) -> list[str]:
+        try:
+            return await self._backend.some_names(SWEPT_AT_ONCE)
+        except BackendError as error:
+            log.info("the lock backend: %s", error)
+            return []
+
+    async def _look_at(self, key: str) -> None:
+        try:
+            await self._free(key)
+        except BackendError as error:  # whoever needs the name is told
+            log.info("the lock backend: %s", error)
 
     async def _free(self, key: str) -> None:
-        try:
-            stored = await self._backend.read(key)
-        except UnreadableError:  # whoever needs the name is told
-            return
+        stored = await self._backend.read(key)
         gone = await self._gone(stored.record.nodes())
-        if gone and not self._knows(key):
-            swapped = await self._backend.swap(key, stored, stored.record.without(gone))
+        left = stored.record.without(gone).heeded(self._backend.node)  # it knows of no lock of its own there
+        if left != stored.record and not self._knows(key):
+            swapped = await self._backend.swap(key, stored, left)
             if swapped is not None and not swapped.record:
                 await self._backend.discard(key, swapped)

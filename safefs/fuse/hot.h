@@ -175,8 +175,8 @@ struct place {
 void walk_note(uint32_t tid, uint64_t nodeid, uint64_t parent, const char *name);
 /* The last one by which it found the file; false when that is not known. */
 bool walk_last(uint32_t tid, uint64_t nodeid, struct place *place);
-/* The file has been renamed. */
-void walk_forget(uint64_t nodeid);
+/* A name of the file has become another. */
+void walk_moved(uint64_t nodeid, const struct place *before, const struct place *now);
 
 /* ------------------------------------------------------------------ loans */
 

@@ -194,13 +194,27 @@ static PyObject *module_last_walk(PyObject *module, PyObject *args)
 	return Py_BuildValue("Ky", (unsigned long long)place.parent, place.name);
 }
 
-static PyObject *module_forget_walks(PyObject *module, PyObject *arg)
+static bool place_of(struct place *place, unsigned long long parent, const char *name)
+{
+	place->parent = parent;
+	if (strlen(name) < sizeof place->name) {
+		strcpy(place->name, name);
+		return true;
+	}
+	PyErr_SetString(PyExc_ValueError, "a name that is too long");
+	return false;
+}
+
+static PyObject *module_move_walks(PyObject *module, PyObject *args)
 {
 	(void)module;
-	unsigned long long nodeid;
-	if (!number_of(arg, &nodeid))
+	unsigned long long nodeid, parent, new_parent;
+	const char *name, *new_name;
+	struct place before, now;
+	if (!PyArg_ParseTuple(args, "KKyKy", &nodeid, &parent, &name, &new_parent, &new_name) ||
+	    !place_of(&before, parent, name) || !place_of(&now, new_parent, new_name))
 		return NULL;
-	walk_forget(nodeid);
+	walk_moved(nodeid, &before, &now);
 	Py_RETURN_NONE;
 }
 
@@ -535,7 +549,7 @@ static PyMethodDef hot_methods[] = {
 	{"hot_mark_handle", module_mark_handle, METH_VARARGS, "Add to the marks of a file handle that C has made."},
 	{"note_walk", module_note_walk, METH_VARARGS, "A thread has found a file with several names by this one."},
 	{"last_walk", module_last_walk, METH_VARARGS, "Where it found the file last; None: that is not known."},
-	{"forget_walks", module_forget_walks, METH_O, "The file has been renamed: how it was found says nothing more."},
+	{"move_walks", module_move_walks, METH_VARARGS, "A name of a file has become another."},
 	{"hot_lend_lock", module_lend_lock, METH_VARARGS, "Let C lock and unlock an open file, until a moment."},
 	{"hot_take_lock_back", module_take_lock_back, METH_O, "What an open file holds that was lent; None: it was not."},
 	{"hot_release", module_release, METH_VARARGS, "End a file handle that C has made, with its node."},

@@ -1,7 +1,8 @@
 /* By which of its names a thread found a file that has several.
  *
  * OPEN does not say it, and other threads can have found the file by another name since.  But the kernel keeps none of
- * the names of such a file, so whoever opens it by a path has just looked that name up.  See hot.h.
+ * the names of such a file, so whoever opens it by a path has just looked that name up; unless he was the last to do so
+ * when it had one name yet, which the kernel goes on to keep for a moment (node.doubtful_until in Python).  See hot.h.
  */
 #include "hot.h"
 #include <pthread.h>
@@ -47,11 +48,16 @@ bool walk_last(uint32_t tid, uint64_t nodeid, struct place *place)
 	return found;
 }
 
-void walk_forget(uint64_t nodeid)
+static bool same_place(const struct place *one, const struct place *other)
+{
+	return one->parent == other->parent && !strcmp(one->name, other->name);
+}
+
+void walk_moved(uint64_t nodeid, const struct place *before, const struct place *now)
 {
 	pthread_mutex_lock(&lock);
 	for (size_t i = 0; i < SLOTS; i++)
-		if (walks[i].nodeid == nodeid)
-			walks[i].tid = 0;
+		if (walks[i].nodeid == nodeid && same_place(&walks[i].place, before))
+			walks[i].place = *now;
 	pthread_mutex_unlock(&lock);
 }

@@ -291,7 +291,7 @@ def test_a_record_of_another_version_is_shown(two_mounts: tuple[Mount, Mount], s
     assert shown["other.lock"] == "held" and "another version of safefs" in shown[locked.name]
     done = safefs("locks", "break", two_mounts[1] / "d" / locked.name)
     assert "another version of safefs" in one_line(done)
-    assert "lock_problem" not in safefs("status", two_mounts[1].path).stdout
+    assert wait_until(lambda: problem_of(two_mounts[1]) is None)
     spoilt.write_text(whole)
     assert states(two_mounts[1]) == {"other.lock": "held", locked.name: "held"}
 

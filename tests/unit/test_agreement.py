@@ -17,8 +17,8 @@ from safefs import agreement
 from safefs.agreement import require_same_etcd, require_same_settings
 from safefs.backing import Backing
 from safefs.errors import SafefsError
-from safefs.identity import Identities
-from safefs.state import DaemonRecord, StateDirectory, etcd_of, heartbeat_of
+from safefs.identity import DAEMON, Identities
+from safefs.state import DaemonRecord, StateDirectory, etcd_of, heartbeat_of, identity_of
 
 HERE, THERE = {"host": "here", "pid": 1}, {"host": "there", "pid": 2}
 
@@ -179,11 +179,16 @@ def test_the_lease_of_one_that_is_frozen_is_waited_for(daemons: Daemons) -> None
     assert time.monotonic() - began > 2.5
 
 
-def test_who_is_looked_after_by_another_does_not_beat(daemons: Daemons) -> None:
-    """Two that beat for one daemon would write the same file at once."""
-    daemons.identify({**THERE, "sharing": {"locks": "native"}})
-    before = heartbeat_of(daemons.own.path)
-    require_same_settings(daemons.own, {}, known_here(dead=False), beats=True)
-    assert heartbeat_of(daemons.own.path) == before
-    require_same_settings(daemons.own, {}, known_here(dead=False))
-    assert heartbeat_of(daemons.own.path) != before
+def test_a_record_that_others_have_settled_is_made_again(daemons: Daemons) -> None:
+    """Of a daemon that was frozen for long; but not of one that has ended."""
+    own = daemons.own
+    own.note_directory(b"/a", DAEMON)
+    own.path.rename(own.path.with_name("settling"))
+    own.beat()
+    assert identity_of(own.path) == identity_of(own.path.with_name("settling")) and heartbeat_of(own.path)
+    assert not own.has_noted(b"/a")
+    own.note_directory(b"/b", DAEMON)
+    assert "/b" in (own.path / "journal").read_text() and "/a" not in (own.path / "journal").read_text()
+    own.remove()
+    own.beat()
+    assert not own.path.exists()
