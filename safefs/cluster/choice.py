@@ -35,8 +35,8 @@ def lock_backend(
     """What is shared with other nodes; None for a mount that shares nothing.
 
     `directory` is where lease files go, in a state directory that is there, and `cluster` what all nodes on the backing
-    directory call themselves together; `uses` and `act` are for lease files (leasefile.Site), `admit`
-    is for etcd.
+    directory call themselves together; `uses` and `act` are for lease files (leasefile.Site), `admit` is
+    for etcd.
     """
     terms = Terms(settings.lease_seconds)
     if settings.locks == "memory" or settings.read_only:

@@ -281,14 +281,13 @@ class EtcdBackend:
     async def all_names(self) -> list[str]:
         prefix = self._key("names", "")
         entries = await _entries(self._client, prefix, prefix_end(prefix), keys_only=True)
-        return [decode(entry["key"])[len(prefix) :].decode("utf-8", "surrogateescape") for entry in entries]
+        return _names(prefix, entries)
 
     async def some_names(self, most: int) -> list[str]:
         prefix = self._key("names", "")
         entries = await _page(self._client, self._swept or prefix, prefix_end(prefix), most, keys_only=True)
-        keys = [decode(entry["key"]) for entry in entries]
-        self._swept = _after(keys[-1]) if len(keys) == most else b""
-        return [key[len(prefix) :].decode("utf-8", "surrogateescape") for key in keys]
+        self._swept = _after(entries[-1]) if len(entries) == most else b""
+        return _names(prefix, entries)
 
     async def process_of(self, node: str) -> ProcessIdentity:
         value = await self._get(self._key("nodes", node))
@@ -471,7 +470,7 @@ async def _entries(client: EtcdClient, key: bytes, end: bytes = b"", *, keys_onl
         entries += page
         if len(page) < ENTRIES_AT_ONCE:
             return entries
-        key = _after(decode(page[-1]["key"]))
+        key = _after(page[-1])
 
 
 async def _page(client: EtcdClient, key: bytes, end: bytes, most: int, *, keys_only: bool) -> list[Answer]:
@@ -483,9 +482,14 @@ async def _page(client: EtcdClient, key: bytes, end: bytes, most: int, *, keys_o
     return list(answer.get("kvs", []))
 
 
-def _after(key: bytes) -> bytes:
-    """The first key that comes after one."""
-    return key + b"\0"
+def _after(entry: Answer) -> bytes:
+    """The first key that comes after an entry's."""
+    return decode(entry["key"]) + b"\0"
+
+
+def _names(prefix: bytes, entries: list[Answer]) -> list[str]:
+    """What the keys have after the prefix."""
+    return [decode(entry["key"])[len(prefix) :].decode("utf-8", "surrogateescape") for entry in entries]
 
 
 def _value(entries: list[Answer]) -> bytes | None:

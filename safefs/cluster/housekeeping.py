@@ -32,7 +32,7 @@ class Remains:
 
     def others(self, node: str) -> list[str]:
         """All other nodes that have left anything; what dead ones have left beside them is removed."""
-        before = self._now(node) - BURIED_SECONDS
+        before = self.long_ago(node)
         for part in ("nodes", "names"):
             self._remove_looks(self._files.path(part), before)
         return [other for other in self._files.nodes() if other != node]
@@ -71,9 +71,9 @@ class Remains:
             os.rename(path, over)
             self._files.clear(over)
 
-    def remove_empty(self, home: str, node: str) -> None:
-        """The directory of a name, if its record has been empty for long."""
-        self._files.discard_empty(home, self._now(node) - BURIED_SECONDS)
+    def long_ago(self, node: str) -> float:
+        """What nobody has changed since then is left, by the filesystem's clock."""
+        return self._now(node) - BURIED_SECONDS
 
     @staticmethod
     def _remove_looks(directory: str, before: float) -> None:
@@ -131,9 +131,10 @@ class Housekeeping:
             self._homes = random.sample(homes, min(len(homes), MOST_HOMES))
         due, self._homes = self._homes[:most], self._homes[most:]
         found: list[str] = []
+        before = await self._call(self._remains.long_ago, node) if due else 0.0
         for home in due:
             with suppress(BackendError):  # one that hangs, or cannot be read, is nobody else's affair
-                await self._call(self._remains.remove_empty, home, node)
+                await self._call(self._files.discard_empty, home, before)
                 found += await self._call(self._files.names_of, [home])
         return found
 

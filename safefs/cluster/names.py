@@ -402,12 +402,13 @@ class Names:
     def _cleared(self, name: Name, error: UnreadableError) -> Stored:
         """What an operator puts into the place of a record that cannot be read; raises `error` where nobody may."""
         clearing = [pending for pending in name.pending if pending.clears]
+        if not clearing:
+            raise error
         if not isinstance(error, DamagedError):
             for pending in clearing:
                 pending.refused = error
                 pending.done.set()
                 name.pending.remove(pending)
-        if not clearing or not isinstance(error, DamagedError):
             raise error
         for pending in clearing:
             pending.cleared = True
