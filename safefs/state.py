@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import secrets
+import shutil
 import socket
 import stat
 import struct
@@ -426,7 +427,11 @@ class DaemonRecord:
                 self._replace(HEARTBEAT, f"{self._beats}\n")
 
     def _make_again(self) -> None:
-        journal = self._make()
+        try:
+            journal = self._make()
+        except OSError:
+            shutil.rmtree(self.path, ignore_errors=True)  # a half of it would pass for the whole at the next beat
+            raise
         os.dup2(journal, self._journal, inheritable=False)  # others may be about to write to it
         os.close(journal)
         self._noted.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import threading
@@ -192,3 +193,16 @@ def test_a_record_that_others_have_settled_is_made_again(daemons: Daemons) -> No
     own.remove()
     own.beat()
     assert not own.path.exists()
+
+
+def test_a_record_that_cannot_be_made_again_yet(daemons: Daemons, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a full disk: half of one would pass for it later, and say nothing of who the daemon is."""
+    own = daemons.own
+    own.path.rename(own.path.with_name("settling"))
+    with monkeypatch.context() as full:
+        full.setattr(Path, "write_text", lambda *_, **__: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+        with pytest.raises(OSError, match="full"):
+            own.beat()
+    own.beat()
+    assert identity_of(own.path) == identity_of(own.path.with_name("settling"))
+    assert (own.path / "journal").exists()
