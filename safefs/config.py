@@ -99,6 +99,7 @@ _REFUSED_OPTIONS = {
 _NEGATIVE_REFRESH = ("auto", "on", "off")
 _TEMP_KINDS = ("auto", "tmpfile", "hidden")
 _PASSTHROUGH = ("auto", "on", "off")
+_FLUSH_READERS = ("auto", "on", "off")
 _LOCKS = ("auto", "memory", "leasefile", "native")
 ETCD_SCHEME = "etcd://"
 _LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -139,6 +140,7 @@ class Settings:
     temp: str = "auto"
     hot: bool = True
     passthrough: str = "auto"
+    flush_readers: str = "auto"
     verify: Verify = Verify.CACHE
     quarantine_age_seconds: float = 30 * 86400.0
     quarantine_bytes: int = 0
@@ -280,6 +282,7 @@ _VALUE_OPTIONS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "negative_refresh": ("negative_refresh", _choice(_NEGATIVE_REFRESH)),
     "temp": ("temp", _choice(_TEMP_KINDS)),
     "passthrough": ("passthrough", _choice(_PASSTHROUGH)),
+    "flush_readers": ("flush_readers", _choice(_FLUSH_READERS)),
     "verify": ("verify", _verify),
     "locks": ("locks", _locks),
     "etcd_prefix": ("etcd_prefix", _word),

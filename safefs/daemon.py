@@ -178,6 +178,8 @@ class Daemon:
             self.fs.numbers_are_shared = self.mounted.shares_numbers
             if self._as_service(mounted_at, self.state.path).reach()[0] not in EXCLUDING:
                 self.publisher.lock_name = self.fs.publishing
+        if self._hears_readers():
+            native.hear_all_closes()
         self.connection: mount.Connection | None = None
         self.stopping = False
         self.serving = False
@@ -406,6 +408,11 @@ class Daemon:
     def _refreshes_misses(self) -> bool:
         choice = self.settings.negative_refresh
         return choice == "on" or (choice == "auto" and self.type in NETWORK_NAME_CACHES)
+
+    def _hears_readers(self) -> bool:
+        """Whether each close of what is only read is heard of: little beside an open on a server (0005-locks.md)."""
+        choice = self.settings.flush_readers
+        return choice == "on" or (choice == "auto" and not self.mounted.is_local)
 
     def _mount(self, operations: Operations) -> None:
         settings = self.settings

@@ -103,6 +103,9 @@ class Cold:
     def mark_handle(self, number: int, change: int) -> None:
         """There is one file handle more or less of the extension's through which something is locked."""
 
+    def mark_owner(self, number: int, change: int) -> None:
+        """There is one owner of record locks more or less: what he closes is not answered without Python."""
+
     def lend_lock(self, number: int, owner: int, held: Held, until: float) -> bool:
         """Answer flock(2) on an open file that nobody else is in the way of, until a moment of CLOCK_BOOTTIME."""
         return False
@@ -161,6 +164,9 @@ class Hot(Cold):
 
     def mark_handle(self, number: int, change: int) -> None:
         native.hot_mark_handle(number, change)
+
+    def mark_owner(self, number: int, change: int) -> None:
+        native.hot_mark_owner(number, change)
 
     def lend_lock(self, number: int, owner: int, held: Held, until: float) -> bool:
         kind = fcntl.F_UNLCK if held.mode is None else MODE_TYPES[held.mode]

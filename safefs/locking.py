@@ -166,7 +166,7 @@ class Locking:
         known = self.locks.key_of(wanted.handle)
         key = self._key(wanted)
         if wanted.kind is Kind.RECORD:
-            native.mark_ranged(entry_of(key))  # from now on every close of such a file is heard of
+            native.hear_closes(entry_of(key))  # from now on every close of such a file is heard of
             closed = key, self._owner(wanted)
             for ending in [ending for ending in self._endings if (ending.key, ending.owner) == closed]:
                 self._end(ending)

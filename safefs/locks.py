@@ -84,7 +84,10 @@ class NameService(Protocol):
 
 
 class Lender(Protocol):
-    """What can answer flock(2) by itself (safefs.hot)."""
+    """What can answer flock(2) by itself, and FLUSH (safefs.hot)."""
+
+    def mark_owner(self, number: int, change: int) -> None:
+        """There is one owner of record locks more or less: his FLUSHes are for `Locks`."""
 
     def lend_lock(self, number: int, owner: int, held: Held, until: float) -> bool:
         """Answer on a file handle that nobody else is in the way of, until a moment of CLOCK_BOOTTIME."""
@@ -443,7 +446,7 @@ class Locks:
         self._by_handle[handle].add(use)
         self._keys[handle] = use[0]
         if use not in self._last_handle and use[1] is Kind.RECORD:
-            self._recorded[use[2]] += 1
+            self._record(use[2])
         self._last_handle[use] = handle
 
     def _hold(self, use: Use, wait: Wait) -> None:
@@ -469,8 +472,18 @@ class Locks:
         if use[1] is Kind.RECORD:
             self._recorded[use[2]] -= 1
             if not self._recorded[use[2]]:
-                del self._recorded[use[2]]
+                self._unrecord(use[2])
         return True
+
+    def _record(self, owner: Owner) -> None:
+        if owner not in self._recorded and self._lender is not None:
+            self._lender.mark_owner(owner.number, 1)
+        self._recorded[owner] += 1
+
+    def _unrecord(self, owner: Owner) -> None:
+        del self._recorded[owner]
+        if self._lender is not None:
+            self._lender.mark_owner(owner.number, -1)
 
     def answer(self, ticket: int, held: bool) -> bool:
         """The same as `resolve`, for what has been asked of a record that nodes share."""
@@ -501,7 +514,8 @@ class Locks:
         self._held.clear()
         self._by_handle.clear()
         self._last_handle.clear()
-        self._recorded.clear()
+        for owner in list(self._recorded):
+            self._unrecord(owner)
         return fenced
 
     def ask_again(self) -> None:

@@ -130,14 +130,16 @@ void mark_name(uint64_t parent, const char *name, int change);
 void mark_directory(uint64_t nodeid, int change);
 void mark_thread(uint32_t tid, int change);
 void mark_handle(uint64_t fh, int change);
+void mark_owner(uint64_t owner, int change);
 bool name_marked(uint64_t parent, const char *name);
 bool directory_marked(uint64_t nodeid);
 bool thread_marked(uint32_t tid);
 bool handle_marked(uint64_t fh);
+bool owner_marked(uint64_t owner);
 bool name_hidden(uint64_t parent, const char *name);
-/* Names that ranges were locked of, in whatever directory, until the daemon ends. */
-void mark_ranged(const char *name);
-bool name_ranged(const char *name);
+/* Who only reads sends FLUSH as well, of files of this name in whatever directory (NULL: of all), until the daemon ends. */
+void hear_closes(const char *name);
+bool hears_closes(const char *name);
 
 /* Names that a rule could give another class than private. */
 bool doubts_add(const char *glob);

@@ -268,8 +268,8 @@ static bool reply_open(const struct fuse_in_header *in, int fd, uint32_t open_fl
 }
 
 /* Tell of a version, which passes through where the other open handles of its node do.  A reader has nothing to publish;
- * that it closes a copy of a descriptor matters for record locks alone (`ranged`), and is for Python. */
-static bool reply_version(const struct fuse_in_header *in, int fd, bool unchanged, bool ranged)
+ * that it closes a copy of a descriptor matters for record locks alone (`flushes`). */
+static bool reply_version(const struct fuse_in_header *in, int fd, bool unchanged, bool flushes)
 {
 	int32_t backing_id = opens_agreed(in->nodeid) < 0 ? backing_register(fd) : 0;
 	backing_id = backing_id > 0 ? backing_id : 0;
@@ -279,7 +279,7 @@ static bool reply_version(const struct fuse_in_header *in, int fd, bool unchange
 	}
 	/* The kernel refuses a handle that passes through and keeps a cache as well. */
 	uint32_t kind = backing_id ? FOPEN_PASSTHROUGH : unchanged ? FOPEN_KEEP_CACHE : 0;
-	if (!reply_open(in, fd, (ranged ? 0 : FOPEN_NOFLUSH) | kind, backing_id)) {
+	if (!reply_open(in, fd, (flushes ? 0 : FOPEN_NOFLUSH) | kind, backing_id)) {
 		opens_leave(in->nodeid);
 		close(fd);
 	}
@@ -321,11 +321,11 @@ static bool answer_open(struct reader *reader, const struct fuse_in_header *in, 
 		directory = table_use(node->parent);
 	if (directory && !is_scarce() && act_as_caller(reader, in))
 		fd = open_checked(node, directory->fd, flags, &st);
-	bool unchanged = fd >= 0 && table_seen(node, &st), ranged = name_ranged(node->name);
+	bool unchanged = fd >= 0 && table_seen(node, &st), flushes = hears_closes(node->name);
 	if (directory)
 		table_done(directory);
 	table_done(node);
-	return fd >= 0 && reply_version(in, fd, unchanged, ranged);
+	return fd >= 0 && reply_version(in, fd, unchanged, flushes);
 }
 
 /* To a FUSE client a short answer means end of file, so short reads are continued. */
@@ -445,6 +445,9 @@ bool hot_candidate(const char *request, size_t size)
 		return body >= sizeof(struct fuse_lk_in) &&
 		       ((const struct fuse_lk_in *)body_of(request))->lk_flags & FUSE_LK_FLOCK &&
 		       loan_stands(fh_of(request));
+	case FUSE_FLUSH: /* of who has record locks somewhere it can unlock */
+		return body >= sizeof(struct fuse_flush_in) && has_hot_handle(request) &&
+		       !owner_marked(((const struct fuse_flush_in *)body_of(request))->lock_owner);
 	case FUSE_RELEASE: /* it unlocks: only in its turn */
 		return body >= sizeof(struct fuse_release_in) && has_hot_handle(request) &&
 		       !handle_marked(fh_of(request));
@@ -483,6 +486,8 @@ bool hot_answer(struct reader *reader, char *request, size_t size)
 	case FUSE_SETLK:
 	case FUSE_SETLKW:
 		return answer_flock(in, (const void *)body);
+	case FUSE_FLUSH:
+		return reply_error(in, 0);
 	case FUSE_IOCTL:
 		return reply_error(in, ENOTTY); /* as on_ioctl of native.c */
 	default:

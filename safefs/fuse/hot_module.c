@@ -148,23 +148,42 @@ static PyObject *module_mark_handle(PyObject *module, PyObject *args)
 	Py_RETURN_NONE;
 }
 
-static PyObject *module_mark_ranged(PyObject *module, PyObject *args)
+static PyObject *module_mark_owner(PyObject *module, PyObject *args)
 {
 	(void)module;
-	const char *name;
-	if (!PyArg_ParseTuple(args, "y", &name))
+	unsigned long long owner;
+	int change;
+	if (!PyArg_ParseTuple(args, "Ki", &owner, &change))
 		return NULL;
-	mark_ranged(name);
+	mark_owner(owner, change);
 	Py_RETURN_NONE;
 }
 
-static PyObject *module_is_ranged(PyObject *module, PyObject *args)
+static PyObject *module_hear_closes(PyObject *module, PyObject *args)
 {
 	(void)module;
 	const char *name;
 	if (!PyArg_ParseTuple(args, "y", &name))
 		return NULL;
-	return PyBool_FromLong(name_ranged(name));
+	hear_closes(name);
+	Py_RETURN_NONE;
+}
+
+static PyObject *module_hear_all_closes(PyObject *module, PyObject *args)
+{
+	(void)module;
+	(void)args;
+	hear_closes(NULL);
+	Py_RETURN_NONE;
+}
+
+static PyObject *module_hears_closes(PyObject *module, PyObject *args)
+{
+	(void)module;
+	const char *name;
+	if (!PyArg_ParseTuple(args, "y", &name))
+		return NULL;
+	return PyBool_FromLong(hears_closes(name));
 }
 
 /* ------------------------------------------------------------------- walks */
@@ -544,9 +563,11 @@ static PyMethodDef hot_methods[] = {
 	{"hot_requests_wait", module_requests_wait, METH_O, "Whether the kernel has queued what Python did not get yet."},
 	{"hot_mark_name", module_mark_name, METH_VARARGS, "Add to the marks of a name and of its directory."},
 	{"hot_mark_thread", module_mark_thread, METH_VARARGS, "Add to the marks of a thread."},
-	{"mark_ranged", module_mark_ranged, METH_VARARGS, "Ranges are locked of files of this name."},
-	{"is_ranged", module_is_ranged, METH_VARARGS, "Whether ranges may have been locked of files of this name."},
+	{"hear_closes", module_hear_closes, METH_VARARGS, "Who opens a file of this name to read sends FLUSH from now on."},
+	{"hear_all_closes", module_hear_all_closes, METH_NOARGS, "Who opens any file to read sends FLUSH from now on."},
+	{"hears_closes", module_hears_closes, METH_VARARGS, "Whether who opens a file of this name to read sends FLUSH."},
 	{"hot_mark_handle", module_mark_handle, METH_VARARGS, "Add to the marks of a file handle that C has made."},
+	{"hot_mark_owner", module_mark_owner, METH_VARARGS, "Add to the marks of an owner of record locks."},
 	{"note_walk", module_note_walk, METH_VARARGS, "A thread has found a file with several names by this one."},
 	{"last_walk", module_last_walk, METH_VARARGS, "Where it found the file last; None: that is not known."},
 	{"move_walks", module_move_walks, METH_VARARGS, "A name of a file has become another."},

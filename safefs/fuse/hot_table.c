@@ -560,7 +560,7 @@ void table_trim(void)
 
 /* Counting filters: a slot that another name shares sends that one to Python too, which is slower and not wrong. */
 #define MARKS 16384u
-static atomic_uint names[MARKS], directories[MARKS], threads[MARKS], handles[MARKS];
+static atomic_uint names[MARKS], directories[MARKS], threads[MARKS], handles[MARKS], owners[MARKS];
 
 static size_t name_slot(uint64_t parent, const char *name)
 {
@@ -590,6 +590,11 @@ void mark_handle(uint64_t fh, int change)
 	atomic_fetch_add(&handles[mix(fh) & (MARKS - 1)], (unsigned)change);
 }
 
+void mark_owner(uint64_t owner, int change)
+{
+	atomic_fetch_add(&owners[mix(owner) & (MARKS - 1)], (unsigned)change);
+}
+
 bool name_marked(uint64_t parent, const char *name)
 {
 	return atomic_load(&names[name_slot(parent, name)]) != 0;
@@ -610,17 +615,22 @@ bool handle_marked(uint64_t fh)
 	return atomic_load(&handles[mix(fh) & (MARKS - 1)]) != 0;
 }
 
-/* Nothing is taken away from it: who locks ranges of a file once does so again. */
-static atomic_bool ranged[MARKS];
-
-void mark_ranged(const char *name)
+bool owner_marked(uint64_t owner)
 {
-	atomic_store(&ranged[name_slot(0, name)], true);
+	return atomic_load(&owners[mix(owner) & (MARKS - 1)]) != 0;
 }
 
-bool name_ranged(const char *name)
+/* Nothing is taken away from it: who locks ranges of a file once does so again. */
+static atomic_bool heard[MARKS], hears_all;
+
+void hear_closes(const char *name)
 {
-	return atomic_load(&ranged[name_slot(0, name)]);
+	atomic_store(name ? &heard[name_slot(0, name)] : &hears_all, true);
+}
+
+bool hears_closes(const char *name)
+{
+	return atomic_load(&hears_all) || atomic_load(&heard[name_slot(0, name)]);
 }
 
 bool name_hidden(uint64_t parent, const char *name)

@@ -123,8 +123,8 @@ def file_info(opened: Opened) -> pyfuse3.FileInfo:
     handle = opened.handle
     number = handle.number
     name = handle.node.name if handle.draft is None else handle.draft.name
-    # Files that are locked as a rule need every FLUSH, and those of which ranges are locked (0005-locks.md).
-    if not handle.writable and not opened.direct_io and not native.is_ranged(name):
+    # Files that are locked as a rule need every FLUSH, and others where the end of record locks can depend on it.
+    if not handle.writable and not opened.direct_io and not native.hears_closes(name):
         number |= native.FH_NOFLUSH
     if handle.backing_id:
         number |= native.FH_PASSTHROUGH | handle.backing_id << native.FH_BACKING_SHIFT

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -87,6 +88,21 @@ def test_control_the_bare_locks(clients: Views, parties: Callable[[], Actor]) ->
         party("fd = os.open(path, os.O_RDWR | os.O_CREAT)", path=os.fspath(view / "x"))
     one("record(fd, SET, EXCLUSIVE)")
     assert (two.errno("record(fd, SET, EXCLUSIVE)") != 0) is LOCKS_EXCLUDE[NAME]
+
+
+def test_a_reader_loses_its_record_locks_by_any_close(
+    clients: Views, make_mount: MountFactory, parties: Callable[[], Actor]
+) -> None:
+    """Also one that was opened before anybody on the mount had locked anything; for the other node as well."""
+    one, two = (make_mount(backing=view) for view in clients)
+    (one / "data").write_text("x")
+    reader, writer = parties(), parties()
+    reader("fd = os.open(p, os.O_RDONLY)", p=os.fspath(one / "data"))
+    writer("fd = os.open(p, os.O_RDWR)", p=os.fspath(two / "data"))
+    reader("record(fd, SET, SHARED)")
+    assert writer.errno("record(fd, SET, EXCLUSIVE)") in (errno.EAGAIN, errno.EACCES)
+    reader("os.close(os.dup(fd))")
+    assert wait_until(lambda: writer.errno("record(fd, SET, EXCLUSIVE)") == 0, SECONDS)
 
 
 def test_a_count_on_two_nodes(clients: Views, parties: Callable[[], Actor], tmp_path: Path) -> None:

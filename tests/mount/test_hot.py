@@ -26,7 +26,7 @@ from tests.mount.test_daemon import hanging_underlay, resources
 from tests.support.clients import client_program
 from tests.support.mounting import Mount, safefs, status, wait_until
 
-LOOKUP, FORGET, GETATTR, OPEN, READ, RELEASE, SETLK, SETLKW = 1, 2, 3, 14, 15, 18, 32, 33
+LOOKUP, FORGET, GETATTR, OPEN, READ, RELEASE, FLUSH, SETLK, SETLKW = 1, 2, 3, 14, 15, 18, 25, 32, 33
 SECONDS = float(os.environ.get("SAFEFS_HOT_SECONDS", "4"))
 
 
@@ -63,6 +63,34 @@ def test_reading_needs_no_python(passthrough: str, hot_mount: Callable[..., Moun
     for opcode, at_least in ((LOOKUP, 1900), (OPEN, 990), (READ, reads), (RELEASE, 990)):
         assert counts["answered"].get(str(opcode), 0) >= at_least, (opcode, counts)
         assert counts["passed"].get(str(opcode), 0) <= 50, (opcode, counts)
+
+
+def test_a_close_needs_no_python_unless_the_process_has_record_locks(
+    hot_mount: Callable[..., Mount], backing: Path
+) -> None:
+    for name in ("data", *map(str, range(300))):
+        (backing / name).write_bytes(b"x")
+    mount = hot_mount("flush_readers=on")
+
+    def through_python() -> int:
+        """How many FLUSHes of 300 readers went through Python."""
+        before = status(mount)["hot"]
+        for number in range(300):
+            (mount / str(number)).read_bytes()
+        after = status(mount)["hot"]
+        passed, answered = (
+            after[way].get(str(FLUSH), 0) - before[way].get(str(FLUSH), 0) for way in ("passed", "answered")
+        )
+        assert passed + answered >= 300
+        return int(passed)
+
+    assert through_python() < 20
+    with opened(mount / "data", os.O_RDONLY) as fd:
+        fcntl.lockf(fd, fcntl.LOCK_SH)
+        assert through_python() == 300
+        fcntl.lockf(fd, fcntl.LOCK_UN)
+        (mount / "data").read_bytes()  # POSIX: whatever it has locked of the file ends here
+        assert through_python() < 20
 
 
 @contextmanager

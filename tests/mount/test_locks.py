@@ -386,10 +386,39 @@ def test_a_reader_loses_its_locks_by_any_close(place: Path, party: Make, name: s
     writer(TRY["fcntl"])
 
 
-@pytest.mark.parametrize("hot", ["on", "off"])
-def test_what_a_reader_opened_before_anybody_locked(make_mount: MountFactory, party: Make, hot: str) -> None:
-    """Of a private file the daemon hears of no close of it but the last (0005-locks.md)."""
-    path = make_mount("-o", f"hot={hot}") / "data"
+hot = pytest.mark.parametrize("hot", ["on", "off"])
+
+
+@hot
+@pytest.mark.parametrize("closes", [CLOSE_COPY, CLOSE_FIRST], ids=["copy", "first"])
+def test_what_a_reader_opened_before_anybody_locked(
+    make_mount: MountFactory, party: Make, hot: str, closes: str
+) -> None:
+    path = make_mount("-o", f"hot={hot},flush_readers=on") / "data"
+    path.write_text("x")
+    reader, writer = reader_and_writer(path, party)
+    reader(closes)
+    writer(TRY["fcntl"])
+
+
+@hot
+def test_a_killed_reader_whose_parent_has_the_file_open(make_mount: MountFactory, party: Make, hot: str) -> None:
+    path = make_mount("-o", f"hot={hot},flush_readers=on") / "data"
+    path.write_text("x")
+    parent, writer = party(), party()
+    opened(parent, path, os.O_RDONLY)
+    opened(writer, path, os.O_RDWR)
+    child = parent.fork()
+    child("record(fd, SET, SHARED)")
+    assert writer.errno(TRY["fcntl"]) in BLOCKED
+    child.kill(signal.SIGKILL)
+    assert wait_until(lambda: writer.errno(TRY["fcntl"]) == 0, SECONDS)
+
+
+@hot
+def test_what_is_heard_of_closes_without_flush_readers(make_mount: MountFactory, party: Make, hot: str) -> None:
+    """Of what was open before the first lock the last close alone, of what is opened then each (0005-locks.md)."""
+    path = make_mount("-o", f"hot={hot},flush_readers=off") / "data"
     path.write_text("x")
     reader, writer = reader_and_writer(path, party)
     reader(CLOSE_COPY)
@@ -927,7 +956,7 @@ def test_a_file_that_was_opened_before_it_was_one_to_write_in_place(mount: Mount
 # Names.
 
 
-@pytest.mark.parametrize("hot", ["on", "off"])
+@hot
 @pytest.mark.parametrize("name", ["data", "db.sqlite"])
 def test_another_name_of_a_file_is_looked_at_meanwhile(
     make_mount: MountFactory, party: Make, name: str, hot: str
@@ -960,7 +989,7 @@ for _ in range(100):
 """
 
 
-@pytest.mark.parametrize("hot", ["on", "off"])
+@hot
 @pytest.mark.parametrize("name", ["x.lock", "db.sqlite"])
 def test_another_name_of_what_is_written_in_place_is_looked_at_meanwhile(
     make_mount: MountFactory, party: Make, name: str, hot: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 from safefs.locktable import Held, Mode
@@ -19,6 +20,10 @@ class Extension:
     """Answers as the C extension does (safefs/fuse/loans.c); times are told from now, and it is moved on by hand."""
 
     loans: dict[int, Loan] = field(default_factory=dict)  # by file handle
+    owners: Counter[int] = field(default_factory=Counter)  # of record locks
+
+    def mark_owner(self, number: int, change: int) -> None:
+        self.owners[number] += change
 
     def lend_lock(self, number: int, owner: int, held: Held, until: float) -> bool:
         self.loans[number] = Loan(owner, held, until)

@@ -296,6 +296,7 @@ def test_every_known_option_can_be_named() -> None:
     values |= {
         "max_descriptors": "999",
         "passthrough": "auto",
+        "flush_readers": "auto",
         "verify": "storage",
         "retain": "auto",
         "quarantine_age": "1d",
