@@ -96,10 +96,8 @@ _REFUSED_OPTIONS = {
     "mand": "mandatory locks are gone from the kernel",
 }
 
-_NEGATIVE_REFRESH = ("auto", "on", "off")
+_SWITCH = ("auto", "on", "off")
 _TEMP_KINDS = ("auto", "tmpfile", "hidden")
-_PASSTHROUGH = ("auto", "on", "off")
-_FLUSH_READERS = ("auto", "on", "off")
 _LOCKS = ("auto", "memory", "leasefile", "native")
 ETCD_SCHEME = "etcd://"
 _LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -279,10 +277,10 @@ _VALUE_OPTIONS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "drain_seconds": ("drain_seconds", _number(0, 86400)),
     "max_threads": ("max_threads", _integer(4, 4096)),
     "max_descriptors": ("max_descriptors", _integer(256, 1 << 30)),
-    "negative_refresh": ("negative_refresh", _choice(_NEGATIVE_REFRESH)),
+    "negative_refresh": ("negative_refresh", _choice(_SWITCH)),
     "temp": ("temp", _choice(_TEMP_KINDS)),
-    "passthrough": ("passthrough", _choice(_PASSTHROUGH)),
-    "flush_readers": ("flush_readers", _choice(_FLUSH_READERS)),
+    "passthrough": ("passthrough", _choice(_SWITCH)),
+    "flush_readers": ("flush_readers", _choice(_SWITCH)),
     "verify": ("verify", _verify),
     "locks": ("locks", _locks),
     "etcd_prefix": ("etcd_prefix", _word),
