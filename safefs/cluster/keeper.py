@@ -49,6 +49,7 @@ class Keeper:
             while True:
                 reason = await self._keep()
                 log.error("the lease of this node is lost: %s", reason)
+                self._problems.note(LEASE, f"no lease since one was lost: {reason}")
                 self._on_lost(reason)
                 await self._join()
         finally:

@@ -13,6 +13,7 @@ import trio.testing
 from safefs.cluster.backend import BackendError, LeaseLostError, Stored
 from safefs.cluster.keeper import Keeper
 from safefs.cluster.names import Names
+from safefs.cluster.problems import Problems
 from safefs.cluster.record import NameRecord
 from safefs.lease import OwnLease, Sightings, Terms, boottime
 from safefs.locks import Alone, Locks, Waiting
@@ -34,7 +35,8 @@ class Node:
         self.names = Names(self.backend)
         self.locks = Locks(self.names)
         self.names.resolve = self.locks.resolve
-        self.keeper = Keeper(self.backend, TERMS, self.locks.ask_again, self.lose)
+        self.problems = Problems()
+        self.keeper = Keeper(self.backend, TERMS, self.locks.ask_again, self.lose, self.problems)
 
     def lose(self, reason: str) -> None:
         self.reasons.append(reason)
@@ -109,6 +111,25 @@ def test_a_node_joins_anew_only_once_it_may() -> None:
         assert "mounted otherwise" in str(one.keeper.problem)
         await trio.sleep(TERMS.gone_seconds)
         assert asked == 5 and one.names.lease_holds() and one.locks.node != "one"
+
+    play(scenario, MemoryBackend)
+
+
+def test_who_asks_is_told_while_a_node_looks_around() -> None:
+    """Also where it hangs in that: nothing has failed then."""
+
+    async def scenario(cluster: MemoryCluster, one: Node, two: Node) -> None:
+        looked = trio.Event()
+        one.keeper.before_rejoin = looked.wait
+        assert one.problems.report() is None
+        cluster.ended.add("one")
+        await trio.sleep(10 * TERMS.gone_seconds)
+        problem = one.problems.report()
+        assert problem is not None and "another node has ended the lease" in problem["text"]
+        assert problem["seconds"] > TERMS.gone_seconds
+        looked.set()
+        await trio.sleep(1)
+        assert one.problems.report() is None and one.names.lease_holds()
 
     play(scenario, MemoryBackend)
 
