@@ -12,7 +12,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -43,8 +42,7 @@ class Closing:
         self.fs = filesystem
         self._nursery = nursery
         self._unlock = unlock  # what was locked through a file handle
-        self._flushing: Counter[int] = Counter()  # threads that wait for the answer to a FLUSH
-        self._lingering = Lingering(filesystem, nursery, lambda tid: self._flushing[tid] > 0, self._detach)
+        self._lingering = Lingering(filesystem, nursery, self._detach)
 
     # -------------------------------------------------------------- FLUSH
 
@@ -62,27 +60,22 @@ class Closing:
 
     async def _flush_pending(self, handle: Handle, draft: Draft, tid: int) -> None:
         fs = self.fs
-        self._flushing[tid] += 1
-        try:
+        tgid, decision = await self._decide(handle, draft, tid)
+        if draft.closer in (Closer.ALIVE, Closer.EXITED):
+            draft.flushed = True
+        for seconds in LOOK_AGAIN_SECONDS:
+            if decision is not Decision.LOOK_AGAIN:
+                break
+            await trio.sleep(seconds)
             tgid, decision = await self._decide(handle, draft, tid)
-            if draft.closer in (Closer.ALIVE, Closer.EXITED):
-                draft.flushed = True
-            for seconds in LOOK_AGAIN_SECONDS:
-                if decision is not Decision.LOOK_AGAIN:
-                    break
-                await trio.sleep(seconds)
-                tgid, decision = await self._decide(handle, draft, tid)
-            if decision is Decision.PUBLISH:
-                mapped = await self._maps(draft, tgid)
-                if mapped is not None:
-                    await fs.wait_turn(Caller(draft.caller.uid, draft.caller.gid, tid))
-                    await fs.publisher.publish(draft, keep_private=mapped)
-                    draft.closed = True
-                    if draft.unseen and draft.state is DraftState.PUBLISHED:
-                        self._lingering.expect_release(handle, draft, tid)
-        finally:
-            self._flushing[tid] -= 1
-            self._flushing += Counter()  # drops what is 0
+        if decision is Decision.PUBLISH:
+            mapped = await self._maps(draft, tgid)
+            if mapped is not None:
+                await fs.wait_turn(Caller(draft.caller.uid, draft.caller.gid, tid))
+                await fs.publisher.publish(draft, keep_private=mapped)
+                draft.closed = True
+                if draft.unseen and draft.state is DraftState.PUBLISHED:
+                    self._lingering.expect_release(handle, draft, tid)
 
     async def _decide(self, handle: Handle, draft: Draft, tid: int) -> tuple[int, Decision]:
         """The process that closes, and what its FLUSH does."""

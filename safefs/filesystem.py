@@ -21,6 +21,7 @@ import trio
 
 from safefs import backing, processes
 from safefs.backing import Backing
+from safefs.closers import Closers
 from safefs.config import Settings
 from safefs.draft import Draft, DraftState, DraftTable
 from safefs.hot import Cold
@@ -127,11 +128,13 @@ class FileSystem:
         self.drafts = DraftTable(hot)
         self.tickets = Tickets(hot)
         self.ordering = Ordering()
+        self.closers = Closers()
         self.handles: dict[int, Handle] = {}
         self.device = ""  # major:minor of the mount, once it is mounted
         self.passthrough = Passthrough("not mounted yet")
         self.locks = locks
         self.soft_locks = soft_locks
+        self.fenced_readers: set[int] = set()  # as Handle.fenced, of open files that have no Handle
         self.can_lose_locks = False  # they are shared with other nodes
         self.is_shared = False  # the backing filesystem has other clients, on other nodes
         # By node: handles through which something was written in place that the client may still keep to itself.
@@ -264,6 +267,8 @@ class FileSystem:
         node.parent, node.name = parent.nodeid, name
         if node.linked:
             native.move_walks(node.nodeid, *before, parent.nodeid, name)
+        if native.hears_closes(before[1]):
+            native.hear_closes(name)  # they end what was locked by the name before as well
         if node.first_place == before:
             node.first_place = parent.nodeid, name
         for handle in self.handles.values() if node.opens else ():
@@ -479,7 +484,11 @@ class FileSystem:
 
         Asked for each change: a daemon that was stopped is sent changes before it has noticed that its lease is over.
         """
-        return handle.fenced or self.locks.is_stale(handle.number)
+        return handle.fenced or self.is_lost(handle.number)
+
+    def is_lost(self, number: int) -> bool:
+        """The same of one that the extension has opened to be read."""
+        return number in self.fenced_readers or self.locks.is_stale(number)
 
     def permit(self, handle: Handle) -> Callable[[], bool]:
         """Permission to change an open file in place: whether it still stands, for a thread to ask right before.
@@ -561,7 +570,11 @@ class FileSystem:
 
     def fence(self, numbers: Iterable[int]) -> None:
         """Locks that were taken through these file handles are lost or broken: nothing more is written under them."""
-        for handle in (self.handles[number] for number in numbers if number in self.handles):
+        for number in numbers:
+            if number & native.FH_HOT:
+                self.fenced_readers.add(number)
+                continue
+            handle = self.handles[number]
             handle.fenced = True
             if handle.draft is not None and handle.writable:
                 self._fence_draft(handle.draft)

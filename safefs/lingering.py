@@ -37,12 +37,10 @@ class Lingering:
         self,
         filesystem: FileSystem,
         nursery: trio.Nursery,
-        is_flushing: Callable[[int], bool],
         lives_on: Callable[[Draft], Awaitable[None]],
     ) -> None:
         self.fs = filesystem
         self._nursery = nursery
-        self._is_flushing = is_flushing  # whether a thread waits for the answer to a FLUSH
         self._lives_on = lives_on
         self._closed: dict[int, list[Closed]] = {}  # by the thread that closes
 
@@ -55,22 +53,23 @@ class Lingering:
 
     async def _watch(self, tid: int, closed: list[Closed]) -> None:
         shortest, longest = LOOK_SECONDS
-        seconds = shortest
+        seconds, flushes = shortest, self.fs.closers.flushes(tid)
         while closed:
             before = list(closed)
             await trio.sleep(seconds)
             closed[:] = [each for each in closed if not each.handle.released]
             due = [each for each in before if not each.handle.released]
             seconds = shortest if len(closed) > len(due) else min(2 * seconds, longest)
-            if due and not self._is_flushing(tid):
-                for each in await self._living_on(tid, due):
+            if due and not self.fs.closers.is_waiting(tid):
+                before_that, flushes = flushes, self.fs.closers.flushes(tid)
+                for each in await self._living_on(tid, due, may_flush=flushes != before_that):
                     closed.remove(each)
                     self._nursery.start_soon(self._end, each)
         del self._closed[tid]
 
-    async def _living_on(self, tid: int, due: list[Closed]) -> list[Closed]:
+    async def _living_on(self, tid: int, due: list[Closed], *, may_flush: bool) -> list[Closed]:
         """Those of some closed handles that somebody else has open."""
-        now = await self.fs.look(processes.time_while_closing, tid)
+        now = await self.fs.look(processes.time_while_closing, tid, may_flush)
         backlog = self.fs.passthrough.requests_wait()
         found = []
         for each in due:

@@ -71,8 +71,8 @@ class Ending:
     """The record locks of a process on a file that it has closed, and that is not published yet."""
 
     number: int  # of the file handle
-    key: str
     owner: Owner
+    closed: dict[str, list[int]]  # names, and the open files that these were locked through
     done: trio.Event = field(default_factory=trio.Event)
 
 
@@ -83,6 +83,7 @@ class Locking:
         self.fs = filesystem
         self.locks = filesystem.locks
         self._endings: list[Ending] = []
+        self._nodeids: dict[int, int] = {}  # of the open files that something was locked through
         self._patience: dict[tuple[str, Kind], float] = {}  # where it was lost before, while anybody waits
 
     def key(self, nodeid: int, number: int, owner: Owner) -> str:
@@ -94,9 +95,34 @@ class Locking:
         known, found = self.locks.key_of(number), self._found_under(nodeid, number)
         if found is None:  # all that were open then go on with the name that they had
             return known or name_key(self.fs.directory_key(self.fs.node(nodeid)), b"")
-        if known in (None, found) or not self.locks.is_bound(number, known, owner):
+        if known in (None, found):
             return found
-        return known
+        through = self.locks.bound_through(number, known, owner)
+        return known if any(self._is_same_file(each, nodeid, number) for each in through) else found
+
+    def _is_same_file(self, other: int, nodeid: int, number: int) -> bool:
+        """Whether two open files, through one of which something is locked, are of one file as programs see it.
+
+        Of a private file they are versions and drafts of what one name shows; what is written in place has one inode.
+        """
+        if other == number or self._nodeids.get(other) == nodeid:
+            return True
+        if any(handle is not None and handle.in_place for handle in map(self._handle, (other, number))):
+            return False
+        found = self._found_under(nodeid, number)
+        return found is not None and found == self._found_under(self._nodeids[other], other)
+
+    def _handle(self, number: int) -> Handle | None:
+        return self.fs.handles.get(number)
+
+    def _locked_names(self, nodeid: int, number: int, owner: Owner) -> dict[str, list[int]]:
+        """The names by which a process has locked records of an open file, and through which open files of the same."""
+        names = {}
+        for key, handles in self.locks.record_names(owner).items():
+            same = [each for each in handles if self._is_same_file(each, nodeid, number)]
+            if same:
+                names[key] = same
+        return names
 
     def _key(self, wanted: Wanted) -> str:
         return self.key(wanted.nodeid, wanted.handle, self._owner(wanted))
@@ -111,7 +137,7 @@ class Locking:
 
         A draft has the name that it will be published under, also when somebody else has renamed the version.
         """
-        handle = self.fs.handles.get(number)
+        handle = self._handle(number)
         if handle is not None and handle.draft is not None and handle.node.draft is handle.draft:
             return handle.draft.directory, handle.draft.name
         node = self.fs.node(nodeid)
@@ -149,17 +175,22 @@ class Locking:
         """
         if self._endings:
             key = self._key(wanted)
-            for ending in [ending for ending in self._endings if ending.key == key]:
+            for ending in [ending for ending in self._endings if key in ending.closed]:
                 await ending.done.wait()
         await self.fs.ordering.wait_name(*self._place(wanted.nodeid, wanted.handle))
 
-    def unlock(self, wanted: Wanted) -> trio.Event | None:
-        """None if that is done, else what to wait for."""
+    def unlock(self, wanted: Wanted) -> list[trio.Event]:
+        """What to wait for until that is done."""
+        owner = self._owner(wanted)
+        if wanted.kind is Kind.RECORD:
+            names = self._locked_names(wanted.nodeid, wanted.handle, owner)
+            return self.locks.unlock_records(owner, names, wanted.first, wanted.last)
         key = self._key(wanted)
-        unlocking = self.locks.release(key, wanted.kind, self._owner(wanted), wanted.first, wanted.last)
-        if unlocking is None:
-            self._lend(wanted, key)
-        return unlocking
+        unlocking = self.locks.release(key, wanted.kind, owner)
+        if unlocking is not None:
+            return [unlocking]
+        self._lend(wanted, key)
+        return []
 
     def lock(self, wanted: Wanted, mode: Mode) -> Waiting | None:
         """None if the lock is held, else what to `wait` for.  OSError: EAGAIN, EDEADLK, ESTALE."""
@@ -167,12 +198,13 @@ class Locking:
         key = self._key(wanted)
         if wanted.kind is Kind.RECORD:
             native.hear_closes(entry_of(key))  # from now on every close of such a file is heard of
-            closed = key, self._owner(wanted)
-            for ending in [ending for ending in self._endings if (ending.key, ending.owner) == closed]:
+            owner = self._owner(wanted)
+            for ending in [ending for ending in self._endings if ending.owner == owner and key in ending.closed]:
                 self._end(ending)
         lock = Lock(self._owner(wanted), mode, wanted.first, wanted.last, wanted.pid)
         waiting = self.locks.acquire(key, wanted.kind, lock, wanted.handle, may_wait=wanted.may_wait)
-        handle = self.fs.handles.get(wanted.handle)
+        self._nodeids[wanted.handle] = wanted.nodeid
+        handle = self._handle(wanted.handle)
         if handle is not None and handle.draft is not None:
             handle.draft.locked = True
         if known is None and wanted.handle & native.FH_HOT:
@@ -207,7 +239,7 @@ class Locking:
         Not where a lock means more than that it is held: a draft is moved by it, and is published before it is free;
         and what was written in place is sent before.  Nor by a name that the file does not have any more.
         """
-        handle = self.fs.handles.get(wanted.handle)
+        handle = self._handle(wanted.handle)
         means_more = handle is not None and (handle.draft is not None or handle.node.nodeid in self.fs.unsent)
         if wanted.kind is Kind.FLOCK and not means_more and key == self._found_under(wanted.nodeid, wanted.handle):
             self.locks.lend(key, wanted.owner, wanted.handle)
@@ -295,7 +327,7 @@ class Locking:
         closer = Owner(self.locks.node, owner)
         if not self.locks.has_record_locks(closer):
             return []
-        return self.locks.flushed(number, self.key(nodeid, number, closer), closer)
+        return self.locks.flushed(closer, self._locked_names(nodeid, number, closer))
 
     def flushed_unpublished(self, nodeid: int, number: int, owner: int) -> Ending | None:
         """The same, where the RELEASE that perhaps follows will publish what was written under the locks.
@@ -305,9 +337,10 @@ class Locking:
         are no such locks.
         """
         closer = Owner(self.locks.node, owner)
-        if not self.locks.has_record_locks(closer):
+        closed = self._locked_names(nodeid, number, closer)
+        if not closed:
             return None
-        ending = Ending(number, self.key(nodeid, number, closer), closer)
+        ending = Ending(number, closer, closed)
         self._endings.append(ending)
         return ending
 
@@ -316,18 +349,24 @@ class Locking:
         if ending in self._endings:
             self._endings.remove(ending)
             ending.done.set()
-            self.locks.flushed(ending.number, ending.key, ending.owner)
+            self.locks.flushed(ending.owner, ending.closed)
 
     async def end_unless_released(self, ending: Ending, handle: Handle, tid: int) -> None:
         """RELEASE comes at the end of the call that closes, or not at all, when there are other copies."""
-        for _ in range(RELEASE_LOOKS):
+        closers, looks = self.fs.closers, 0
+        flushes = closers.flushes(tid)
+        while looks < RELEASE_LOOKS:
             with trio.move_on_after(RELEASE_SECONDS):
                 await ending.done.wait()
             if ending.done.is_set() or handle.released:
                 return
-            closing = await self.fs.look(processes.time_while_closing, tid) is not None
+            if closers.is_waiting(tid):
+                continue  # the same call closes other files, and one of them is published
+            before, flushes = flushes, closers.flushes(tid)
+            closing = await self.fs.look(processes.time_while_closing, tid, flushes != before) is not None
             if not closing and not self.fs.passthrough.requests_wait():
                 break
+            looks += 1
         if not handle.released:
             self._end(ending)
 
@@ -337,4 +376,6 @@ class Locking:
             self._end(ending)
         if number & native.FH_HOT and self.locks.key_of(number) is not None:
             self.fs.nodes.hot.mark_handle(number, -1)
+            self.fs.fenced_readers.discard(number)
+        self._nodeids.pop(number, None)
         self.locks.released(number)

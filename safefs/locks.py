@@ -15,8 +15,8 @@ import errno
 import math
 import os
 import socket
-from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -166,10 +166,11 @@ class Locks:
         self._waiting: dict[int, Waiting] = {}  # by ticket
         self._by_handle: defaultdict[int, set[Use]] = defaultdict(set)
         self._keys: dict[int, str] = {}  # the name that was locked last through a file handle that is open
-        self._last_handle: dict[Use, int] = {}  # through which an owner asked last
+        # Through which open files an owner has asked since it had nothing of the kind on the name, the last one last.
+        self._through: dict[Use, dict[int, None]] = {}
         # What owners of this node have been told that they hold, whether or not the backend can be asked about it.
         self._held: defaultdict[tuple[str, Kind], dict[Owner, LockTable]] = defaultdict(dict)
-        self._recorded: Counter[Owner] = Counter()  # on how many names an owner has record locks
+        self._recorded: dict[Owner, dict[str, None]] = {}  # names of which an owner has record locks, or asks for some
         self._last_ticket = self._last_claim = 0
         self.fence: Callable[[set[int]], None] = lambda _handles: None  # what was locked through them is broken
         self.turns = Turns()  # of those who try what others have locked, by name
@@ -259,19 +260,20 @@ class Locks:
 
     def counts(self) -> tuple[int, int]:
         """How many locks are held or asked for through open files, and how many of them wait."""
-        return len(self._last_handle), len(self._waiting)
+        return len(self._through), len(self._waiting)
 
     def key_of(self, handle: int) -> str | None:
         """The name that was locked last through this file handle, which it may not have any more; None if none was."""
         return self._keys.get(handle)
 
-    def is_bound(self, handle: int, key: str, owner: Owner) -> bool:
-        """Whether an open file, or an owner, has to do with a name that was locked through it: holds or wants it."""
-        return (
-            self._holds(handle)
-            or any(owner in self._held.get((key, kind), ()) for kind in (Kind.FLOCK, Kind.RECORD))
-            or any(handle == other.handle or owner == other.wait.lock.owner for other in self._waiting.values())
-        )
+    def bound_through(self, handle: int, key: str, owner: Owner) -> set[int]:
+        """The open files of what is held or wanted through one of them, or by an owner on a name."""
+        uses = {*self._by_handle.get(handle, ()), (key, Kind.FLOCK, owner), (key, Kind.RECORD, owner)}
+        self._settle_loans(name for name, _, _ in uses)
+        held = [use for use in uses if use[2] in self._held.get(use[:2], ())]
+        waiting = (each for each in self._waiting.values() if each.handle == handle or each.wait.lock.owner == owner)
+        wanted = {each.handle for each in waiting if each.handle is not None}
+        return wanted.union(*(self._through.get(use, ()) for use in held))
 
     def kin(self, waiting: Waiting) -> set[int]:
         """Pids of those who hold something on the name: a request of a child of theirs need not wait in the queue."""
@@ -426,28 +428,77 @@ class Locks:
         """Whether a process has any record locks, or asks for some."""
         return owner in self._recorded
 
-    def flushed(self, handle: int, key: str, owner: Owner) -> list[trio.Event]:
-        """A process has closed one of its descriptors: it loses its record locks on the file (fcntl(2))."""
-        uses = {(name, Kind.RECORD, owner) for name in (key, self._keys.get(handle, key))}
-        if handle in self._by_handle:
-            self._by_handle[handle] -= uses  # one open file can have any number of processes, one after the other
-        events = [self.release(*use) for use in uses if self._forget(use)]
+    def record_names(self, owner: Owner) -> dict[str, list[int]]:
+        """The names of which a process has record locks, or asks for some, and through which open files."""
+        return {key: list(self._through[key, Kind.RECORD, owner]) for key in self._recorded.get(owner, ())}
+
+    def flushed(self, owner: Owner, closed: Mapping[str, Sequence[int]]) -> list[trio.Event]:
+        """A process has closed a descriptor of a file: it loses its record locks there (fcntl(2)).
+
+        `closed` has the names that it has locked the file by, and the open files of it.  What it has locked by the same
+        name of another file, which had the name before or has it since, stays.
+        """
+        uses = [(key, Kind.RECORD, owner) for key, handles in closed.items() if self._leave(key, owner, handles)]
+        events = [self.release(*use) for use in uses]
         return [event for event in events if event is not None]
 
+    def unlock_records(
+        self, owner: Owner, names: Mapping[str, Sequence[int]], first: int, last: int
+    ) -> list[trio.Event]:
+        """A process has unlocked a range of a file, with `names` as for `flushed`; what to wait for.
+
+        A part of what is also another file's stays until that is unlocked.
+        """
+        if (first, last) == (0, OFFSET_MAX):
+            shared = {key: handles for key, handles in names.items() if self._others(key, owner, handles)}
+            self.flushed(owner, shared)
+        events = [
+            self.release(key, Kind.RECORD, owner, first, last)
+            for key, handles in names.items()
+            if not self._others(key, owner, handles)
+        ]
+        return [event for event in events if event is not None]
+
+    def _others(self, key: str, owner: Owner, handles: Iterable[int]) -> set[int]:
+        """The open files through which a process has locked records by a name, but for some."""
+        return self._through.get((key, Kind.RECORD, owner), {}).keys() - set(handles)
+
+    def _leave(self, key: str, owner: Owner, handles: Iterable[int]) -> bool:
+        """A process has nothing by a name through some open files any more; whether it has nothing at all now."""
+        use = key, Kind.RECORD, owner
+        if use not in self._through:
+            return False
+        for handle in handles:
+            self._part(handle, use)
+        return not self._through[use] and self._forget(use)
+
+    def _part(self, handle: int, use: Use) -> None:
+        self._through[use].pop(handle, None)
+        if uses := self._by_handle.get(handle):
+            uses.discard(use)
+
     def released(self, handle: int) -> None:
-        """The last descriptor of an open file is closed: what was locked through it is free."""
+        """The last descriptor of an open file is closed: what was locked through it last is free."""
         self._settle_loans(key for key, _, _ in self._by_handle.get(handle, ()))
         self._keys.pop(handle, None)
         for use in self._by_handle.pop(handle, ()):
-            if self._last_handle.get(use) == handle and self._forget(use):
+            is_last = next(reversed(self._through[use])) == handle
+            self._part(handle, use)
+            if is_last and self._forget(use):
                 self.release(*use)
 
     def _remember(self, handle: int, use: Use) -> None:
+        key, kind, owner = use
+        through = self._through.setdefault(use, {})
+        if owner not in self._held.get((key, kind), ()):
+            for earlier in list(through):
+                self._part(earlier, use)
+        through.pop(handle, None)
+        through[handle] = None
         self._by_handle[handle].add(use)
-        self._keys[handle] = use[0]
-        if use not in self._last_handle and use[1] is Kind.RECORD:
-            self._record(use[2])
-        self._last_handle[use] = handle
+        self._keys[handle] = key
+        if kind is Kind.RECORD:
+            self._record(key, owner)
 
     def _hold(self, use: Use, wait: Wait) -> None:
         key, kind, owner = use
@@ -467,18 +518,22 @@ class Locks:
             self._held.pop((key, kind), None)
 
     def _forget(self, use: Use) -> bool:
-        if self._last_handle.pop(use, None) is None:
+        if use not in self._through:
             return False
-        if use[1] is Kind.RECORD:
-            self._recorded[use[2]] -= 1
-            if not self._recorded[use[2]]:
-                self._unrecord(use[2])
+        for handle in list(self._through[use]):
+            self._part(handle, use)
+        del self._through[use]
+        key, kind, owner = use
+        if kind is Kind.RECORD:
+            del self._recorded[owner][key]
+            if not self._recorded[owner]:
+                self._unrecord(owner)
         return True
 
-    def _record(self, owner: Owner) -> None:
+    def _record(self, key: str, owner: Owner) -> None:
         if owner not in self._recorded and self._lender is not None:
             self._lender.mark_owner(owner.number, 1)
-        self._recorded[owner] += 1
+        self._recorded.setdefault(owner, {})[key] = None
 
     def _unrecord(self, owner: Owner) -> None:
         del self._recorded[owner]
@@ -513,7 +568,7 @@ class Locks:
         fenced = {handle for handle in self._by_handle if self._holds(handle)}
         self._held.clear()
         self._by_handle.clear()
-        self._last_handle.clear()
+        self._through.clear()
         for owner in list(self._recorded):
             self._unrecord(owner)
         return fenced
@@ -521,6 +576,7 @@ class Locks:
     def ask_again(self) -> None:
         """This node has another name: what waited under the old one waits under the new."""
         for waiting in self._waiting.values():
+            self._forget(waiting.use)
             lock = replace(waiting.wait.lock, owner=Owner(self.node, waiting.wait.lock.owner.number))
             waiting.wait = replace(waiting.wait, lock=lock)
             if waiting.handle is not None:

@@ -103,13 +103,13 @@ def closer_of(tid: int, *, guesses: bool = True) -> tuple[int, Closer]:
     return tgid, Closer.EXITED
 
 
-def time_while_closing(tid: int) -> int | None:
+def time_while_closing(tid: int, may_flush: bool) -> int | None:
     """CPU time (ns) of a thread whose FLUSH was answered; None when it has left the call that closes.
 
     The kernel lets go of a closed file when that call ends, of all files of an ending process together at its end
-    (fs/file_table.c, fput), and a thread that does not wait for a FLUSH does not sleep until then.  For callers who
-    know that the thread waits for no other one.  A thread that runs may be in the call or behind it; how long it has
-    run tells, since the rest of the call takes it microseconds.
+    (fs/file_table.c, fput), and a thread that does not wait for a FLUSH does not sleep until then; `may_flush`: it has
+    just sent others, so perhaps it waits for one.  A thread that runs, or waits so, may be in the call or behind it;
+    how long it has run tells, since the rest of the call takes it microseconds.
     """
     status = _read(f"/proc/{tid}/status")
     if status is None:
@@ -117,7 +117,7 @@ def time_while_closing(tid: int) -> int | None:
     state = status.partition("\nState:\t")[2][:1]
     if "\nVmSize:" not in status:
         return None if state in "ZX" else 0
-    if state != "R":
+    if state != "R" and not may_flush:
         return None
     times = _read(f"/proc/{tid}/schedstat")
     return int(times.split()[0]) if times else time.monotonic_ns()  # without CONFIG_SCHED_INFO

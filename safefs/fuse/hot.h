@@ -137,6 +137,9 @@ bool thread_marked(uint32_t tid);
 bool handle_marked(uint64_t fh);
 bool owner_marked(uint64_t owner);
 bool name_hidden(uint64_t parent, const char *name);
+/* How many FLUSHes a thread has sent, and those of which it shares a slot. */
+void count_flush(uint32_t tid);
+unsigned flushes_of(uint32_t tid);
 /* Who only reads sends FLUSH as well, of files of this name in whatever directory (NULL: of all), until the daemon ends. */
 void hear_closes(const char *name);
 bool hears_closes(const char *name);

@@ -445,8 +445,9 @@ bool hot_candidate(const char *request, size_t size)
 		return body >= sizeof(struct fuse_lk_in) &&
 		       ((const struct fuse_lk_in *)body_of(request))->lk_flags & FUSE_LK_FLOCK &&
 		       loan_stands(fh_of(request));
-	case FUSE_FLUSH: /* of who has record locks somewhere it can unlock */
+	case FUSE_FLUSH: /* of who has record locks somewhere it can unlock, and what was locked can be lost */
 		return body >= sizeof(struct fuse_flush_in) && has_hot_handle(request) &&
+		       !handle_marked(fh_of(request)) &&
 		       !owner_marked(((const struct fuse_flush_in *)body_of(request))->lock_owner);
 	case FUSE_RELEASE: /* it unlocks: only in its turn */
 		return body >= sizeof(struct fuse_release_in) && has_hot_handle(request) &&
@@ -487,6 +488,7 @@ bool hot_answer(struct reader *reader, char *request, size_t size)
 	case FUSE_SETLKW:
 		return answer_flock(in, (const void *)body);
 	case FUSE_FLUSH:
+		count_flush(in->pid);
 		return reply_error(in, 0);
 	case FUSE_IOCTL:
 		return reply_error(in, ENOTTY); /* as on_ioctl of native.c */

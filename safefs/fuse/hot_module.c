@@ -159,6 +159,15 @@ static PyObject *module_mark_owner(PyObject *module, PyObject *args)
 	Py_RETURN_NONE;
 }
 
+static PyObject *module_flushes_of(PyObject *module, PyObject *args)
+{
+	(void)module;
+	unsigned int tid;
+	if (!PyArg_ParseTuple(args, "I", &tid))
+		return NULL;
+	return PyLong_FromUnsignedLong(flushes_of(tid));
+}
+
 static PyObject *module_hear_closes(PyObject *module, PyObject *args)
 {
 	(void)module;
@@ -563,6 +572,7 @@ static PyMethodDef hot_methods[] = {
 	{"hot_requests_wait", module_requests_wait, METH_O, "Whether the kernel has queued what Python did not get yet."},
 	{"hot_mark_name", module_mark_name, METH_VARARGS, "Add to the marks of a name and of its directory."},
 	{"hot_mark_thread", module_mark_thread, METH_VARARGS, "Add to the marks of a thread."},
+	{"flushes_of", module_flushes_of, METH_VARARGS, "How many FLUSHes a thread has sent, and those that share its slot."},
 	{"hear_closes", module_hear_closes, METH_VARARGS, "Who opens a file of this name to read sends FLUSH from now on."},
 	{"hear_all_closes", module_hear_all_closes, METH_NOARGS, "Who opens any file to read sends FLUSH from now on."},
 	{"hears_closes", module_hears_closes, METH_VARARGS, "Whether who opens a file of this name to read sends FLUSH."},

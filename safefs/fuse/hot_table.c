@@ -620,6 +620,18 @@ bool owner_marked(uint64_t owner)
 	return atomic_load(&owners[mix(owner) & (MARKS - 1)]) != 0;
 }
 
+static atomic_uint flushes[MARKS];
+
+void count_flush(uint32_t tid)
+{
+	atomic_fetch_add(&flushes[mix(tid) & (MARKS - 1)], 1);
+}
+
+unsigned flushes_of(uint32_t tid)
+{
+	return atomic_load(&flushes[mix(tid) & (MARKS - 1)]);
+}
+
 /* Nothing is taken away from it: who locks ranges of a file once does so again. */
 static atomic_bool heard[MARKS], hears_all;
 

@@ -340,6 +340,7 @@ static void on_setattr(fuse_req_t req, fuse_ino_t ino, struct stat *st, int vali
 
 static void on_flush(fuse_req_t req, fuse_ino_t ino, struct fuse_file_info *fi)
 {
+	count_flush((uint32_t)fuse_req_ctx(req)->pid);
 	dispatch(req, "on_flush", "(KKK)", (unsigned long long)ino, FH(fi),
 		 fi ? (unsigned long long)fi->lock_owner : 0ULL);
 }

@@ -122,7 +122,7 @@ def reply_attributes(request: native.Request, entry: Entry) -> None:
 def file_info(opened: Opened) -> pyfuse3.FileInfo:
     handle = opened.handle
     number = handle.number
-    name = handle.node.name if handle.draft is None else handle.draft.name
+    name = handle.draft.name if handle.draft is not None else handle.place[1] or handle.node.name
     # Files that are locked as a rule need every FLUSH, and others where the end of record locks can depend on it.
     if not handle.writable and not opened.direct_io and not native.hears_closes(name):
         number |= native.FH_NOFLUSH
@@ -347,34 +347,40 @@ class Operations(pyfuse3.Operations):
         handle = self._fs.handles.get(number)
         if handle is not None and handle.draft is not None and handle.writable:
             self._start(request, self._flush, nodeid, handle, owner)
-        elif handle is not None and self._fs.is_fenced(handle):
+        elif self._fs.is_lost(number) if handle is None else self._fs.is_fenced(handle):
             self._locking.flushed(nodeid, number, owner)  # what was locked after that
             request.reply_err(errno.EIO)
         elif handle is not None and handle.in_place and (handle.error or self._in_place.unsent(number)):
             self._start(request, self._flush_in_place, nodeid, number, owner)
         elif unlocking := self._locking.flushed(nodeid, number, owner):
-            self._start(request, self._await_unlocking, unlocking)
+            self._start(request, self._await_unlocked_close, unlocking)
         else:
             request.reply_err(0)
 
     async def _flush(self, request: native.Request, nodeid: int, handle: Handle, owner: int) -> None:
         unlocking, ending = list[trio.Event](), None
-        try:
-            await self._closing.flush(handle, request.pid)
-        finally:  # whoever gets the lock sees what was written under it
-            if handle.draft is not None and handle.draft.pending:
-                ending = self._locking.flushed_unpublished(nodeid, handle.number, owner)
-            else:
-                unlocking = self._locking.flushed(nodeid, handle.number, owner)
-            if ending is not None:
-                self._nursery.start_soon(self._locking.end_unless_released, ending, handle, request.pid)
-        await self._await_unlocking(request, unlocking)
+        with self._fs.closers.waits(request.pid):
+            try:
+                await self._closing.flush(handle, request.pid)
+            finally:  # whoever gets the lock sees what was written under it
+                if handle.draft is not None and handle.draft.pending:
+                    ending = self._locking.flushed_unpublished(nodeid, handle.number, owner)
+                else:
+                    unlocking = self._locking.flushed(nodeid, handle.number, owner)
+                if ending is not None:
+                    self._nursery.start_soon(self._locking.end_unless_released, ending, handle, request.pid)
+            await self._await_unlocking(request, unlocking)
 
     async def _flush_in_place(self, request: native.Request, nodeid: int, number: int, owner: int) -> None:
-        await self._in_place.send(self._in_place.unsent(number))
-        await self._await_record(request, self._locking.flushed(nodeid, number, owner))
-        self._in_place.require_sent(number)
-        request.reply_err(0)
+        with self._fs.closers.waits(request.pid):
+            await self._in_place.send(self._in_place.unsent(number))
+            await self._await_record(request, self._locking.flushed(nodeid, number, owner))
+            self._in_place.require_sent(number)
+            request.reply_err(0)
+
+    async def _await_unlocked_close(self, request: native.Request, unlocking: Sequence[trio.Event]) -> None:
+        with self._fs.closers.waits(request.pid):
+            await self._await_unlocking(request, unlocking)
 
     async def _await_unlocking(self, request: native.Request, unlocking: Sequence[trio.Event]) -> None:
         await self._await_record(request, unlocking)
@@ -473,15 +479,14 @@ class Operations(pyfuse3.Operations):
         unsent = self._in_place.unsent(wanted.handle)
         if unsent:
             self._start(request, self._send_and_unlock, unsent, wanted)
-        elif (unlocking := self._locking.unlock(wanted)) is not None:
-            self._start(request, self._await_unlocking, [unlocking])
+        elif unlocking := self._locking.unlock(wanted):
+            self._start(request, self._await_unlocking, unlocking)
         else:
             request.reply_err(0)
 
     async def _send_and_unlock(self, request: native.Request, unsent: list[Handle], wanted: Wanted) -> None:
         await self._in_place.send(unsent)
-        unlocking = self._locking.unlock(wanted)
-        await self._await_unlocking(request, [] if unlocking is None else [unlocking])
+        await self._await_unlocking(request, self._locking.unlock(wanted))
 
     async def _wait_for_lock(self, request: native.Request, wanted: Wanted, asked: Asked = None) -> None:
         """For what came of asking; None: it has to be asked for first, once that can be done."""

@@ -19,7 +19,7 @@ import pytest
 from tests.cluster.hosts import ADDRESS, Host, Network, Node, host, network
 from tests.labs.filesystems import LABS, Views
 from tests.mount.actors import Actor, actor
-from tests.mount.test_locks import CODE
+from tests.mount.lockers import CODE
 from tests.support.etcd import Etcd, etcd
 from tests.support.mounting import wait_until
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tests.cluster.hosts import Node
 from tests.mount.actors import Actor
-from tests.mount.test_locks import BLOCK
+from tests.mount.lockers import BLOCK
 from tests.support.mounting import wait_until
 
 FILE = "count.db"  # of class shared: written in place

@@ -19,7 +19,7 @@ from tests.cluster.counting import Count
 from tests.cluster.hosts import Node
 from tests.cluster.test_exclusion import shown
 from tests.mount.actors import Actor
-from tests.mount.test_locks import BLOCK, BLOCKED, RELEASE, TRY, opened
+from tests.mount.lockers import BLOCK, BLOCKED, RELEASE, TRY, opened
 from tests.support.mounting import status, wait_until
 from tests.underlay.test_bad_underlay import underlay
 

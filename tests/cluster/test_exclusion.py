@@ -21,7 +21,7 @@ from safefs.locking import PATIENCE_SECONDS
 from tests.cluster.conftest import CALM_LEASE, LAB, Cluster
 from tests.cluster.hosts import Node
 from tests.mount.actors import Actor
-from tests.mount.test_locks import BLOCK, BLOCKED, RELEASE, TRY, opened, waits
+from tests.mount.lockers import BLOCK, BLOCKED, RELEASE, TRY, opened, waits
 from tests.support.mounting import Mount, safefs, status, wait_until
 
 HOLDS = int(os.environ.get("SAFEFS_CLUSTER_HOLDS", "90"))  # by each kind of lock

@@ -22,8 +22,8 @@ from tests.cluster.conftest import CALM_LEASE, LEASE_SECONDS, Cluster
 from tests.cluster.counting import Count
 from tests.cluster.hosts import LOST, Node
 from tests.mount.actors import Actor
+from tests.mount.lockers import BLOCK, TRY, opened
 from tests.mount.places import content
-from tests.mount.test_locks import BLOCK, TRY, opened
 from tests.support.mounting import status, wait_until
 
 GONE_SECONDS = LEASE_SECONDS + DELAY_SECONDS

@@ -28,7 +28,7 @@ from tests.cluster.conftest import CALM_LEASE, LEASE_SECONDS
 from tests.cluster.test_exclusion import HOLDS, HOLDS_TIMEOUT, kinds, overlaps
 from tests.conftest import MountFactory
 from tests.mount.actors import Actor
-from tests.mount.test_locks import BLOCK, BLOCKED, TRY, opened
+from tests.mount.lockers import BLOCK, BLOCKED, TRY, opened
 from tests.support.mounting import Mount, safefs_command, status, wait_until
 
 SECONDS = 30

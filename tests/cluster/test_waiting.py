@@ -17,7 +17,7 @@ from safefs.lease import DELAY_SECONDS
 from tests.cluster.conftest import CALM_LEASE, LEASE_SECONDS, WHOLE, Cluster, etcd_of
 from tests.cluster.hosts import LOST, Node
 from tests.mount.actors import Actor
-from tests.mount.test_locks import BLOCK, RELEASE, TRY, opened, process_state, waits
+from tests.mount.lockers import BLOCK, RELEASE, TRY, opened, process_state, waits
 from tests.support.mounting import status_at, wait_until
 from tests.underlay.test_bad_underlay import underlay
 

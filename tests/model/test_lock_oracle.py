@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from tests.conftest import MountFactory
 from tests.mount.actors import Actor, actor
-from tests.mount.test_locks import CODE
+from tests.mount.lockers import CODE
 
 EXAMPLES = int(os.environ.get("SAFEFS_MODEL_EXAMPLES", "12"))
 PARTIES = 4
@@ -33,12 +33,12 @@ STEP = r"""
 opened = {}
 def act(path, action, slot, mode, start, length):
     key = path, slot
-    if action == "close":
+    if action in ("close", "close copy"):
         if key in opened:
-            os.close(opened.pop(key))
+            os.close(opened.pop(key) if action == "close" else os.dup(opened[key]))
         return "closed"
     if key not in opened:
-        opened[key] = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        opened[key] = os.open(path, os.O_RDONLY if slot == READS else os.O_RDWR)
     fd = opened[key]
     try:
         if action == "flock":
@@ -49,10 +49,11 @@ def act(path, action, slot, mode, start, length):
         return "refused" if error.errno in (errno.EAGAIN, errno.EACCES) else errno.errorcode[error.errno]
 """
 
-actions = st.sampled_from(["flock", "set", "set", "ofd set", "get", "ofd get", "close"])
+READS = 2  # of the open files of each process the one that only reads
+actions = st.sampled_from(["flock", "set", "set", "ofd set", "get", "ofd get", "close", "close copy"])
 modes = st.sampled_from(["shared", "exclusive", ""])
 steps = st.tuples(
-    st.integers(0, PARTIES - 1), actions, st.integers(0, 1), modes, st.integers(0, 6), st.sampled_from([0, 1, 3])
+    st.integers(0, PARTIES - 1), actions, st.integers(0, READS), modes, st.integers(0, 6), st.sampled_from([0, 1, 3])
 )
 Step = tuple[int, str, int, str, int, int]
 
@@ -63,7 +64,7 @@ def parties() -> Iterator[list[Actor]]:
         made = [stack.enter_context(actor()) for _ in range(PARTIES)]
         for party in made:
             party(CODE)
-            party(STEP)
+            party(STEP, READS=READS)
         yield made
 
 
@@ -97,7 +98,7 @@ class Trial:
             if alike(found, wanted, neighbours) or time.monotonic() > deadline:
                 break
         assert alike(found, wanted, neighbours), (step, found, wanted)
-        if action == "close":
+        if "close" in action:
             self.closed.add(node)
 
     def end(self) -> None:
@@ -105,9 +106,10 @@ class Trial:
             party("for fd in opened.values(): os.close(fd)\nopened.clear()")
 
 
-@pytest.mark.parametrize(("count", "name"), [(1, "x.lock"), (1, "x.db"), (2, "x.lock"), (2, "x.db")])
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("name", ["x.lock", "x.db", "data"])
 def test_answers_are_the_kernels(count: int, name: str, parties: list[Actor], make_mount: MountFactory) -> None:
-    mounts = [make_mount("-o", "locks=leasefile,lease_seconds=60") for _ in range(count)]
+    mounts = [make_mount("-o", "locks=leasefile,lease_seconds=60,flush_readers=on") for _ in range(count)]
     numbers = itertools.count()
 
     @settings(
@@ -121,6 +123,7 @@ def test_answers_are_the_kernels(count: int, name: str, parties: list[Actor], ma
         with tempfile.NamedTemporaryFile(dir="/dev/shm") as real:
             trial = Trial(parties, [mount / f"{next(numbers)}{name}" for mount in mounts], Path(real.name))
             trial.nodes = [path.with_name(trial.nodes[0].name) for path in trial.nodes]
+            trial.nodes[0].write_bytes(b"x")
             try:
                 for step in plan:
                     trial.take(step)
@@ -132,6 +135,7 @@ def test_answers_are_the_kernels(count: int, name: str, parties: list[Actor], ma
 
 def test_control_two_nodes_that_share_nothing(parties: list[Actor], make_mount: MountFactory) -> None:
     mounts = [make_mount("-o", "locks=memory") for _ in range(2)]
+    (mounts[0] / "x.db").write_bytes(b"x")
     with tempfile.NamedTemporaryFile(dir="/dev/shm") as real:
         trial = Trial(parties, [mount / "x.db" for mount in mounts], Path(real.name))
         trial.take((0, "set", 0, "exclusive", 0, 0))

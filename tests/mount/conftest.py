@@ -1,10 +1,15 @@
-"""Fixtures for mounts as nodes, with either kind of draft: nameless (O_TMPFILE) or under a hidden name."""
+"""Mounts as nodes, with either kind of draft: nameless (O_TMPFILE) or under a hidden name; and who locks files."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.conftest import MountFactory
+from tests.mount.actors import Actor, actor
+from tests.mount.lockers import CODE, Make
 from tests.support.mounting import Mount
 
 # For the claims that the kind of temporary file could break.
@@ -23,3 +28,29 @@ def nodes(request: pytest.FixtureRequest, make_mount: MountFactory) -> tuple[Mou
     """Two mounts of one directory; parametrized by `both_temps`, with that kind of temporary file."""
     kind = getattr(request, "param", "auto")
     return make_mount("-o", f"temp={kind}"), make_mount("-o", f"temp={kind}")
+
+
+@pytest.fixture(params=["bare", "mount"])
+def place(request: pytest.FixtureRequest, tmp_path: Path, make_mount: MountFactory) -> Path:
+    """A directory: on the mount, or as the control a bare one."""
+    if request.param == "mount":
+        return make_mount().path
+    (tmp_path / "bare").mkdir()
+    return tmp_path / "bare"
+
+
+@pytest.fixture
+def party() -> Iterator[Make]:
+    """Processes that know the lock calls."""
+    actors = []
+
+    def make() -> Actor:
+        one = actor()
+        actors.append(one)
+        process = one.__enter__()
+        process(CODE)
+        return process
+
+    yield make
+    for one in actors:
+        one.__exit__(None, None, None)

@@ -87,7 +87,7 @@ def test_a_close_needs_no_python_unless_the_process_has_record_locks(
     assert through_python() < 20
     with opened(mount / "data", os.O_RDONLY) as fd:
         fcntl.lockf(fd, fcntl.LOCK_SH)
-        assert through_python() == 300
+        assert through_python() >= 300
         fcntl.lockf(fd, fcntl.LOCK_UN)
         (mount / "data").read_bytes()  # POSIX: whatever it has locked of the file ends here
         assert through_python() < 20

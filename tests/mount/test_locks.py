@@ -11,117 +11,29 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from safefs.turns import AT_ONCE, REFUSAL_SECONDS
 from tests.conftest import MountFactory
-from tests.mount.actors import Actor, actor
+from tests.mount.actors import Actor
+from tests.mount.lockers import (
+    BLOCK,
+    BLOCKED,
+    NAMES,
+    RELEASE,
+    SECONDS,
+    TRY,
+    WAITS_SECONDS,
+    Make,
+    hot,
+    kinds,
+    opened,
+    process_state,
+    waits,
+)
 from tests.support.mounting import Mount, safefs, status, wait_until
-
-NAMES = ["data", "x.lock", "db.sqlite", "weights.incomplete"]  # private, lock, shared, partial
-CREATE = os.O_RDWR | os.O_CREAT
-SECONDS = 20.0
-WAITS_SECONDS = 0.3  # an answer that is not there by then is one that somebody waits for
-
-# Loaded into the actors: record locks as a process (fcntl) or as an open file (OFD), and flock.
-CODE = r"""
-import fcntl, os, signal, struct
-def record(fd, command, kind, start=0, length=0):
-    request = struct.pack("hhqqi4x", kind, os.SEEK_SET, start, length, 0)
-    kind, _, start, length, pid = struct.unpack("hhqqi4x", fcntl.fcntl(fd, command, request))
-    return {fcntl.F_RDLCK: "shared", fcntl.F_WRLCK: "exclusive", fcntl.F_UNLCK: ""}[kind], start, length, pid
-SHARED, EXCLUSIVE, UNLOCK = fcntl.F_RDLCK, fcntl.F_WRLCK, fcntl.F_UNLCK
-GET, SET, WAIT = fcntl.F_GETLK, fcntl.F_SETLK, fcntl.F_SETLKW
-OFD_GET, OFD_SET, OFD_WAIT = 36, 37, 38
-def flock(fd, operation):
-    fcntl.flock(fd, operation)
-LOCK_SH, LOCK_EX, LOCK_UN, LOCK_NB = fcntl.LOCK_SH, fcntl.LOCK_EX, fcntl.LOCK_UN, fcntl.LOCK_NB
-def interruptible(function, *arguments):
-    '''The call, which a signal ends: Python would begin it again.'''
-    class Interrupted(BaseException):
-        pass
-    def raised(*_):
-        raise Interrupted
-    signal.signal(signal.SIGUSR1, raised)
-    try:
-        function(*arguments)
-    except Interrupted:
-        return "interrupted"
-    return "done"
-"""
-BLOCKED = (errno.EAGAIN, errno.EACCES)
-
-Make = Callable[[], Actor]
-
-
-@pytest.fixture(params=["bare", "mount"])
-def place(request: pytest.FixtureRequest, tmp_path: Path, make_mount: MountFactory) -> Path:
-    """A directory: on the mount, or as the control a bare one."""
-    if request.param == "mount":
-        return make_mount().path
-    (tmp_path / "bare").mkdir()
-    return tmp_path / "bare"
-
-
-@pytest.fixture
-def party() -> Iterator[Make]:
-    """Processes that know the lock calls."""
-    actors = []
-
-    def make() -> Actor:
-        one = actor()
-        actors.append(one)
-        process = one.__enter__()
-        process(CODE)
-        return process
-
-    yield make
-    for one in actors:
-        one.__exit__(None, None, None)
-
-
-def opened(process: Actor, path: Path, flags: int = CREATE) -> int:
-    fd = process.open(path, flags)
-    process("globals().__setitem__(name, fd)", name="fd", fd=fd)
-    return fd
-
-
-def waits(process: Actor, seconds: float = SECONDS) -> bool:
-    """Whether what was started in the process comes to sleep in a system call that a signal ends, and goes on doing so.
-
-    `seconds` are for coming there, on a busy machine.
-    """
-    return (
-        wait_until(lambda: process.answered() or process_state(process.pid) == "S", seconds)
-        and not process.answered(WAITS_SECONDS)
-        and process_state(process.pid) == "S"
-    )
-
-
-def process_state(pid: int) -> str:
-    return Path(f"/proc/{pid}/status").read_text().partition("State:\t")[2][0]
-
-
-TRY = {
-    "flock": "flock(fd, LOCK_EX | LOCK_NB)",
-    "fcntl": "record(fd, SET, EXCLUSIVE)",
-    "ofd": "record(fd, OFD_SET, EXCLUSIVE)",
-}
-BLOCK = {
-    "flock": "flock(fd, LOCK_EX)",
-    "fcntl": "record(fd, WAIT, EXCLUSIVE)",
-    "ofd": "record(fd, OFD_WAIT, EXCLUSIVE)",
-}
-RELEASE = {
-    "flock": "flock(fd, LOCK_UN)",
-    "fcntl": "record(fd, SET, UNLOCK)",
-    "ofd": "record(fd, OFD_SET, UNLOCK)",
-}
-kinds = pytest.mark.parametrize("kind", list(TRY))
-
 
 # What a test sees of who waits.
 
@@ -346,101 +258,6 @@ def test_the_locks_of_an_open_file_itself(mount: Mount, party: Make) -> None:
             answers[-1].append(one("own"))
     assert answers[0] == answers[1]
     assert answers[0][0] in (("shared", 3, 4, -1), errno.EINVAL)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_process_loses_its_locks_by_any_close(place: Path, party: Make, name: str) -> None:
-    """fcntl(2): closing any descriptor of the file, also one that was opened for reading later."""
-    one, two = party(), party()
-    opened(one, place / name)
-    opened(two, place / name)
-    one(TRY["fcntl"])
-    one("os.close(os.open(p, os.O_RDONLY))", p=str(place / name))
-    two(TRY["fcntl"])
-
-
-READ = ["data", "x.lock", "db.sqlite"]  # whoever writes takes a partial file over
-CLOSE_LATER = "other = os.open(p, os.O_RDONLY); os.close(other)"
-CLOSE_COPY = "other = os.dup(fd); os.close(other)"
-CLOSE_FIRST = "other = os.dup(fd); os.close(fd)"
-
-
-def reader_and_writer(path: Path, party: Make) -> tuple[Actor, Actor]:
-    """One has locked a file for reading, through a descriptor that only reads; the other tries to for writing."""
-    reader, writer = party(), party()
-    opened(reader, path, os.O_RDONLY)
-    opened(writer, path, os.O_RDWR)
-    reader("record(fd, SET, SHARED)")
-    assert writer.errno(TRY["fcntl"]) in BLOCKED
-    return reader, writer
-
-
-@pytest.mark.parametrize("closes", [CLOSE_LATER, CLOSE_COPY, CLOSE_FIRST], ids=["later", "copy", "first"])
-@pytest.mark.parametrize("name", READ)
-def test_a_reader_loses_its_locks_by_any_close(place: Path, party: Make, name: str, closes: str) -> None:
-    (place / name).write_text("x")
-    before, _ = reader_and_writer(place / name, party)  # now it is known that such files are locked
-    before.exit()
-    reader, writer = reader_and_writer(place / name, party)
-    reader(closes, p=str(place / name))
-    writer(TRY["fcntl"])
-
-
-hot = pytest.mark.parametrize("hot", ["on", "off"])
-
-
-@hot
-@pytest.mark.parametrize("closes", [CLOSE_COPY, CLOSE_FIRST], ids=["copy", "first"])
-def test_what_a_reader_opened_before_anybody_locked(
-    make_mount: MountFactory, party: Make, hot: str, closes: str
-) -> None:
-    path = make_mount("-o", f"hot={hot},flush_readers=on") / "data"
-    path.write_text("x")
-    reader, writer = reader_and_writer(path, party)
-    reader(closes)
-    writer(TRY["fcntl"])
-
-
-@hot
-def test_a_killed_reader_whose_parent_has_the_file_open(make_mount: MountFactory, party: Make, hot: str) -> None:
-    path = make_mount("-o", f"hot={hot},flush_readers=on") / "data"
-    path.write_text("x")
-    parent, writer = party(), party()
-    opened(parent, path, os.O_RDONLY)
-    opened(writer, path, os.O_RDWR)
-    child = parent.fork()
-    child("record(fd, SET, SHARED)")
-    assert writer.errno(TRY["fcntl"]) in BLOCKED
-    child.kill(signal.SIGKILL)
-    assert wait_until(lambda: writer.errno(TRY["fcntl"]) == 0, SECONDS)
-
-
-@hot
-def test_what_is_heard_of_closes_without_flush_readers(make_mount: MountFactory, party: Make, hot: str) -> None:
-    """Of what was open before the first lock the last close alone, of what is opened then each (0005-locks.md)."""
-    path = make_mount("-o", f"hot={hot},flush_readers=off") / "data"
-    path.write_text("x")
-    reader, writer = reader_and_writer(path, party)
-    reader(CLOSE_COPY)
-    assert writer.errno(TRY["fcntl"]) in BLOCKED
-    reader(CLOSE_LATER, p=str(path))
-    writer(TRY["fcntl"])
-
-
-@pytest.mark.parametrize("name", READ)
-def test_a_reader_keeps_the_locks_of_its_open_file(place: Path, party: Make, name: str) -> None:
-    """OFD: closing another descriptor of the file does not end them."""
-    (place / name).write_text("x")
-    one, two = party(), party()
-    opened(one, place / name, os.O_RDONLY)
-    opened(two, place / name, os.O_RDWR)
-    for _ in range(2):
-        one("record(fd, OFD_SET, SHARED)")
-        one(CLOSE_LATER, p=str(place / name))
-        one(CLOSE_COPY)
-        assert two.errno(TRY["fcntl"]) in BLOCKED
-    one("os.close(fd)")
-    assert wait_until(lambda: two.errno(TRY["fcntl"]) == 0, SECONDS)
 
 
 def test_a_child_does_not_inherit_record_locks(place: Path, party: Make) -> None:

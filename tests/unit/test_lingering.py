@@ -26,11 +26,14 @@ class Kernel:
         self.open: list[Any] = []
         self.passthrough = SimpleNamespace(requests_wait=lambda: self.backlog)
         fs: Any = self
-        self.lingering = Lingering(fs, nursery, lambda tid: tid == TID and self.flushing, self.lives_on)
+        self.flushes = 0  # that the thread has sent
+        self.closers = SimpleNamespace(is_waiting=lambda _tid: self.flushing, flushes=lambda _tid: self.flushes)
+        self.lingering = Lingering(fs, nursery, self.lives_on)
 
-    async def look(self, _function: object, tid: int) -> int | None:
+    async def look(self, _function: object, tid: int, may_flush: bool) -> int | None:
         assert tid == TID
         self.looks += 1
+        self.flushed = may_flush
         await trio.lowlevel.checkpoint()
         return self.cpu_ns
 

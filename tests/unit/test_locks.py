@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from contextlib import suppress
+
+import hypothesis
+import hypothesis.strategies as st
 import pytest
 import trio
 
 from safefs.cluster.record import Acquire, Step
 from safefs.locks import Alone, Locks
-from safefs.locktable import Kind, Lock, Mode, NameLocks, Owner
+from safefs.locktable import OFFSET_MAX, Kind, Lock, Mode, NameLocks, Owner
+from tests.support.lending import Extension
 
 NAME, HANDLE = "1/x.lock", 7
 
@@ -26,7 +32,7 @@ def test_an_open_file_of_many_processes(locks: Locks) -> None:
     for number in range(1, 101):
         lock = Lock(owner(number), Mode.EXCLUSIVE, 0, 0)
         assert locks.acquire(NAME, Kind.RECORD, lock, HANDLE, may_wait=False) is None
-        assert locks.flushed(HANDLE, NAME, owner(number)) == []
+        assert locks.flushed(owner(number), locks.record_names(owner(number))) == []
     assert not locks._by_handle[HANDLE]
     assert locks.counts() == (0, 0)
     assert locks.key_of(HANDLE) == NAME  # by which it is locked from then on
@@ -38,7 +44,7 @@ def test_a_close_leaves_the_locks_of_others(locks: Locks) -> None:
     for number in (1, 2):
         lock = Lock(owner(number), Mode.EXCLUSIVE, number, number)
         assert locks.acquire(NAME, Kind.RECORD, lock, HANDLE, may_wait=False) is None
-    locks.flushed(HANDLE, NAME, owner(1))
+    locks.flushed(owner(1), {NAME: [HANDLE]})
     assert locks.own(NAME, Kind.RECORD, owner(1), 0, 9) is None
     assert locks.own(NAME, Kind.RECORD, owner(2), 0, 9) == Lock(owner(2), Mode.EXCLUSIVE, 2, 2)
     assert locks.lose() == {HANDLE}
@@ -122,12 +128,104 @@ def test_an_open_file_is_bound_to_its_name_while_there_is_something(locks: Locks
 
     assert ask(1, 1) is None
     waiting = ask(2, 2)
-    assert locks.is_bound(1, NAME, owner(1)) and locks.is_bound(2, NAME, owner(2))
+    assert locks.bound_through(1, NAME, owner(1)) == {1} and locks.bound_through(2, NAME, owner(2)) == {2}
     locks.release(NAME, Kind.FLOCK, owner(1))
-    assert not locks.is_bound(1, NAME, owner(1))
-    assert waiting is not None and locks.is_bound(2, NAME, owner(2))
-    assert locks.is_bound(1, NAME, owner(2))  # by who asks
+    assert not locks.bound_through(1, NAME, owner(1))
+    assert waiting is not None and locks.bound_through(2, NAME, owner(2)) == {2}
+    assert locks.bound_through(1, NAME, owner(2)) == {2}  # by who asks
     locks.release(NAME, Kind.FLOCK, owner(2))
-    assert not locks.is_bound(2, NAME, owner(2))
+    assert not locks.bound_through(2, NAME, owner(2))
     locks.acquire("1/y.lock", Kind.FLOCK, Lock(owner(2), Mode.EXCLUSIVE), 2, may_wait=True)
     assert locks.key_of(2) == "1/y.lock"
+
+
+# Who is marked as an owner of record locks: what he closes is not answered without us.
+
+
+def require_marks(locks: Locks, extension: Extension) -> None:
+    recorded = Counter(each.number for each in locks._recorded)
+    assert +extension.owners == recorded and min(extension.owners.values(), default=0) >= 0
+    for use, handles in locks._through.items():
+        assert handles and all(use in locks._by_handle[handle] for handle in handles)
+    for handle, uses in locks._by_handle.items():
+        assert all(handle in locks._through[use] for use in uses)
+
+
+record_steps = st.tuples(
+    st.sampled_from(["try", "try", "wait", "unlock", "flush", "release", "lose"]),
+    st.sampled_from([NAME, "1/y.lock"]),
+    st.integers(1, 3),  # owner
+    st.integers(1, 4),  # open file
+    st.booleans(),  # whole or not
+)
+
+
+@hypothesis.given(st.lists(record_steps, max_size=60))
+def test_marks_are_those_of_who_has_record_locks(plan: list[tuple[str, str, int, int, bool]]) -> None:
+    locks = Locks(Alone("node"), extension := Extension())
+    for step, key, number, handle, whole in plan:
+        last = OFFSET_MAX if whole else 0
+        if step in ("try", "wait"):
+            lock = Lock(owner(number), Mode.EXCLUSIVE, 0, last)
+            with suppress(OSError):  # refused, or EDEADLK
+                locks.acquire(key, Kind.RECORD, lock, handle, may_wait=step == "wait")
+        elif step == "unlock":
+            locks.unlock_records(owner(number), {key: [handle]}, 0, last)
+        elif step == "flush":
+            locks.flushed(owner(number), {key: [handle]})
+        elif step == "release":
+            locks.released(handle)
+        elif not locks._waiting:
+            locks.lose()
+        require_marks(locks, extension)
+    for waiting in list(locks._waiting.values()):
+        locks.give_up(waiting)
+    for handle in range(1, 5):
+        locks.released(handle)
+    require_marks(locks, extension)
+    assert not +extension.owners and locks.counts() == (0, 0)
+
+
+def test_who_asked_without_a_lease_is_marked_once() -> None:
+    """And not by the name that the node has no more: no close ends that."""
+    names = Shared("node")
+    names.is_shared = True
+    locks = Locks(names, extension := Extension())
+    locks.lose()
+    waiting = locks.acquire(NAME, Kind.RECORD, Lock(owner(1), Mode.EXCLUSIVE), HANDLE, may_wait=True)
+    assert waiting is not None
+    names.node = "again"
+    locks.ask_again()
+    require_marks(locks, extension)
+    assert +extension.owners == {1: 1}
+    locks.flushed(Owner("again", 1), locks.record_names(Owner("again", 1)))
+    assert not +extension.owners
+
+
+def test_what_is_locked_of_two_files_by_one_name(locks: Locks) -> None:
+    """It ends with the last of them."""
+    lock = Lock(owner(1), Mode.EXCLUSIVE)
+    for handle in (1, 2):
+        assert locks.acquire(NAME, Kind.RECORD, lock, handle, may_wait=False) is None
+    assert locks.record_names(owner(1)) == {NAME: [1, 2]}
+    assert locks.unlock_records(owner(1), {NAME: [1]}, 0, 9) == []  # a part stays
+    locks.unlock_records(owner(1), {NAME: [1]}, 0, OFFSET_MAX)
+    assert locks.own(NAME, Kind.RECORD, owner(1), 0, 0) == lock
+    assert locks.record_names(owner(1)) == {NAME: [2]}
+    locks.unlock_records(owner(1), {NAME: [2]}, 0, 9)
+    assert locks.own(NAME, Kind.RECORD, owner(1), 0, 9) is None
+    assert locks.own(NAME, Kind.RECORD, owner(1), 0, 10) is not None
+    locks.flushed(owner(1), {NAME: [2]})
+    assert locks.own(NAME, Kind.RECORD, owner(1), 0, 10) is None
+
+
+@pytest.mark.parametrize("order", [(1, 2), (2, 1)])
+def test_what_is_released_without_being_closed_before(locks: Locks, order: tuple[int, int]) -> None:
+    """The last close of an open file ends what was locked through it last: no other close may be heard of."""
+    for handle in (1, 2):
+        locks.acquire(NAME, Kind.RECORD, Lock(owner(1), Mode.EXCLUSIVE), handle, may_wait=False)
+    first, second = order
+    locks.released(first)
+    assert (locks.own(NAME, Kind.RECORD, owner(1), 0, 0) is None) is (first == 2)
+    locks.released(second)
+    assert locks.own(NAME, Kind.RECORD, owner(1), 0, 0) is None and locks.counts() == (0, 0)

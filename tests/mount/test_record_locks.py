@@ -1,0 +1,265 @@
+"""When record locks end: with any close of the file by its process (fcntl(2)), and only then.
+
+Where nothing else is said the tests also run on the bare directory: what they expect is what the kernel does.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import MountFactory
+from tests.mount.actors import Actor
+from tests.mount.lockers import BLOCKED, NAMES, RELEASE, SECONDS, TRY, Make, hot, opened
+from tests.support.mounting import Mount, safefs, status, wait_until
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_process_loses_its_locks_by_any_close(place: Path, party: Make, name: str) -> None:
+    """fcntl(2): closing any descriptor of the file, also one that was opened for reading later."""
+    one, two = party(), party()
+    opened(one, place / name)
+    opened(two, place / name)
+    one(TRY["fcntl"])
+    one("os.close(os.open(p, os.O_RDONLY))", p=str(place / name))
+    two(TRY["fcntl"])
+
+
+READ = ["data", "x.lock", "db.sqlite"]  # whoever writes takes a partial file over
+CLOSE_LATER = "other = os.open(p, os.O_RDONLY); os.close(other)"
+CLOSE_COPY = "other = os.dup(fd); os.close(other)"
+CLOSE_FIRST = "other = os.dup(fd); os.close(fd)"
+
+
+def reader_and_writer(path: Path, party: Make) -> tuple[Actor, Actor]:
+    """One has locked a file for reading, through a descriptor that only reads; the other tries to for writing."""
+    reader, writer = party(), party()
+    opened(reader, path, os.O_RDONLY)
+    opened(writer, path, os.O_RDWR)
+    reader("record(fd, SET, SHARED)")
+    assert writer.errno(TRY["fcntl"]) in BLOCKED
+    return reader, writer
+
+
+@pytest.mark.parametrize("closes", [CLOSE_LATER, CLOSE_COPY, CLOSE_FIRST], ids=["later", "copy", "first"])
+@pytest.mark.parametrize("name", READ)
+def test_a_reader_loses_its_locks_by_any_close(place: Path, party: Make, name: str, closes: str) -> None:
+    (place / name).write_text("x")
+    before, _ = reader_and_writer(place / name, party)  # now it is known that such files are locked
+    before.exit()
+    reader, writer = reader_and_writer(place / name, party)
+    reader(closes, p=str(place / name))
+    writer(TRY["fcntl"])
+
+
+@hot
+@pytest.mark.parametrize("closes", [CLOSE_COPY, CLOSE_FIRST], ids=["copy", "first"])
+def test_what_a_reader_opened_before_anybody_locked(
+    make_mount: MountFactory, party: Make, hot: str, closes: str
+) -> None:
+    path = make_mount("-o", f"hot={hot},flush_readers=on") / "data"
+    path.write_text("x")
+    reader, writer = reader_and_writer(path, party)
+    reader(closes)
+    writer(TRY["fcntl"])
+
+
+@hot
+def test_a_killed_reader_whose_parent_has_the_file_open(make_mount: MountFactory, party: Make, hot: str) -> None:
+    path = make_mount("-o", f"hot={hot},flush_readers=on") / "data"
+    path.write_text("x")
+    parent, writer = party(), party()
+    opened(parent, path, os.O_RDONLY)
+    opened(writer, path, os.O_RDWR)
+    child = parent.fork()
+    child("record(fd, SET, SHARED)")
+    assert writer.errno(TRY["fcntl"]) in BLOCKED
+    child.kill(signal.SIGKILL)
+    assert wait_until(lambda: writer.errno(TRY["fcntl"]) == 0, SECONDS)
+
+
+@hot
+def test_what_is_heard_of_closes_without_flush_readers(make_mount: MountFactory, party: Make, hot: str) -> None:
+    """Of what was open before the first lock the last close alone, of what is opened then each (0005-locks.md)."""
+    path = make_mount("-o", f"hot={hot},flush_readers=off") / "data"
+    path.write_text("x")
+    reader, writer = reader_and_writer(path, party)
+    reader(CLOSE_COPY)
+    assert writer.errno(TRY["fcntl"]) in BLOCKED
+    reader(CLOSE_LATER, p=str(path))
+    writer(TRY["fcntl"])
+
+
+@pytest.mark.parametrize("name", READ)
+def test_a_reader_keeps_the_locks_of_its_open_file(place: Path, party: Make, name: str) -> None:
+    """OFD: closing another descriptor of the file does not end them."""
+    (place / name).write_text("x")
+    one, two = party(), party()
+    opened(one, place / name, os.O_RDONLY)
+    opened(two, place / name, os.O_RDWR)
+    for _ in range(2):
+        one("record(fd, OFD_SET, SHARED)")
+        one(CLOSE_LATER, p=str(place / name))
+        one(CLOSE_COPY)
+        assert two.errno(TRY["fcntl"]) in BLOCKED
+    one("os.close(fd)")
+    assert wait_until(lambda: two.errno(TRY["fcntl"]) == 0, SECONDS)
+
+
+# Two files that one name has shown, one after the other; and two names of one file.
+
+
+def rotated(place: Path, party: Make, *, unlocks: bool = False) -> tuple[Actor, Actor]:
+    """One has locked a file, renamed it, and locked a new one of that name (`other`), which somebody else opens."""
+    one, two = party(), party()
+    opened(one, place / "data")
+    one(TRY["fcntl"])
+    if unlocks:
+        one(RELEASE["fcntl"])
+    one("os.rename(p, p + '.1'); other = os.open(p, os.O_RDWR | os.O_CREAT)", p=str(place / "data"))
+    one("record(other, SET, EXCLUSIVE)")
+    opened(two, place / "data")
+    assert two.errno(TRY["fcntl"]) in BLOCKED
+    return one, two
+
+
+@pytest.mark.parametrize("step", ["os.close(fd)", "os.close(os.dup(fd))", RELEASE["fcntl"]])
+@pytest.mark.parametrize("unlocks", [False, True])
+def test_the_old_file_is_closed_after_a_rotation(place: Path, party: Make, unlocks: bool, step: str) -> None:
+    """What is locked of the new one stays."""
+    one, two = rotated(place, party, unlocks=unlocks)
+    one(step)
+    assert two.errno(TRY["fcntl"]) in BLOCKED
+    one("os.close(os.dup(other))")
+    assert wait_until(lambda: two.errno(TRY["fcntl"]) == 0, SECONDS)
+
+
+def test_the_old_file_is_locked_again_after_a_rotation(place: Path, party: Make) -> None:
+    """By the name that it has now."""
+    one, _ = rotated(place, party, unlocks=True)
+    one(TRY["fcntl"])
+    three = party()
+    opened(three, place / "data.1")
+    assert three.errno(TRY["fcntl"]) in BLOCKED
+    one("os.close(fd)")
+    assert wait_until(lambda: three.errno(TRY["fcntl"]) == 0, SECONDS)
+
+
+def test_a_new_file_is_opened_after_a_rotation(mount: Mount, party: Make) -> None:
+    """To close it ends nothing of the old one, which keeps the name that it was locked by."""
+    one, two = party(), party()
+    opened(one, mount / "data")
+    one(TRY["fcntl"])
+    one("os.rename(p, p + '.1'); os.close(os.open(p, os.O_RDWR | os.O_CREAT))", p=str(mount / "data"))
+    opened(two, mount / "data")
+    assert two.errno(TRY["fcntl"]) in BLOCKED
+    one("os.close(fd)")
+    assert wait_until(lambda: two.errno(TRY["fcntl"]) == 0, SECONDS)
+
+
+ENDS = ["os.close(other)", "record(other, SET, UNLOCK)", "record(other, SET, SHARED); os.close(fd)"]
+
+
+@pytest.mark.parametrize("flags", [os.O_RDONLY, os.O_RDWR])
+@pytest.mark.parametrize("ends", ENDS)
+def test_a_file_is_opened_by_another_name_than_it_was_locked_by(
+    make_mount: MountFactory, party: Make, ends: str, flags: int
+) -> None:
+    """Whatever ends the locks of a process on a file ends those by the name before, and by the new one."""
+    mount = make_mount("-o", "flush_readers=on")
+    (mount / "data").write_text("x")
+    one, two = party(), party()
+    opened(one, mount / "data", flags)
+    one("record(fd, SET, SHARED)")
+    one("os.rename(p, p + '.1'); other = os.open(p + '.1', flags)", p=str(mount / "data"), flags=flags)
+    opened(two, mount / "data")  # a new file of the name that the lock is on
+    assert two.errno(TRY["fcntl"]) in BLOCKED
+    one(ends)
+    two(TRY["fcntl"])
+    two("fd = os.open(p, os.O_RDWR)", p=str(mount / "data.1"))
+    two(TRY["fcntl"])
+
+
+@pytest.mark.parametrize("first", ["fd", "os.open(p + '.other', os.O_RDWR | os.O_CREAT)"])
+def test_a_draft_is_locked_by_its_new_name(place: Path, party: Make, first: str) -> None:
+    """While it is not known yet whether a close before that, by a process with locks, was the last one."""
+    one, two = party(), party()
+    opened(one, place / "data.tmp")
+    one("os.write(fd, b'x')")
+    one(f"record({first}, SET, EXCLUSIVE)", p=str(place / "data"))
+    one("os.close(os.dup(fd)); os.rename(p + '.tmp', p); record(fd, SET, EXCLUSIVE)", p=str(place / "data"))
+    opened(two, place / "data")
+    end = time.monotonic() + 0.5
+    while time.monotonic() < end:
+        assert two.errno(TRY["fcntl"]) in BLOCKED
+    one("os.close(fd)")
+    assert wait_until(lambda: two.errno(TRY["fcntl"]) == 0, SECONDS)
+
+
+# Calls that close many files.
+
+OPENS_MANY = r"""
+def open_many():
+    # What is written under the lock, files that are only read, and one that can take long to publish.
+    fcntl.lockf(fd, fcntl.LOCK_EX)
+    os.pwrite(fd, b"new", 0)
+    first = os.dup2(fd, 300)
+    os.close(fd)
+    for last, (path, flags) in enumerate(others, first + 1):
+        other = os.open(path, flags)
+        os.dup2(other, last)
+        os.close(other)
+    os.pwrite(last, b"y" * fill, 0)
+    fcntl.lockf(first, fcntl.LOCK_EX)
+    return first, last
+"""
+
+
+@pytest.mark.parametrize("many", ["readers", "publish"])
+def test_a_lock_is_free_once_what_is_closed_with_others_is_published(
+    make_mount: MountFactory, party: Make, many: str
+) -> None:
+    """RELEASE comes at the end of the call, however long the thread sleeps in it for other files."""
+    mount = make_mount("-o", "flush_readers=on")
+    (mount / "data").write_text("old")
+    (mount / "read").write_text("x")
+    parent, two = party(), party()
+    opened(parent, mount / "data", os.O_RDWR)
+    opened(two, mount / "data", os.O_RDWR)
+    child = parent.fork()
+    parent("os.close(fd)")
+    others = [(str(mount / "read"), os.O_RDONLY)] * (600 if many == "readers" else 0)
+    others += [(str(mount / "large"), os.O_RDWR | os.O_CREAT)]
+    child(OPENS_MANY)
+    first, last = child("open_many()", others=others, fill=0 if many == "readers" else 300 << 20)
+    assert two.errno(TRY["fcntl"]) in BLOCKED
+    child.start(f"os.closerange({first}, {last + 1}); os._exit(0)")
+    two("record(fd, WAIT, EXCLUSIVE)")
+    assert two("os.pread(fd, 9, 0)") == b"new"
+
+
+# Locks that were lost.
+
+
+@hot
+@pytest.mark.parametrize("kind", list(TRY))
+def test_a_reader_whose_lock_is_broken_is_told_at_its_close(
+    make_mount: MountFactory, party: Make, hot: str, kind: str
+) -> None:
+    """Whoever has opened the file, the extension or Python."""
+    mount = make_mount("-o", f"hot={hot},flush_readers=on")
+    (mount / "data").write_text("x")
+    one = party()
+    opened(one, mount / "data", os.O_RDONLY)
+    one(TRY[kind].replace("EXCLUSIVE", "SHARED"))
+    assert safefs("locks", "break", mount / "data").stdout == "1 broken\n"
+    assert one.errno("os.close(fd)") == errno.EIO
+    opened(one, mount / "data", os.O_RDONLY)
+    one("os.close(fd)")
+    if hot == "on":
+        assert status(mount)["hot"]["answered"]["14"] >= 2  # FUSE_OPEN
