@@ -12,7 +12,7 @@ import os
 import stat
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Collection, Iterable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import TypeVar
@@ -145,6 +145,8 @@ class FileSystem:
         self.accepting = True  # False while the daemon drains: no new writers
         self.looks = Workers(LOOKS)
         self._last_handle = 0
+        # A name was removed, or given to another file than it showed.
+        self.on_removed: Callable[[Node, bytes], None] = lambda _directory, _name: None
         self.forget_attributes: Callable[[int], None] | None = None  # those of the kernel, once there is a mount
         publisher.on_publish = self._note_publish
         publisher.policy_of = self.policy
@@ -267,14 +269,19 @@ class FileSystem:
         node.parent, node.name = parent.nodeid, name
         if node.linked:
             native.move_walks(node.nodeid, *before, parent.nodeid, name)
-        if native.hears_closes(before[1]):
-            native.hear_closes(name)  # they end what was locked by the name before as well
+        self._hear_closes_of(name, before[1])
         if node.first_place == before:
             node.first_place = parent.nodeid, name
         for handle in self.handles.values() if node.opens else ():
             if handle.node is node and handle.place == before:
                 handle.place = parent.nodeid, name
         self._offer(node)
+
+    @staticmethod
+    def _hear_closes_of(name: bytes, before: bytes) -> None:
+        """A file has another name than before: to close it ends what is locked of it by the name before."""
+        if native.hears_closes(before):
+            native.hear_closes(name)
 
     def _end_loans(self, node: Node, parent: int, name: bytes) -> None:
         """The node has another place now: whoever locks it by the one before asks us again, who know the new one."""
@@ -568,13 +575,12 @@ class FileSystem:
         finally:
             os.close(readable)
 
-    def fence(self, numbers: Iterable[int]) -> None:
+    def fence(self, numbers: Collection[int]) -> None:
         """Locks that were taken through these file handles are lost or broken: nothing more is written under them."""
         for number in numbers:
             if number & native.FH_HOT:
                 self.fenced_readers.add(number)
-                continue
-            handle = self.handles[number]
+        for handle in (self.handles[number] for number in numbers if number in self.handles):
             handle.fenced = True
             if handle.draft is not None and handle.writable:
                 self._fence_draft(handle.draft)
@@ -652,6 +658,7 @@ class FileSystem:
         directory.pins += 1
         if draft.listed:
             self.drafts.discard(draft)
+        self._hear_closes_of(name, draft.name)
         old, draft.directory, draft.name = draft.directory, directory, name
         if draft.listed:
             self.drafts.add(draft)

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import trio
 
 from safefs import processes
+from safefs.closers import CALL_SECONDS, CLOSING_NS
 from safefs.draft import Draft, DraftState
 from safefs.filesystem import FileSystem, Handle
 
 LOOK_SECONDS = (0.003, 0.25)  # between looks at who closes, after something more was closed, and at most
-CLOSING_NS = 20_000_000  # of CPU time: more than the end of a close(2) or close_range(2) takes
 BACKLOG_LOOKS = 8  # while the kernel has requests that were not received yet: RELEASE may be among them
 
 
@@ -26,6 +26,7 @@ class Closed:
 
     handle: Handle
     draft: Draft
+    since: float
     began: int | None = None  # what CPU time the thread had used (ns) when it was first looked at
     looks: int = 0  # since the thread has left the call
 
@@ -47,7 +48,7 @@ class Lingering:
     def expect_release(self, handle: Handle, draft: Draft, tid: int) -> None:
         """A thread has closed what looked like the last copy of a descriptor."""
         closed = self._closed.setdefault(tid, [])
-        closed.append(Closed(handle, draft))
+        closed.append(Closed(handle, draft, trio.current_time()))
         if len(closed) == 1:
             self._nursery.start_soon(self._watch, tid, closed)
 
@@ -62,7 +63,8 @@ class Lingering:
             seconds = shortest if len(closed) > len(due) else min(2 * seconds, longest)
             if due and not self.fs.closers.is_waiting(tid):
                 before_that, flushes = flushes, self.fs.closers.flushes(tid)
-                for each in await self._living_on(tid, due, may_flush=flushes != before_that):
+                is_young = trio.current_time() - due[0].since < CALL_SECONDS
+                for each in await self._living_on(tid, due, may_flush=is_young and flushes != before_that):
                     closed.remove(each)
                     self._nursery.start_soon(self._end, each)
         del self._closed[tid]

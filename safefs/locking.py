@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import trio
 
 from safefs import backing, processes
+from safefs.closers import CALL_SECONDS, CLOSING_NS
 from safefs.cluster.backend import NAMELESS
 from safefs.filesystem import BY_PATH, FileSystem, Handle, number_key, path_key
 from safefs.hot import MODE_TYPES, TYPE_MODES
@@ -83,7 +84,11 @@ class Locking:
         self.fs = filesystem
         self.locks = filesystem.locks
         self._endings: list[Ending] = []
-        self._nodeids: dict[int, int] = {}  # of the open files that something was locked through
+        self._nodeids: dict[int, int] = {}  # of the open files that something was locked through,
+        self._opened: dict[int, set[int]] = {}  # which are these of a node
+        self._removed: dict[int, int] = {}  # of these nodes the ones that a name does not show any more: since which
+        self._removals = 0
+        filesystem.on_removed = self.removed
         self._patience: dict[tuple[str, Kind], float] = {}  # where it was lost before, while anybody waits
 
     def key(self, nodeid: int, number: int, owner: Owner) -> str:
@@ -101,28 +106,56 @@ class Locking:
         return known if any(self._is_same_file(each, nodeid, number) for each in through) else found
 
     def _is_same_file(self, other: int, nodeid: int, number: int) -> bool:
-        """Whether two open files, through one of which something is locked, are of one file as programs see it.
+        """Whether an open file, through which something was locked, and another one are of one file."""
+        return other == number or self._nodeids[other] == nodeid or self._shows_the_same(other, nodeid, number)
 
-        Of a private file they are versions and drafts of what one name shows; what is written in place has one inode.
+    def _shows_the_same(self, other: int, nodeid: int, number: int) -> bool:
+        """The same of two inodes: of a private file versions and drafts are, as long as nobody has removed it.
+
+        What is written in place has one inode.
         """
-        if other == number or self._nodeids.get(other) == nodeid:
-            return True
         if any(handle is not None and handle.in_place for handle in map(self._handle, (other, number))):
             return False
-        found = self._found_under(nodeid, number)
-        return found is not None and found == self._found_under(self._nodeids[other], other)
+        at = self._nodeids[other]
+        return (
+            self._removed.get(at) == self._removed.get(nodeid)
+            and (found := self._found_under(nodeid, number)) is not None
+            and found == self._found_under(at, other)
+        )
 
     def _handle(self, number: int) -> Handle | None:
         return self.fs.handles.get(number)
 
     def _locked_names(self, nodeid: int, number: int, owner: Owner) -> dict[str, list[int]]:
         """The names by which a process has locked records of an open file, and through which open files of the same."""
-        names = {}
-        for key, handles in self.locks.record_names(owner).items():
-            same = [each for each in handles if self._is_same_file(each, nodeid, number)]
+        opened = self._opened.get(nodeid, set())
+        names = self.locks.names_through(owner, opened)
+        found = self._found_under(nodeid, number)
+        if found is not None:
+            others = [each for each in self.locks.through(found, owner) if each not in opened]
+            same = [each for each in others if self._shows_the_same(each, nodeid, number)]
             if same:
-                names[key] = same
+                names[found] = names.get(found, []) + same
         return names
+
+    def removed(self, directory: Node, name: bytes) -> None:
+        """A name was removed or given to another file: what was locked by it is none of what it shows from now on."""
+        if self._opened:
+            self._removals += 1
+            for number in self.locks.named(name_key(self.fs.directory_key(directory), name)):
+                self._removed.setdefault(self._nodeids[number], self._removals)
+
+    def _note_opened(self, number: int, nodeid: int) -> None:
+        self._nodeids[number] = nodeid
+        self._opened.setdefault(nodeid, set()).add(number)
+
+    def _forget_opened(self, number: int) -> None:
+        nodeid = self._nodeids.pop(number, 0)
+        opened = self._opened.get(nodeid, set())
+        opened.discard(number)
+        if not opened:
+            self._opened.pop(nodeid, None)
+            self._removed.pop(nodeid, None)
 
     def _key(self, wanted: Wanted) -> str:
         return self.key(wanted.nodeid, wanted.handle, self._owner(wanted))
@@ -175,8 +208,9 @@ class Locking:
         """
         if self._endings:
             key = self._key(wanted)
-            for ending in [ending for ending in self._endings if key in ending.closed]:
-                await ending.done.wait()
+            for ending in self._endings_of(key):
+                if ending.owner != self._owner(wanted):  # who is the same process need not wait for itself
+                    await ending.done.wait()
         await self.fs.ordering.wait_name(*self._place(wanted.nodeid, wanted.handle))
 
     def unlock(self, wanted: Wanted) -> list[trio.Event]:
@@ -197,13 +231,13 @@ class Locking:
         known = self.locks.key_of(wanted.handle)
         key = self._key(wanted)
         if wanted.kind is Kind.RECORD:
-            native.hear_closes(entry_of(key))  # from now on every close of such a file is heard of
-            owner = self._owner(wanted)
-            for ending in [ending for ending in self._endings if ending.owner == owner and key in ending.closed]:
+            for ending in [each for each in self._endings_of(key) if each.owner == self._owner(wanted)]:
                 self._end(ending)
+            key = self._key(wanted)  # which was bound by what has ended, perhaps
+            native.hear_closes(entry_of(key))  # from now on every close of such a file is heard of
         lock = Lock(self._owner(wanted), mode, wanted.first, wanted.last, wanted.pid)
         waiting = self.locks.acquire(key, wanted.kind, lock, wanted.handle, may_wait=wanted.may_wait)
-        self._nodeids[wanted.handle] = wanted.nodeid
+        self._note_opened(wanted.handle, wanted.nodeid)
         handle = self._handle(wanted.handle)
         if handle is not None and handle.draft is not None:
             handle.draft.locked = True
@@ -344,6 +378,9 @@ class Locking:
         self._endings.append(ending)
         return ending
 
+    def _endings_of(self, key: str) -> list[Ending]:
+        return [ending for ending in self._endings if key in ending.closed]
+
     def _end(self, ending: Ending) -> None:
         """The locks of who has closed a file are free."""
         if ending in self._endings:
@@ -352,23 +389,28 @@ class Locking:
             self.locks.flushed(ending.owner, ending.closed)
 
     async def end_unless_released(self, ending: Ending, handle: Handle, tid: int) -> None:
-        """RELEASE comes at the end of the call that closes, or not at all, when there are other copies."""
+        """RELEASE comes at the end of the call that closes, or not at all, when there are other copies.
+
+        A call that closes many files can take as long as it takes to publish some of them.  It cannot be told from one
+        that the thread makes after it, so that is waited for within `CALL_SECONDS` alone, but to its end where the
+        process ends.
+        """
         closers, looks = self.fs.closers, 0
-        flushes = closers.flushes(tid)
+        began, flushes, end = None, closers.flushes(tid), trio.current_time() + CALL_SECONDS
         while looks < RELEASE_LOOKS:
             with trio.move_on_after(RELEASE_SECONDS):
                 await ending.done.wait()
             if ending.done.is_set() or handle.released:
                 return
-            if closers.is_waiting(tid):
-                continue  # the same call closes other files, and one of them is published
             before, flushes = flushes, closers.flushes(tid)
-            closing = await self.fs.look(processes.time_while_closing, tid, flushes != before) is not None
-            if not closing and not self.fs.passthrough.requests_wait():
+            closes_more = (closers.is_waiting(tid) or flushes != before) and trio.current_time() < end
+            now = await self.fs.look(processes.time_while_closing, tid, closes_more)
+            began = now if began is None else began
+            has_run = now is not None and began is not None and now - began >= CLOSING_NS
+            if (has_run or now is None) and not self.fs.passthrough.requests_wait():
                 break
-            looks += 1
-        if not handle.released:
-            self._end(ending)
+            looks += not (closes_more or now == processes.ENDING)
+        self._end(ending)
 
     def released(self, number: int) -> None:
         """Nobody has an open file any more."""
@@ -377,5 +419,5 @@ class Locking:
         if number & native.FH_HOT and self.locks.key_of(number) is not None:
             self.fs.nodes.hot.mark_handle(number, -1)
             self.fs.fenced_readers.discard(number)
-        self._nodeids.pop(number, None)
+        self._forget_opened(number)
         self.locks.released(number)

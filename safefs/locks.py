@@ -16,7 +16,7 @@ import math
 import os
 import socket
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -166,6 +166,7 @@ class Locks:
         self._waiting: dict[int, Waiting] = {}  # by ticket
         self._by_handle: defaultdict[int, set[Use]] = defaultdict(set)
         self._keys: dict[int, str] = {}  # the name that was locked last through a file handle that is open
+        self._named: defaultdict[str, set[int]] = defaultdict(set)  # the same by name
         # Through which open files an owner has asked since it had nothing of the kind on the name, the last one last.
         self._through: dict[Use, dict[int, None]] = {}
         # What owners of this node have been told that they hold, whether or not the backend can be asked about it.
@@ -428,9 +429,26 @@ class Locks:
         """Whether a process has any record locks, or asks for some."""
         return owner in self._recorded
 
-    def record_names(self, owner: Owner) -> dict[str, list[int]]:
-        """The names of which a process has record locks, or asks for some, and through which open files."""
-        return {key: list(self._through[key, Kind.RECORD, owner]) for key in self._recorded.get(owner, ())}
+    def names_through(self, owner: Owner, handles: Iterable[int]) -> dict[str, list[int]]:
+        """The names of which a process has record locks, or asked for some, through open files; and through which."""
+        names, recorded = defaultdict(list), self._recorded.get(owner, {})
+        for handle in handles:
+            uses = self._by_handle.get(handle, set())
+            if len(recorded) < len(uses):
+                found = [key for key in recorded if (key, Kind.RECORD, owner) in uses]
+            else:
+                found = [key for key, kind, other in uses if kind is Kind.RECORD and other == owner]
+            for key in found:
+                names[key].append(handle)
+        return dict(names)
+
+    def through(self, key: str, owner: Owner) -> Collection[int]:
+        """The open files through which a process has record locks of a name, or asked for some."""
+        return self._through.get((key, Kind.RECORD, owner), {}).keys()
+
+    def named(self, key: str) -> Collection[int]:
+        """The open files through which a name was locked, and no other since."""
+        return self._named.get(key, set())
 
     def flushed(self, owner: Owner, closed: Mapping[str, Sequence[int]]) -> list[trio.Event]:
         """A process has closed a descriptor of a file: it loses its record locks there (fcntl(2)).
@@ -461,7 +479,7 @@ class Locks:
 
     def _others(self, key: str, owner: Owner, handles: Iterable[int]) -> set[int]:
         """The open files through which a process has locked records by a name, but for some."""
-        return self._through.get((key, Kind.RECORD, owner), {}).keys() - set(handles)
+        return {*self.through(key, owner)}.difference(handles)
 
     def _leave(self, key: str, owner: Owner, handles: Iterable[int]) -> bool:
         """A process has nothing by a name through some open files any more; whether it has nothing at all now."""
@@ -480,7 +498,7 @@ class Locks:
     def released(self, handle: int) -> None:
         """The last descriptor of an open file is closed: what was locked through it last is free."""
         self._settle_loans(key for key, _, _ in self._by_handle.get(handle, ()))
-        self._keys.pop(handle, None)
+        self._name(handle, None)
         for use in self._by_handle.pop(handle, ()):
             is_last = next(reversed(self._through[use])) == handle
             self._part(handle, use)
@@ -496,9 +514,19 @@ class Locks:
         through.pop(handle, None)
         through[handle] = None
         self._by_handle[handle].add(use)
-        self._keys[handle] = key
+        self._name(handle, key)
         if kind is Kind.RECORD:
             self._record(key, owner)
+
+    def _name(self, handle: int, key: str | None) -> None:
+        before = self._keys.pop(handle, None)
+        if before is not None and before != key:
+            self._named[before].discard(handle)
+            if not self._named[before]:
+                del self._named[before]
+        if key is not None:
+            self._keys[handle] = key
+            self._named[key].add(handle)
 
     def _hold(self, use: Use, wait: Wait) -> None:
         key, kind, owner = use
@@ -575,8 +603,9 @@ class Locks:
 
     def ask_again(self) -> None:
         """This node has another name: what waited under the old one waits under the new."""
+        for use in [use for use in self._through if use[2].node != self.node]:
+            self._forget(use)  # asked for since all was lost
         for waiting in self._waiting.values():
-            self._forget(waiting.use)
             lock = replace(waiting.wait.lock, owner=Owner(self.node, waiting.wait.lock.owner.number))
             waiting.wait = replace(waiting.wait, lock=lock)
             if waiting.handle is not None:

@@ -103,6 +103,9 @@ def closer_of(tid: int, *, guesses: bool = True) -> tuple[int, Closer]:
     return tgid, Closer.EXITED
 
 
+ENDING = 0  # in the place of a thread's CPU time: its process ends, and that is when its files are released
+
+
 def time_while_closing(tid: int, may_flush: bool) -> int | None:
     """CPU time (ns) of a thread whose FLUSH was answered; None when it has left the call that closes.
 
@@ -116,7 +119,7 @@ def time_while_closing(tid: int, may_flush: bool) -> int | None:
         return None
     state = status.partition("\nState:\t")[2][:1]
     if "\nVmSize:" not in status:
-        return None if state in "ZX" else 0
+        return None if state in "ZX" else ENDING
     if state != "R" and not may_flush:
         return None
     times = _read(f"/proc/{tid}/schedstat")

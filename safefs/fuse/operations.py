@@ -122,9 +122,10 @@ def reply_attributes(request: native.Request, entry: Entry) -> None:
 def file_info(opened: Opened) -> pyfuse3.FileInfo:
     handle = opened.handle
     number = handle.number
-    name = handle.draft.name if handle.draft is not None else handle.place[1] or handle.node.name
+    name = handle.node.name if handle.draft is None else handle.draft.name
     # Files that are locked as a rule need every FLUSH, and others where the end of record locks can depend on it.
-    if not handle.writable and not opened.direct_io and not native.hears_closes(name):
+    hears = opened.direct_io or handle.node.linked or native.hears_closes(name)
+    if not handle.writable and not hears:
         number |= native.FH_NOFLUSH
     if handle.backing_id:
         number |= native.FH_PASSTHROUGH | handle.backing_id << native.FH_BACKING_SHIFT

@@ -114,25 +114,41 @@ def test_a_reader_keeps_the_locks_of_its_open_file(place: Path, party: Make, nam
 # Two files that one name has shown, one after the other; and two names of one file.
 
 
-def rotated(place: Path, party: Make, *, unlocks: bool = False) -> tuple[Actor, Actor]:
-    """One has locked a file, renamed it, and locked a new one of that name (`other`), which somebody else opens."""
+# How a name comes to show another file; `p` is its path.
+CHANGES = {
+    "renamed": "os.rename(p, p + '.1')",
+    "removed": "os.unlink(p)",
+    "replaced": "open(p + '.new', 'w').close(); os.rename(p + '.new', p)",
+    "replaced by a draft": "new = open(p + '.new', 'w'); os.rename(p + '.new', p); new.close()",
+}
+
+
+def rotated(
+    place: Path, party: Make, how: str = "renamed", *, name: str = "data", unlocks: bool = False
+) -> tuple[Actor, Actor]:
+    """One has locked a file, and the one that has its name then (`other`), which somebody else opens."""
     one, two = party(), party()
-    opened(one, place / "data")
+    opened(one, place / name)
     one(TRY["fcntl"])
     if unlocks:
         one(RELEASE["fcntl"])
-    one("os.rename(p, p + '.1'); other = os.open(p, os.O_RDWR | os.O_CREAT)", p=str(place / "data"))
+    one(CHANGES[how], p=str(place / name))
+    one("other = os.open(p, os.O_RDWR | os.O_CREAT)")
     one("record(other, SET, EXCLUSIVE)")
-    opened(two, place / "data")
+    opened(two, place / name)
     assert two.errno(TRY["fcntl"]) in BLOCKED
     return one, two
 
 
 @pytest.mark.parametrize("step", ["os.close(fd)", "os.close(os.dup(fd))", RELEASE["fcntl"]])
 @pytest.mark.parametrize("unlocks", [False, True])
-def test_the_old_file_is_closed_after_a_rotation(place: Path, party: Make, unlocks: bool, step: str) -> None:
+@pytest.mark.parametrize("how", list(CHANGES))
+@pytest.mark.parametrize("name", ["data", "x.lock"])
+def test_the_old_file_is_closed_after_a_rotation(
+    place: Path, party: Make, name: str, how: str, unlocks: bool, step: str
+) -> None:
     """What is locked of the new one stays."""
-    one, two = rotated(place, party, unlocks=unlocks)
+    one, two = rotated(place, party, how, name=name, unlocks=unlocks)
     one(step)
     assert two.errno(TRY["fcntl"]) in BLOCKED
     one("os.close(os.dup(other))")
@@ -183,6 +199,22 @@ def test_a_file_is_opened_by_another_name_than_it_was_locked_by(
     two(TRY["fcntl"])
     two("fd = os.open(p, os.O_RDWR)", p=str(mount / "data.1"))
     two(TRY["fcntl"])
+
+
+@pytest.mark.parametrize("name", ["old", "new"])
+def test_readers_of_a_file_that_was_renamed_are_heard_of(make_mount: MountFactory, party: Make, name: str) -> None:
+    """With flush_readers=off as well: of a draft that appears under its new name alone, and of a version."""
+    mount = make_mount("-o", "flush_readers=off")
+    (mount / "old").write_text("x")
+    one, two = party(), party()
+    opened(one, mount / name)
+    one("os.write(fd, b'y')")
+    one(TRY["fcntl"])
+    one("os.rename(p, p + '.1'); other = os.open(p + '.1', os.O_RDONLY)", p=str(mount / name))
+    opened(two, mount / name)
+    assert two.errno(TRY["fcntl"]) in BLOCKED
+    one("os.close(os.dup(other))")
+    assert wait_until(lambda: two.errno(TRY["fcntl"]) == 0, SECONDS)
 
 
 @pytest.mark.parametrize("first", ["fd", "os.open(p + '.other', os.O_RDWR | os.O_CREAT)"])

@@ -10,8 +10,9 @@ from typing import Any
 import trio
 from trio.testing import MockClock
 
+from safefs.closers import CALL_SECONDS, CLOSING_NS
 from safefs.draft import DraftState
-from safefs.lingering import BACKLOG_LOOKS, CLOSING_NS, LOOK_SECONDS, Lingering
+from safefs.lingering import BACKLOG_LOOKS, LOOK_SECONDS, Lingering
 
 TID = 7
 
@@ -23,6 +24,7 @@ class Kernel:
         self.cpu_ns: int | None = 0  # of the thread that closes; None: it has left the call
         self.backlog = self.flushing = False
         self.looks = 0
+        self.flushed = False  # whether it was taken to be in a call that closes more, at the last look
         self.open: list[Any] = []
         self.passthrough = SimpleNamespace(requests_wait=lambda: self.backlog)
         fs: Any = self
@@ -91,6 +93,24 @@ def test_a_thread_that_runs_on_has_left_the_call() -> None:
         kernel.cpu_ns = CLOSING_NS
         await trio.sleep(1)
         assert kernel.open == [draft]
+
+    run(story)
+
+
+def test_a_thread_that_goes_on_closing_is_in_one_call_for_so_long() -> None:
+    async def story(kernel: Kernel) -> None:
+        draft = kernel.close()
+        end = trio.current_time() + CALL_SECONDS - 1
+        while trio.current_time() < end:
+            kernel.flushes += 1
+            await trio.sleep(LOOK_SECONDS[0])
+            assert kernel.flushed or kernel.looks < 2
+        await trio.sleep(2)
+        assert not kernel.flushed  # it has sent none since
+        kernel.flushes += 1
+        await trio.sleep(1)
+        assert not kernel.flushed  # and what it sends now is of another call
+        draft.handle.released = True
 
     run(story)
 

@@ -32,7 +32,7 @@ def test_an_open_file_of_many_processes(locks: Locks) -> None:
     for number in range(1, 101):
         lock = Lock(owner(number), Mode.EXCLUSIVE, 0, 0)
         assert locks.acquire(NAME, Kind.RECORD, lock, HANDLE, may_wait=False) is None
-        assert locks.flushed(owner(number), locks.record_names(owner(number))) == []
+        assert locks.flushed(owner(number), {NAME: [HANDLE]}) == []
     assert not locks._by_handle[HANDLE]
     assert locks.counts() == (0, 0)
     assert locks.key_of(HANDLE) == NAME  # by which it is locked from then on
@@ -198,7 +198,7 @@ def test_who_asked_without_a_lease_is_marked_once() -> None:
     locks.ask_again()
     require_marks(locks, extension)
     assert +extension.owners == {1: 1}
-    locks.flushed(Owner("again", 1), locks.record_names(Owner("again", 1)))
+    locks.flushed(Owner("again", 1), locks.names_through(Owner("again", 1), [HANDLE]))
     assert not +extension.owners
 
 
@@ -207,11 +207,11 @@ def test_what_is_locked_of_two_files_by_one_name(locks: Locks) -> None:
     lock = Lock(owner(1), Mode.EXCLUSIVE)
     for handle in (1, 2):
         assert locks.acquire(NAME, Kind.RECORD, lock, handle, may_wait=False) is None
-    assert locks.record_names(owner(1)) == {NAME: [1, 2]}
+    assert locks.names_through(owner(1), [1, 2, 3]) == {NAME: [1, 2]}
     assert locks.unlock_records(owner(1), {NAME: [1]}, 0, 9) == []  # a part stays
     locks.unlock_records(owner(1), {NAME: [1]}, 0, OFFSET_MAX)
     assert locks.own(NAME, Kind.RECORD, owner(1), 0, 0) == lock
-    assert locks.record_names(owner(1)) == {NAME: [2]}
+    assert locks.names_through(owner(1), [1, 2]) == {NAME: [2]} and locks.named(NAME) == {1, 2}
     locks.unlock_records(owner(1), {NAME: [2]}, 0, 9)
     assert locks.own(NAME, Kind.RECORD, owner(1), 0, 9) is None
     assert locks.own(NAME, Kind.RECORD, owner(1), 0, 10) is not None
@@ -229,3 +229,4 @@ def test_what_is_released_without_being_closed_before(locks: Locks, order: tuple
     assert (locks.own(NAME, Kind.RECORD, owner(1), 0, 0) is None) is (first == 2)
     locks.released(second)
     assert locks.own(NAME, Kind.RECORD, owner(1), 0, 0) is None and locks.counts() == (0, 0)
+    assert not locks.named(NAME) and not locks._named
