@@ -359,6 +359,9 @@ class Files:
         fs = self.fs
         node = fs.nodes.create(backing.identity_of(staged.status), staged.shown.st_mode, shown=False)
         node.parent, node.name = directory.nodeid, name
+        version = fs.nodes.find(staged.base.identity) if staged.base is not None else None
+        if version is not None:
+            node.origin = version.origin
         opener, pidfd = staged.opener
         draft = Draft(
             write_id=secrets.token_hex(8),

@@ -145,8 +145,6 @@ class FileSystem:
         self.accepting = True  # False while the daemon drains: no new writers
         self.looks = Workers(LOOKS)
         self._last_handle = 0
-        # A name was removed, or given to another file than it showed.
-        self.on_removed: Callable[[Node, bytes], None] = lambda _directory, _name: None
         self.forget_attributes: Callable[[int], None] | None = None  # those of the kernel, once there is a mount
         publisher.on_publish = self._note_publish
         publisher.policy_of = self.policy

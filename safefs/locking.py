@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from safefs.cluster.backend import NAMELESS
 from safefs.filesystem import BY_PATH, FileSystem, Handle, number_key, path_key
 from safefs.hot import MODE_TYPES, TYPE_MODES
 from safefs.identity import DAEMON
-from safefs.locks import Waiting, entry_of, name_key
+from safefs.locks import Closed, Since, Waiting, entry_of, name_key
 from safefs.locktable import OFFSET_MAX, Kind, Lock, Mode, Owner
 from safefs.model import Identity
 from safefs.namespace import Node
@@ -73,7 +74,8 @@ class Ending:
 
     number: int  # of the file handle
     owner: Owner
-    closed: dict[str, list[int]]  # names, and the open files that these were locked through
+    closed: Closed
+    since: defaultdict[str, Since] = field(default_factory=lambda: defaultdict(Since))  # what it has got of these names
     done: trio.Event = field(default_factory=trio.Event)
 
 
@@ -84,11 +86,7 @@ class Locking:
         self.fs = filesystem
         self.locks = filesystem.locks
         self._endings: list[Ending] = []
-        self._nodeids: dict[int, int] = {}  # of the open files that something was locked through,
-        self._opened: dict[int, set[int]] = {}  # which are these of a node
-        self._removed: dict[int, int] = {}  # of these nodes the ones that a name does not show any more: since which
-        self._removals = 0
-        filesystem.on_removed = self.removed
+        self.locks.on_record_lock = self._note_lock
         self._patience: dict[tuple[str, Kind], float] = {}  # where it was lost before, while anybody waits
 
     def key(self, nodeid: int, number: int, owner: Owner) -> str:
@@ -102,60 +100,13 @@ class Locking:
             return known or name_key(self.fs.directory_key(self.fs.node(nodeid)), b"")
         if known in (None, found):
             return found
-        through = self.locks.bound_through(number, known, owner)
-        return known if any(self._is_same_file(each, nodeid, number) for each in through) else found
-
-    def _is_same_file(self, other: int, nodeid: int, number: int) -> bool:
-        """Whether an open file, through which something was locked, and another one are of one file."""
-        return other == number or self._nodeids[other] == nodeid or self._shows_the_same(other, nodeid, number)
-
-    def _shows_the_same(self, other: int, nodeid: int, number: int) -> bool:
-        """The same of two inodes: of a private file versions and drafts are, as long as nobody has removed it.
-
-        What is written in place has one inode.
-        """
-        if any(handle is not None and handle.in_place for handle in map(self._handle, (other, number))):
-            return False
-        at = self._nodeids[other]
-        return (
-            self._removed.get(at) == self._removed.get(nodeid)
-            and (found := self._found_under(nodeid, number)) is not None
-            and found == self._found_under(at, other)
-        )
+        ending = next((ending for ending in self._endings_of(known) if ending.owner == owner), None)
+        ended = (known, Kind.RECORD, owner) if ending is not None and known not in ending.since else None
+        bound = self.locks.bound_files(number, known, owner, but=ended)
+        return known if self.fs.nodes.origin(nodeid) in bound else found
 
     def _handle(self, number: int) -> Handle | None:
         return self.fs.handles.get(number)
-
-    def _locked_names(self, nodeid: int, number: int, owner: Owner) -> dict[str, list[int]]:
-        """The names by which a process has locked records of an open file, and through which open files of the same."""
-        opened = self._opened.get(nodeid, set())
-        names = self.locks.names_through(owner, opened)
-        found = self._found_under(nodeid, number)
-        if found is not None:
-            others = [each for each in self.locks.through(found, owner) if each not in opened]
-            same = [each for each in others if self._shows_the_same(each, nodeid, number)]
-            if same:
-                names[found] = names.get(found, []) + same
-        return names
-
-    def removed(self, directory: Node, name: bytes) -> None:
-        """A name was removed or given to another file: what was locked by it is none of what it shows from now on."""
-        if self._opened:
-            self._removals += 1
-            for number in self.locks.named(name_key(self.fs.directory_key(directory), name)):
-                self._removed.setdefault(self._nodeids[number], self._removals)
-
-    def _note_opened(self, number: int, nodeid: int) -> None:
-        self._nodeids[number] = nodeid
-        self._opened.setdefault(nodeid, set()).add(number)
-
-    def _forget_opened(self, number: int) -> None:
-        nodeid = self._nodeids.pop(number, 0)
-        opened = self._opened.get(nodeid, set())
-        opened.discard(number)
-        if not opened:
-            self._opened.pop(nodeid, None)
-            self._removed.pop(nodeid, None)
 
     def _key(self, wanted: Wanted) -> str:
         return self.key(wanted.nodeid, wanted.handle, self._owner(wanted))
@@ -217,8 +168,7 @@ class Locking:
         """What to wait for until that is done."""
         owner = self._owner(wanted)
         if wanted.kind is Kind.RECORD:
-            names = self._locked_names(wanted.nodeid, wanted.handle, owner)
-            return self.locks.unlock_records(owner, names, wanted.first, wanted.last)
+            return self.locks.unlock_records(owner, self.fs.nodes.origin(wanted.nodeid), wanted.first, wanted.last)
         key = self._key(wanted)
         unlocking = self.locks.release(key, wanted.kind, owner)
         if unlocking is not None:
@@ -231,13 +181,10 @@ class Locking:
         known = self.locks.key_of(wanted.handle)
         key = self._key(wanted)
         if wanted.kind is Kind.RECORD:
-            for ending in [each for each in self._endings_of(key) if each.owner == self._owner(wanted)]:
-                self._end(ending)
-            key = self._key(wanted)  # which was bound by what has ended, perhaps
             native.hear_closes(entry_of(key))  # from now on every close of such a file is heard of
         lock = Lock(self._owner(wanted), mode, wanted.first, wanted.last, wanted.pid)
-        waiting = self.locks.acquire(key, wanted.kind, lock, wanted.handle, may_wait=wanted.may_wait)
-        self._note_opened(wanted.handle, wanted.nodeid)
+        origin = self.fs.nodes.origin(wanted.nodeid)
+        waiting = self.locks.acquire(key, wanted.kind, lock, wanted.handle, may_wait=wanted.may_wait, file=origin)
         handle = self._handle(wanted.handle)
         if handle is not None and handle.draft is not None:
             handle.draft.locked = True
@@ -356,12 +303,12 @@ class Locking:
         finally:
             os.close(fd)
 
-    def flushed(self, nodeid: int, number: int, owner: int) -> list[trio.Event]:
+    def flushed(self, nodeid: int, owner: int) -> list[trio.Event]:
         """A process has closed a descriptor of an open file; what to wait for until its locks are free."""
         closer = Owner(self.locks.node, owner)
         if not self.locks.has_record_locks(closer):
             return []
-        return self.locks.flushed(closer, self._locked_names(nodeid, number, closer))
+        return self.locks.flushed(closer, self._closed(nodeid, closer))
 
     def flushed_unpublished(self, nodeid: int, number: int, owner: int) -> Ending | None:
         """The same, where the RELEASE that perhaps follows will publish what was written under the locks.
@@ -371,12 +318,22 @@ class Locking:
         are no such locks.
         """
         closer = Owner(self.locks.node, owner)
-        closed = self._locked_names(nodeid, number, closer)
+        closed = self._closed(nodeid, closer)
         if not closed:
             return None
         ending = Ending(number, closer, closed)
         self._endings.append(ending)
         return ending
+
+    def _closed(self, nodeid: int, closer: Owner) -> Closed:
+        return self.locks.locked_through(closer, self.fs.nodes.origin(nodeid))
+
+    def _note_lock(self, waiting: Waiting) -> None:
+        """What a process gets after a close does not end with it."""
+        for ending in self._endings_of(waiting.key):
+            if ending.owner == waiting.wait.lock.owner and waiting.handle is not None:
+                ending.since[waiting.key].ranges.append((waiting.wait.lock.first, waiting.wait.lock.last))
+                ending.since[waiting.key].handles.add(waiting.handle)
 
     def _endings_of(self, key: str) -> list[Ending]:
         return [ending for ending in self._endings if key in ending.closed]
@@ -386,7 +343,7 @@ class Locking:
         if ending in self._endings:
             self._endings.remove(ending)
             ending.done.set()
-            self.locks.flushed(ending.owner, ending.closed)
+            self.locks.flushed(ending.owner, ending.closed, ending.since)
 
     async def end_unless_released(self, ending: Ending, handle: Handle, tid: int) -> None:
         """RELEASE comes at the end of the call that closes, or not at all, when there are other copies.
@@ -405,7 +362,7 @@ class Locking:
             before, flushes = flushes, closers.flushes(tid)
             closes_more = (closers.is_waiting(tid) or flushes != before) and trio.current_time() < end
             now = await self.fs.look(processes.time_while_closing, tid, closes_more)
-            began = now if began is None else began
+            began = now if began is None or closes_more else began
             has_run = now is not None and began is not None and now - began >= CLOSING_NS
             if (has_run or now is None) and not self.fs.passthrough.requests_wait():
                 break
@@ -419,5 +376,4 @@ class Locking:
         if number & native.FH_HOT and self.locks.key_of(number) is not None:
             self.fs.nodes.hot.mark_handle(number, -1)
             self.fs.fenced_readers.discard(number)
-        self._forget_opened(number)
         self.locks.released(number)

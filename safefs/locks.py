@@ -16,7 +16,7 @@ import math
 import os
 import socket
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -30,10 +30,12 @@ from safefs.cluster.record import Acquire, Break, GiveUp, LetPass, Release, Step
 from safefs.cluster.survey import Survey
 from safefs.locktable import OFFSET_MAX, Held, Kind, Lock, LockTable, Mode, NameLocks, Owner, Wait
 from safefs.turns import Turns
+from safefs.uses import Use, Uses
 
 NAME_SECONDS = 30.0  # for the daemon's own locks of names
 
-Use = tuple[str, Kind, Owner]
+Closed = Mapping[str, Collection[int]]  # names by which a file was locked, and through which open files
+Range = tuple[int, int]  # the first byte and the last
 
 
 def name_key(directory: str, name: bytes) -> str:
@@ -44,6 +46,25 @@ def name_key(directory: str, name: bytes) -> str:
 def entry_of(key: str) -> bytes:
     """The name in its directory."""
     return os.fsencode(key.rpartition("/")[2])
+
+
+@dataclass(slots=True)
+class Since:
+    """What a process has got by a name after a close, and through which open files."""
+
+    ranges: list[Range] = field(default_factory=list)
+    handles: set[int] = field(default_factory=set)
+
+
+def between(ranges: Iterable[Range]) -> Iterator[Range]:
+    """All that is in none of them."""
+    first = 0
+    for low, high in sorted(ranges):
+        if first < low:
+            yield first, low - 1
+        first = max(first, high + 1)
+    if first <= OFFSET_MAX:
+        yield first, OFFSET_MAX
 
 
 class NameService(Protocol):
@@ -144,6 +165,7 @@ class Waiting:
     kind: Kind
     wait: Wait
     handle: int | None
+    file: int  # that the handle is of
     may_wait: bool
     submitted: bool = False  # on its way to a shared record, which answers in any case
     settled: trio.Event = field(default_factory=trio.Event)
@@ -164,16 +186,13 @@ class Locks:
         self._lender = lender
         self._lent: dict[str, tuple[Owner, int]] = {}  # by name: to whom, through which file handle
         self._waiting: dict[int, Waiting] = {}  # by ticket
-        self._by_handle: defaultdict[int, set[Use]] = defaultdict(set)
+        self._uses = Uses(self._mark)
         self._keys: dict[int, str] = {}  # the name that was locked last through a file handle that is open
-        self._named: defaultdict[str, set[int]] = defaultdict(set)  # the same by name
-        # Through which open files an owner has asked since it had nothing of the kind on the name, the last one last.
-        self._through: dict[Use, dict[int, None]] = {}
         # What owners of this node have been told that they hold, whether or not the backend can be asked about it.
         self._held: defaultdict[tuple[str, Kind], dict[Owner, LockTable]] = defaultdict(dict)
-        self._recorded: dict[Owner, dict[str, None]] = {}  # names of which an owner has record locks, or asks for some
         self._last_ticket = self._last_claim = 0
         self.fence: Callable[[set[int]], None] = lambda _handles: None  # what was locked through them is broken
+        self.on_record_lock: Callable[[Waiting], None] = lambda _waiting: None  # it is held from now on
         self.turns = Turns()  # of those who try what others have locked, by name
 
     @property
@@ -193,7 +212,7 @@ class Locks:
         return not self.lease_holds() and self._holds(handle)
 
     def _holds(self, handle: int) -> bool:
-        uses = self._by_handle.get(handle, ())
+        uses = self._uses.of(handle)
         self._settle_loans(key for key, _, _ in uses)
         return any(owner in self._held.get((key, kind), ()) for key, kind, owner in uses)
 
@@ -254,27 +273,26 @@ class Locks:
         for kind in (Kind.FLOCK, Kind.RECORD):
             kept = {lock.owner for lock in locks[kind].held}
             for use in [(key, kind, owner) for owner in self._held.get((key, kind), {}) if owner not in kept]:
-                fenced.update(handle for handle, uses in self._by_handle.items() if use in uses)
+                fenced.update(self._uses.handles(use))
                 self._drop(use)
         if fenced:
             self.fence(fenced)
 
     def counts(self) -> tuple[int, int]:
         """How many locks are held or asked for through open files, and how many of them wait."""
-        return len(self._through), len(self._waiting)
+        return len(self._uses), len(self._waiting)
 
     def key_of(self, handle: int) -> str | None:
         """The name that was locked last through this file handle, which it may not have any more; None if none was."""
         return self._keys.get(handle)
 
-    def bound_through(self, handle: int, key: str, owner: Owner) -> set[int]:
-        """The open files of what is held or wanted through one of them, or by an owner on a name."""
-        uses = {*self._by_handle.get(handle, ()), (key, Kind.FLOCK, owner), (key, Kind.RECORD, owner)}
+    def bound_files(self, handle: int, key: str, owner: Owner, *, but: Use | None = None) -> set[int]:
+        """The files of what is held or wanted through an open file, or by an owner on a name; `but` one of these."""
+        uses = {*self._uses.of(handle), (key, Kind.FLOCK, owner), (key, Kind.RECORD, owner)} - {but}
         self._settle_loans(name for name, _, _ in uses)
-        held = [use for use in uses if use[2] in self._held.get(use[:2], ())]
+        held = (use for use in uses if use[2] in self._held.get(use[:2], ()))
         waiting = (each for each in self._waiting.values() if each.handle == handle or each.wait.lock.owner == owner)
-        wanted = {each.handle for each in waiting if each.handle is not None}
-        return wanted.union(*(self._through.get(use, ()) for use in held))
+        return {each.file for each in waiting}.union(*(self._uses.files(use) for use in held))
 
     def kin(self, waiting: Waiting) -> set[int]:
         """Pids of those who hold something on the name: a request of a child of theirs need not wait in the queue."""
@@ -349,7 +367,7 @@ class Locks:
         self._last_claim += 1
         at = xxhash.xxh3_64_intdigest(name) >> 1
         lock = Lock(Owner(self.node, self._last_claim), Mode.EXCLUSIVE, at, at)
-        return self._ask(name_key(directory, b""), kind, lock, None, may_wait=may_wait)
+        return self._ask(self._new(name_key(directory, b""), kind, lock, None, 0, may_wait=may_wait))
 
     async def _settle(self, waiting: Waiting) -> None:
         """Until a request of the daemon's own is answered, or given up after `NAME_SECONDS`."""
@@ -359,32 +377,37 @@ class Locks:
         finally:
             self.give_up(waiting)
 
-    def acquire(self, key: str, kind: Kind, lock: Lock, handle: int | None, *, may_wait: bool) -> Waiting | None:
+    def acquire(
+        self, key: str, kind: Kind, lock: Lock, handle: int, *, may_wait: bool, file: int = 0
+    ) -> Waiting | None:
         """Take a lock through a file handle: None if it is held now, else what to wait for.
 
-        Raises BlockingIOError (EAGAIN) where it may not wait and somebody holds what is in its way; that somebody was
-        first may come to nothing (`kin`).  Raises OSError (EDEADLK) where it would wait for ever: for record locks
-        alone, as the kernel does (fcntl(2), F_SETLKW), and as far as this node sees it.
+        `file` is what closes of it are about; of a handle without one it is the handle itself.  Raises BlockingIOError
+        (EAGAIN) where it may not wait and somebody holds what is in its way; that somebody was first may come to
+        nothing (`kin`).  Raises OSError (EDEADLK) where it would wait for ever: for record locks alone, as the kernel
+        does (fcntl(2), F_SETLKW), and as far as this node sees it.
         """
         locks = self._names.local(key)
-        waiting = None
+        waiting = self._new(key, kind, lock, handle, file or handle, may_wait=may_wait)
         if locks is not None and not locks[kind]:
-            self._last_ticket += 1
-            locks[kind].request(Wait(self._last_ticket, lock))  # nobody has anything: it is held
-        else:
-            waiting = self._ask(key, kind, lock, handle, may_wait=may_wait)
-            if waiting.settled.is_set() and not waiting.held:
-                raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
-        if handle is not None:
-            self._remember(handle, (key, kind, lock.owner))
-            if waiting is None:
-                self._hold((key, kind, lock.owner), Wait(self._last_ticket, lock))
-        return None if waiting is None or waiting.held else waiting
+            locks[kind].request(waiting.wait)  # nobody has anything: it is held
+            self._get(waiting)
+            return None
+        self._ask(waiting)
+        if waiting.settled.is_set() and not waiting.held:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        if waiting.held:
+            return None
+        self._remember(waiting)
+        return waiting
 
-    def _ask(self, key: str, kind: Kind, lock: Lock, handle: int | None, *, may_wait: bool) -> Waiting:
-        """Ask for a lock; the answer is there at once where the name is this node's.  Raises OSError (EDEADLK)."""
+    def _new(self, key: str, kind: Kind, lock: Lock, handle: int | None, file: int, *, may_wait: bool) -> Waiting:
         self._last_ticket += 1
-        waiting = Waiting(key, kind, Wait(self._last_ticket, lock), handle, may_wait)
+        return Waiting(key, kind, Wait(self._last_ticket, lock), handle, file, may_wait)
+
+    def _ask(self, waiting: Waiting) -> Waiting:
+        """Ask for a lock; the answer is there at once where the name is this node's.  Raises OSError (EDEADLK)."""
+        key, kind, lock, may_wait = waiting.key, waiting.kind, waiting.wait.lock, waiting.may_wait
         if may_wait and kind is Kind.RECORD and self._deadlocks(waiting):
             raise OSError(errno.EDEADLK, os.strerror(errno.EDEADLK))
         locks = self._names.local(key)
@@ -427,106 +450,68 @@ class Locks:
 
     def has_record_locks(self, owner: Owner) -> bool:
         """Whether a process has any record locks, or asks for some."""
-        return owner in self._recorded
+        return self._uses.has_records(owner)
 
-    def names_through(self, owner: Owner, handles: Iterable[int]) -> dict[str, list[int]]:
-        """The names of which a process has record locks, or asked for some, through open files; and through which."""
-        names, recorded = defaultdict(list), self._recorded.get(owner, {})
-        for handle in handles:
-            uses = self._by_handle.get(handle, set())
-            if len(recorded) < len(uses):
-                found = [key for key in recorded if (key, Kind.RECORD, owner) in uses]
-            else:
-                found = [key for key, kind, other in uses if kind is Kind.RECORD and other == owner]
-            for key in found:
-                names[key].append(handle)
-        return dict(names)
+    def locked_through(self, owner: Owner, file: int) -> Closed:
+        """By which names a process has locked records of a file, or asked for some, and through which open files."""
+        names = self._uses.names(owner, file)
+        return {key: self._uses.handles((key, Kind.RECORD, owner), file) for key in names}
 
-    def through(self, key: str, owner: Owner) -> Collection[int]:
-        """The open files through which a process has record locks of a name, or asked for some."""
-        return self._through.get((key, Kind.RECORD, owner), {}).keys()
-
-    def named(self, key: str) -> Collection[int]:
-        """The open files through which a name was locked, and no other since."""
-        return self._named.get(key, set())
-
-    def flushed(self, owner: Owner, closed: Mapping[str, Sequence[int]]) -> list[trio.Event]:
+    def flushed(self, owner: Owner, closed: Closed, since: Mapping[str, Since] | None = None) -> list[trio.Event]:
         """A process has closed a descriptor of a file: it loses its record locks there (fcntl(2)).
 
-        `closed` has the names that it has locked the file by, and the open files of it.  What it has locked by the same
+        `closed` is what `locked_through` said then, `since` what it has got afterwards.  What it has locked by the same
         name of another file, which had the name before or has it since, stays.
         """
-        uses = [(key, Kind.RECORD, owner) for key, handles in closed.items() if self._leave(key, owner, handles)]
-        events = [self.release(*use) for use in uses]
+        events = []
+        for key, handles in closed.items():
+            use, got = (key, Kind.RECORD, owner), (since or {}).get(key, Since())
+            for handle in handles:
+                if handle not in got.handles:
+                    self._uses.part(use, handle)
+            left = set(self._uses.handles(use))
+            if not left and self._uses.forget(use):
+                events.append(self.release(*use))
+            elif left and left <= got.handles:
+                events += [self.release(*use, *rest) for rest in between(got.ranges)]
         return [event for event in events if event is not None]
 
-    def unlock_records(
-        self, owner: Owner, names: Mapping[str, Sequence[int]], first: int, last: int
-    ) -> list[trio.Event]:
-        """A process has unlocked a range of a file, with `names` as for `flushed`; what to wait for.
+    def unlock_records(self, owner: Owner, file: int, first: int, last: int) -> list[trio.Event]:
+        """A process has unlocked a range of a file; what to wait for.
 
-        A part of what is also another file's stays until that is unlocked.
+        A part of what is also another file's, by the same name, stays until that is unlocked.
         """
-        if (first, last) == (0, OFFSET_MAX):
-            shared = {key: handles for key, handles in names.items() if self._others(key, owner, handles)}
-            self.flushed(owner, shared)
-        events = [
-            self.release(key, Kind.RECORD, owner, first, last)
-            for key, handles in names.items()
-            if not self._others(key, owner, handles)
-        ]
+        events = []
+        for key in self._uses.names(owner, file):
+            use = key, Kind.RECORD, owner
+            if self._uses.files(use) == {file}:
+                events.append(self.release(*use, first, last))
+            elif (first, last) == (0, OFFSET_MAX):
+                for handle in self._uses.handles(use, file):
+                    self._uses.part(use, handle)
         return [event for event in events if event is not None]
-
-    def _others(self, key: str, owner: Owner, handles: Iterable[int]) -> set[int]:
-        """The open files through which a process has locked records by a name, but for some."""
-        return {*self.through(key, owner)}.difference(handles)
-
-    def _leave(self, key: str, owner: Owner, handles: Iterable[int]) -> bool:
-        """A process has nothing by a name through some open files any more; whether it has nothing at all now."""
-        use = key, Kind.RECORD, owner
-        if use not in self._through:
-            return False
-        for handle in handles:
-            self._part(handle, use)
-        return not self._through[use] and self._forget(use)
-
-    def _part(self, handle: int, use: Use) -> None:
-        self._through[use].pop(handle, None)
-        if uses := self._by_handle.get(handle):
-            uses.discard(use)
 
     def released(self, handle: int) -> None:
         """The last descriptor of an open file is closed: what was locked through it last is free."""
-        self._settle_loans(key for key, _, _ in self._by_handle.get(handle, ()))
-        self._name(handle, None)
-        for use in self._by_handle.pop(handle, ()):
-            is_last = next(reversed(self._through[use])) == handle
-            self._part(handle, use)
-            if is_last and self._forget(use):
+        self._settle_loans(key for key, _, _ in self._uses.of(handle))
+        self._keys.pop(handle, None)
+        for use in self._uses.release(handle):
+            if self._uses.forget(use):
                 self.release(*use)
 
-    def _remember(self, handle: int, use: Use) -> None:
-        key, kind, owner = use
-        through = self._through.setdefault(use, {})
-        if owner not in self._held.get((key, kind), ()):
-            for earlier in list(through):
-                self._part(earlier, use)
-        through.pop(handle, None)
-        through[handle] = None
-        self._by_handle[handle].add(use)
-        self._name(handle, key)
-        if kind is Kind.RECORD:
-            self._record(key, owner)
+    def _remember(self, waiting: Waiting) -> None:
+        key, kind, owner = waiting.use
+        assert waiting.handle is not None
+        anew = owner not in self._held.get((key, kind), ())
+        self._uses.add(waiting.use, waiting.handle, waiting.file, anew=anew)
+        self._keys[waiting.handle] = key
 
-    def _name(self, handle: int, key: str | None) -> None:
-        before = self._keys.pop(handle, None)
-        if before is not None and before != key:
-            self._named[before].discard(handle)
-            if not self._named[before]:
-                del self._named[before]
-        if key is not None:
-            self._keys[handle] = key
-            self._named[key].add(handle)
+    def _get(self, waiting: Waiting) -> None:
+        """An owner has a lock from now on, through an open file."""
+        self._remember(waiting)  # a close by another thread has perhaps forgotten it
+        self._hold(waiting.use, waiting.wait)
+        if waiting.kind is Kind.RECORD:
+            self.on_record_lock(waiting)
 
     def _hold(self, use: Use, wait: Wait) -> None:
         key, kind, owner = use
@@ -545,29 +530,6 @@ class Locks:
         if not held:
             self._held.pop((key, kind), None)
 
-    def _forget(self, use: Use) -> bool:
-        if use not in self._through:
-            return False
-        for handle in list(self._through[use]):
-            self._part(handle, use)
-        del self._through[use]
-        key, kind, owner = use
-        if kind is Kind.RECORD:
-            del self._recorded[owner][key]
-            if not self._recorded[owner]:
-                self._unrecord(owner)
-        return True
-
-    def _record(self, key: str, owner: Owner) -> None:
-        if owner not in self._recorded and self._lender is not None:
-            self._lender.mark_owner(owner.number, 1)
-        self._recorded.setdefault(owner, {})[key] = None
-
-    def _unrecord(self, owner: Owner) -> None:
-        del self._recorded[owner]
-        if self._lender is not None:
-            self._lender.mark_owner(owner.number, -1)
-
     def answer(self, ticket: int, held: bool) -> bool:
         """The same as `resolve`, for what has been asked of a record that nodes share."""
         waiting = self._waiting.get(ticket)
@@ -585,31 +547,26 @@ class Locks:
         if not held:
             self._drop_converted(waiting)
         if held and waiting.handle is not None:
-            self._remember(waiting.handle, waiting.use)  # a close by another thread has perhaps forgotten it
-            self._hold(waiting.use, waiting.wait)
+            self._get(waiting)
         return True
 
     def lose(self) -> set[int]:
         """All locks are lost; returns the file handles that something is locked through.  Requests go on waiting."""
         for key in list(self._lent):
             self._take_back(key, NameLocks())
-        fenced = {handle for handle in self._by_handle if self._holds(handle)}
+        fenced = {handle for handle in self._uses.open_files() if self._holds(handle)}
         self._held.clear()
-        self._by_handle.clear()
-        self._through.clear()
-        for owner in list(self._recorded):
-            self._unrecord(owner)
+        self._uses.forget_all()
         return fenced
 
     def ask_again(self) -> None:
         """This node has another name: what waited under the old one waits under the new."""
-        for use in [use for use in self._through if use[2].node != self.node]:
-            self._forget(use)  # asked for since all was lost
+        self._uses.forget_all(self.node)  # but what was asked for since all was lost
         for waiting in self._waiting.values():
             lock = replace(waiting.wait.lock, owner=Owner(self.node, waiting.wait.lock.owner.number))
             waiting.wait = replace(waiting.wait, lock=lock)
             if waiting.handle is not None:
-                self._remember(waiting.handle, waiting.use)
+                self._remember(waiting)
             self._names.submit(waiting.key, Acquire(waiting.kind, waiting.wait, waiting.may_wait))
 
     # ---------------------------------------------------------------- loans
@@ -622,7 +579,7 @@ class Locks:
         locks, owner = self._names.local(key), Owner(self.node, number)
         if locks is None or self._lender is None or self.turns.has_line(key):
             return
-        if (key, Kind.FLOCK, owner) not in self._by_handle.get(handle, ()):
+        if (key, Kind.FLOCK, owner) not in self._uses.of(handle):
             return
         held = locks[Kind.FLOCK].held_alone(owner)
         if held is not None and self._lender.lend_lock(handle, number, held, self._names.lease_ends()):
@@ -652,6 +609,10 @@ class Locks:
     def end_loan(self, key: str) -> None:
         """Take back what is lent of a name."""
         self._settle_loans([key])
+
+    def _mark(self, owner: Owner, change: int) -> None:
+        if self._lender is not None:
+            self._lender.mark_owner(owner.number, change)
 
     def _settle_loans(self, keys: Iterable[str]) -> None:
         for key in self._lent.keys() & set(keys):

@@ -39,6 +39,7 @@ class Node:
         "name",
         "nodeid",
         "opens",
+        "origin",
         "parent",
         "pins",
         "stamp",
@@ -53,6 +54,7 @@ class Node:
         self.lookups = 0
         self.opens = 0  # open handles
         self.pins = 0  # requests and drafts that need the descriptor
+        self.origin = nodeid  # of a draft or version that was made from another node's file here: that one's
         self.parent = 0  # nodeid of the directory it was last found in
         self.name = b""
         self.linked = False  # a file with several names, of which `name` is the last that it was looked up by
@@ -98,6 +100,11 @@ class Namespace:
     def get(self, nodeid: int) -> Node | None:
         return self._nodes.get(nodeid) or self._adopt(self.hot.adopt(nodeid))
 
+    def origin(self, nodeid: int) -> int:
+        """What tells files apart as programs do: drafts and versions that were made from a file here are that file."""
+        node = self._nodes.get(nodeid)
+        return nodeid if node is None else node.origin
+
     def find(self, identity: Identity) -> Node | None:
         """The node that shows this inode to everybody, if the kernel knows one."""
         return self._by_identity.get(identity) or self._adopt(self.hot.adopt_inode(identity))
@@ -141,8 +148,11 @@ class Namespace:
     def show(self, node: Node, identity: Identity) -> None:
         """A draft's node becomes the version's node, unless lookups have made one already."""
         node.identity = identity
-        if self.find(identity) is None and self.hot.register(node.nodeid, identity):
-            self._by_identity[identity] = node
+        while (other := self.find(identity)) is None:
+            if self.hot.register(node.nodeid, identity):
+                self._by_identity[identity] = node
+                return
+        other.origin = node.origin
 
     def hide(self, node: Node) -> None:
         """Lookups of its inode find this node no more."""

@@ -209,12 +209,10 @@ class Tree:
             keeper = fs.publisher.keeper_of(directory, name)
             if own is None:
                 await fs.backing.run(caller, self._unlink_entry, directory.fd, name, keeper)
-                fs.on_removed(directory, name)
                 fs.soft_locks.forget(lock)
                 return
             has_version = own.base is not None
             await self._cancel(own)
-            fs.on_removed(directory, name)
             if has_version:
                 with suppress(FileNotFoundError):
                     await fs.backing.run(caller, self._unlink_entry, directory.fd, name, keeper)
@@ -344,7 +342,6 @@ class Tree:
         if own is not None and own.pending and own.base is None:
             # Never published: it appears under its new name only.
             await fs.publish(own, target=new, name=new_name, replace=not flags & RENAME_NOREPLACE)
-            fs.on_removed(new, new_name)
         else:
             if own is not None:
                 await fs.publish(own)
@@ -355,7 +352,6 @@ class Tree:
                 status = await fs.backing.run(caller, renaming, old.fd, name, new.fd, new_name, flags)
             for lock in locks:
                 fs.soft_locks.forget(lock)
-            fs.on_removed(new, new_name)
             moved = fs.nodes.find(backing.identity_of(status))
             if moved is not None and moved is not fs.root:
                 fs.moved(moved, new, new_name, (old.nodeid, name))

@@ -349,11 +349,11 @@ class Operations(pyfuse3.Operations):
         if handle is not None and handle.draft is not None and handle.writable:
             self._start(request, self._flush, nodeid, handle, owner)
         elif self._fs.is_lost(number) if handle is None else self._fs.is_fenced(handle):
-            self._locking.flushed(nodeid, number, owner)  # what was locked after that
+            self._locking.flushed(nodeid, owner)  # what was locked after that
             request.reply_err(errno.EIO)
         elif handle is not None and handle.in_place and (handle.error or self._in_place.unsent(number)):
             self._start(request, self._flush_in_place, nodeid, number, owner)
-        elif unlocking := self._locking.flushed(nodeid, number, owner):
+        elif unlocking := self._locking.flushed(nodeid, owner):
             self._start(request, self._await_unlocked_close, unlocking)
         else:
             request.reply_err(0)
@@ -367,7 +367,7 @@ class Operations(pyfuse3.Operations):
                 if handle.draft is not None and handle.draft.pending:
                     ending = self._locking.flushed_unpublished(nodeid, handle.number, owner)
                 else:
-                    unlocking = self._locking.flushed(nodeid, handle.number, owner)
+                    unlocking = self._locking.flushed(nodeid, owner)
                 if ending is not None:
                     self._nursery.start_soon(self._locking.end_unless_released, ending, handle, request.pid)
             await self._await_unlocking(request, unlocking)
@@ -375,7 +375,7 @@ class Operations(pyfuse3.Operations):
     async def _flush_in_place(self, request: native.Request, nodeid: int, number: int, owner: int) -> None:
         with self._fs.closers.waits(request.pid):
             await self._in_place.send(self._in_place.unsent(number))
-            await self._await_record(request, self._locking.flushed(nodeid, number, owner))
+            await self._await_record(request, self._locking.flushed(nodeid, owner))
             self._in_place.require_sent(number)
             request.reply_err(0)
 

@@ -15,7 +15,7 @@ import pytest
 
 from tests.conftest import MountFactory
 from tests.mount.actors import Actor
-from tests.mount.lockers import BLOCKED, NAMES, RELEASE, SECONDS, TRY, Make, hot, opened
+from tests.mount.lockers import BLOCKED, CREATE, NAMES, RELEASE, SECONDS, TRY, Make, hot, opened
 from tests.support.mounting import Mount, safefs, status, wait_until
 
 
@@ -178,6 +178,61 @@ def test_a_new_file_is_opened_after_a_rotation(mount: Mount, party: Make) -> Non
     assert wait_until(lambda: two.errno(TRY["fcntl"]) == 0, SECONDS)
 
 
+OPENS_AGAIN = "other = os.open(p, os.O_RDWR | os.O_CREAT); record(other, SET, EXCLUSIVE)"
+# How `fd` comes to be of another file than the one that `other` has locked, which has the name that was that one's.
+STORIES = {
+    "not locked, and removed": "os.unlink(p)",
+    "not locked, and replaced": "open(p + '.new', 'w').close(); os.rename(p + '.new', p)",
+    "locked after it was removed": "os.unlink(p); record(fd, SET, EXCLUSIVE); record(fd, SET, UNLOCK)",
+    "renamed and removed": "record(fd, SET, EXCLUSIVE); os.rename(p, p + '.1'); os.unlink(p + '.1')",
+    "renamed, and replaced there": "os.rename(p, p + '.1'); open(p + '.2', 'w').close(); os.rename(p + '.2', p + '.1')",
+    "written to, and renamed": "open(p, 'w').write('y'); os.rename(p, p + '.1')",
+    "removed twice": "os.unlink(p); f = os.open(p, CREATE); record(f, SET, EXCLUSIVE); os.unlink(p); os.close(f)",
+}
+
+
+@pytest.mark.parametrize("flags", [os.O_RDONLY, os.O_RDWR])
+@pytest.mark.parametrize("story", list(STORIES))
+@pytest.mark.parametrize("name", ["data", "x.lock"])
+def test_a_file_is_closed_that_had_the_name_before(place: Path, party: Make, name: str, story: str, flags: int) -> None:
+    """Nothing ends of what is locked of the one that has it now."""
+    (place / name).write_text("x")
+    one, two = party(), party()
+    opened(one, place / name, flags)
+    happens = STORIES[story].replace("EXCLUSIVE", "SHARED") if flags == os.O_RDONLY else STORIES[story]
+    one(happens, p=str(place / name), CREATE=CREATE)
+    one(OPENS_AGAIN)
+    opened(two, place / name)
+    for step in ("os.close(os.dup(fd))", "record(fd, SET, UNLOCK)", "os.close(fd)"):
+        one(step)
+        assert two.errno(TRY["fcntl"]) in BLOCKED, step
+    one("os.close(other)")
+    assert wait_until(lambda: two.errno(TRY["fcntl"]) == 0, SECONDS)
+
+
+@pytest.mark.parametrize("step", ["os.close(other)", "record(other, SET, UNLOCK)"])
+@pytest.mark.parametrize(
+    "change", ["", "os.rename(p, p + '.1')", "open(p + '.2', 'w').close(); os.rename(p + '.2', p)"]
+)
+def test_a_reader_and_a_writer_are_of_one_file(make_mount: MountFactory, party: Make, change: str, step: str) -> None:
+    """Whatever has become of its name, also where it is a version and a draft."""
+    mount = make_mount("-o", "flush_readers=on")
+    (mount / "data").write_text("x")
+    one, three = party(), party()
+    opened(one, mount / "data", os.O_RDONLY)
+    one("record(fd, SET, SHARED)")
+    if "'.1'" in change:
+        one(change, p=str(mount / "data"))
+        one("other = os.open(p + '.1', os.O_RDWR)")
+    else:
+        one("other = os.open(p, os.O_RDWR)", p=str(mount / "data"))
+        one(change or "None")
+    opened(three, mount / "data")
+    assert three.errno(TRY["fcntl"]) in BLOCKED
+    one(step)
+    assert wait_until(lambda: three.errno(TRY["fcntl"]) == 0, SECONDS)
+
+
 ENDS = ["os.close(other)", "record(other, SET, UNLOCK)", "record(other, SET, SHARED); os.close(fd)"]
 
 
@@ -231,6 +286,37 @@ def test_a_draft_is_locked_by_its_new_name(place: Path, party: Make, first: str)
         assert two.errno(TRY["fcntl"]) in BLOCKED
     one("os.close(fd)")
     assert wait_until(lambda: two.errno(TRY["fcntl"]) == 0, SECONDS)
+
+
+def test_what_is_locked_after_a_close_does_not_end_with_it(place: Path, party: Make) -> None:
+    """While it is not known yet whether the close, of what was written under a lock, was the last one."""
+    (place / "data").write_text("x")
+    parent, two, three = party(), party(), party()
+    opened(parent, place / "data", os.O_RDWR)
+    for process in (two, three):
+        opened(process, place / "data", os.O_RDWR)
+    child = parent.fork()
+    child("os.pwrite(fd, b'y', 0); record(fd, SET, EXCLUSIVE, 0, 10)")
+    two("record(fd, SET, EXCLUSIVE, 20, 10)")
+    child(
+        """
+        import threading, time
+        thread = threading.Thread(target=record, args=(fd, WAIT, EXCLUSIVE, 20, 10))
+        thread.start()
+        time.sleep(0.3)
+        """.replace("\n        ", "\n")
+    )
+    child("os.close(os.dup(fd)); record(fd, SET, SHARED, 5, 1)")
+    two("record(fd, SET, UNLOCK, 20, 10)")
+    child("thread.join()")
+    for start, length in ((0, 5), (6, 14), (30, 0)):
+        assert wait_until(
+            lambda at=(start, length): three.errno("record(fd, SET, EXCLUSIVE, *at)", at=at) == 0, SECONDS
+        )
+    for start in (5, 20, 29):
+        assert three.errno("record(fd, SET, EXCLUSIVE, start, 1)", start=start) in BLOCKED
+    child("os.close(fd)")
+    assert wait_until(lambda: three.errno(TRY["fcntl"]) == 0, SECONDS)
 
 
 # Calls that close many files.

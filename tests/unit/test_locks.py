@@ -11,7 +11,7 @@ import pytest
 import trio
 
 from safefs.cluster.record import Acquire, Step
-from safefs.locks import Alone, Locks
+from safefs.locks import Alone, Locks, Since, between
 from safefs.locktable import OFFSET_MAX, Kind, Lock, Mode, NameLocks, Owner
 from tests.support.lending import Extension
 
@@ -33,7 +33,7 @@ def test_an_open_file_of_many_processes(locks: Locks) -> None:
         lock = Lock(owner(number), Mode.EXCLUSIVE, 0, 0)
         assert locks.acquire(NAME, Kind.RECORD, lock, HANDLE, may_wait=False) is None
         assert locks.flushed(owner(number), {NAME: [HANDLE]}) == []
-    assert not locks._by_handle[HANDLE]
+    assert not locks._uses.of(HANDLE)
     assert locks.counts() == (0, 0)
     assert locks.key_of(HANDLE) == NAME  # by which it is locked from then on
     locks.released(HANDLE)
@@ -128,13 +128,13 @@ def test_an_open_file_is_bound_to_its_name_while_there_is_something(locks: Locks
 
     assert ask(1, 1) is None
     waiting = ask(2, 2)
-    assert locks.bound_through(1, NAME, owner(1)) == {1} and locks.bound_through(2, NAME, owner(2)) == {2}
+    assert locks.bound_files(1, NAME, owner(1)) == {1} and locks.bound_files(2, NAME, owner(2)) == {2}
     locks.release(NAME, Kind.FLOCK, owner(1))
-    assert not locks.bound_through(1, NAME, owner(1))
-    assert waiting is not None and locks.bound_through(2, NAME, owner(2)) == {2}
-    assert locks.bound_through(1, NAME, owner(2)) == {2}  # by who asks
+    assert not locks.bound_files(1, NAME, owner(1))
+    assert waiting is not None and locks.bound_files(2, NAME, owner(2)) == {2}
+    assert locks.bound_files(1, NAME, owner(2)) == {2}  # by who asks
     locks.release(NAME, Kind.FLOCK, owner(2))
-    assert not locks.bound_through(2, NAME, owner(2))
+    assert not locks.bound_files(2, NAME, owner(2))
     locks.acquire("1/y.lock", Kind.FLOCK, Lock(owner(2), Mode.EXCLUSIVE), 2, may_wait=True)
     assert locks.key_of(2) == "1/y.lock"
 
@@ -143,14 +143,23 @@ def test_an_open_file_is_bound_to_its_name_while_there_is_something(locks: Locks
 
 
 def require_marks(locks: Locks, extension: Extension) -> None:
-    recorded = Counter(each.number for each in locks._recorded)
-    assert +extension.owners == recorded and min(extension.owners.values(), default=0) >= 0
-    for use, handles in locks._through.items():
-        assert handles and all(use in locks._by_handle[handle] for handle in handles)
-    for handle, uses in locks._by_handle.items():
-        assert all(handle in locks._through[use] for use in uses)
+    """And what is known of open files, files and names is the same, whichever is asked."""
+    uses = locks._uses
+    assert +extension.owners == Counter(each.number for each in uses._recorded)
+    assert min(extension.owners.values(), default=0) >= 0
+    for use in uses._through:
+        key, _, number = use
+        assert uses._last[use] in uses.handles(use)
+        for handle in uses.handles(use):
+            assert use in uses.of(handle) and handle in uses.handles(use, uses.file(handle))
+            assert key in uses.names(number, uses.file(handle))
+    for handle in uses.open_files():
+        assert all(handle in uses.handles(use) for use in uses.of(handle))
+    for (number, file), names in uses._names.items():
+        assert names and all(uses.handles((key, Kind.RECORD, number), file) for key in names)
 
 
+FILES = {1: 10, 2: 10, 3: 11, 4: 12}  # which the open files are of
 record_steps = st.tuples(
     st.sampled_from(["try", "try", "wait", "unlock", "flush", "release", "lose"]),
     st.sampled_from([NAME, "1/y.lock"]),
@@ -168,11 +177,12 @@ def test_marks_are_those_of_who_has_record_locks(plan: list[tuple[str, str, int,
         if step in ("try", "wait"):
             lock = Lock(owner(number), Mode.EXCLUSIVE, 0, last)
             with suppress(OSError):  # refused, or EDEADLK
-                locks.acquire(key, Kind.RECORD, lock, handle, may_wait=step == "wait")
+                locks.acquire(key, Kind.RECORD, lock, handle, may_wait=step == "wait", file=FILES[handle])
         elif step == "unlock":
-            locks.unlock_records(owner(number), {key: [handle]}, 0, last)
+            locks.unlock_records(owner(number), FILES[handle], 0, last)
         elif step == "flush":
-            locks.flushed(owner(number), {key: [handle]})
+            locks.flushed(owner(number), locks.locked_through(owner(number), FILES[handle]))
+            assert not locks.locked_through(owner(number), FILES[handle])
         elif step == "release":
             locks.released(handle)
         elif not locks._waiting:
@@ -183,7 +193,7 @@ def test_marks_are_those_of_who_has_record_locks(plan: list[tuple[str, str, int,
     for handle in range(1, 5):
         locks.released(handle)
     require_marks(locks, extension)
-    assert not +extension.owners and locks.counts() == (0, 0)
+    assert not +extension.owners and locks.counts() == (0, 0) and not locks._uses._names and not locks._uses._files
 
 
 def test_who_asked_without_a_lease_is_marked_once() -> None:
@@ -198,25 +208,25 @@ def test_who_asked_without_a_lease_is_marked_once() -> None:
     locks.ask_again()
     require_marks(locks, extension)
     assert +extension.owners == {1: 1}
-    locks.flushed(Owner("again", 1), locks.names_through(Owner("again", 1), [HANDLE]))
+    locks.flushed(Owner("again", 1), locks.locked_through(Owner("again", 1), HANDLE))
     assert not +extension.owners
 
 
 def test_what_is_locked_of_two_files_by_one_name(locks: Locks) -> None:
     """It ends with the last of them."""
     lock = Lock(owner(1), Mode.EXCLUSIVE)
-    for handle in (1, 2):
-        assert locks.acquire(NAME, Kind.RECORD, lock, handle, may_wait=False) is None
-    assert locks.names_through(owner(1), [1, 2, 3]) == {NAME: [1, 2]}
-    assert locks.unlock_records(owner(1), {NAME: [1]}, 0, 9) == []  # a part stays
-    locks.unlock_records(owner(1), {NAME: [1]}, 0, OFFSET_MAX)
+    for handle, file in ((1, 10), (2, 10), (3, 11)):
+        assert locks.acquire(NAME, Kind.RECORD, lock, handle, may_wait=False, file=file) is None
+    assert locks.locked_through(owner(1), 10) == {NAME: [1, 2]}
+    assert locks.unlock_records(owner(1), 10, 0, 9) == []  # a part stays
+    locks.unlock_records(owner(1), 10, 0, OFFSET_MAX)
     assert locks.own(NAME, Kind.RECORD, owner(1), 0, 0) == lock
-    assert locks.names_through(owner(1), [1, 2]) == {NAME: [2]} and locks.named(NAME) == {1, 2}
-    locks.unlock_records(owner(1), {NAME: [2]}, 0, 9)
+    assert locks.locked_through(owner(1), 10) == {} and locks.locked_through(owner(1), 11) == {NAME: [3]}
+    locks.unlock_records(owner(1), 11, 0, 9)
     assert locks.own(NAME, Kind.RECORD, owner(1), 0, 9) is None
     assert locks.own(NAME, Kind.RECORD, owner(1), 0, 10) is not None
-    locks.flushed(owner(1), {NAME: [2]})
-    assert locks.own(NAME, Kind.RECORD, owner(1), 0, 10) is None
+    locks.flushed(owner(1), locks.locked_through(owner(1), 11))
+    assert locks.own(NAME, Kind.RECORD, owner(1), 0, OFFSET_MAX) is None
 
 
 @pytest.mark.parametrize("order", [(1, 2), (2, 1)])
@@ -229,4 +239,44 @@ def test_what_is_released_without_being_closed_before(locks: Locks, order: tuple
     assert (locks.own(NAME, Kind.RECORD, owner(1), 0, 0) is None) is (first == 2)
     locks.released(second)
     assert locks.own(NAME, Kind.RECORD, owner(1), 0, 0) is None and locks.counts() == (0, 0)
-    assert not locks.named(NAME) and not locks._named
+
+
+@pytest.mark.parametrize("through", [HANDLE, HANDLE + 1])
+def test_what_a_process_has_got_after_a_close(locks: Locks, through: int) -> None:
+    """A wait of another thread of it has come to its end."""
+    for first, last in ((0, 9), (20, 29)):
+        locks.acquire(NAME, Kind.RECORD, Lock(owner(1), Mode.EXCLUSIVE, first, last), HANDLE, may_wait=False)
+    closed = locks.locked_through(owner(1), HANDLE)
+    got = [(20, 24), (0, 0), (23, 26)]
+    for first, last in got:
+        locks.acquire(NAME, Kind.RECORD, Lock(owner(1), Mode.EXCLUSIVE, first, last), through, may_wait=False)
+    locks.flushed(owner(1), closed, {NAME: Since(got, {through})})
+    held = [locks.own(NAME, Kind.RECORD, owner(1), at, at) is not None for at in (0, 1, 9, 19, 20, 26, 27, 29)]
+    assert held == [True, False, False, False, True, True, False, False]
+    assert locks.locked_through(owner(1), HANDLE) == ({NAME: [HANDLE]} if through == HANDLE else {})
+    locks.flushed(owner(1), locks.locked_through(owner(1), through))
+    assert locks.own(NAME, Kind.RECORD, owner(1), 0, OFFSET_MAX) is None and locks.counts() == (0, 0)
+
+
+def test_what_another_file_has_of_the_name_outlives_a_close(locks: Locks) -> None:
+    """Also if something was got since."""
+    for handle in (1, 2, 3):
+        if handle == 3:
+            closed = locks.locked_through(owner(1), 1)
+        locks.acquire(NAME, Kind.RECORD, Lock(owner(1), Mode.EXCLUSIVE, handle, handle), handle, may_wait=False)
+    locks.flushed(owner(1), closed, {NAME: Since([(3, 3)], {3})})
+    assert all(locks.own(NAME, Kind.RECORD, owner(1), at, at) for at in (1, 2, 3))
+    assert locks.locked_through(owner(1), 1) == {}
+
+
+@pytest.mark.parametrize(
+    ("ranges", "rest"),
+    [
+        ([], [(0, OFFSET_MAX)]),
+        ([(0, OFFSET_MAX)], []),
+        ([(5, 5), (6, 9), (3, 7)], [(0, 2), (10, OFFSET_MAX)]),
+        ([(0, 3), (9, OFFSET_MAX), (20, 30)], [(4, 8)]),
+    ],
+)
+def test_what_is_between_ranges(ranges: list[tuple[int, int]], rest: list[tuple[int, int]]) -> None:
+    assert list(between(ranges)) == rest
