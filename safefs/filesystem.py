@@ -663,6 +663,11 @@ class FileSystem:
         self.unpin(old)
         draft.node.parent, draft.node.name = directory.nodeid, name
 
+    async def detach(self, draft: Draft) -> None:
+        """Give a draft an inode of its own again, after the one that it had was published."""
+        await self.publisher.detach(draft)
+        self.nodes.forget_private(draft.node)
+
     def unlist_draft(self, draft: Draft) -> None:
         """Nobody finds the draft by its name any more."""
         if draft.listed:
@@ -753,12 +758,14 @@ class FileSystem:
             node.file_handle = self._file_handle(fd)
             self.nodes.show(node, backing.identity_of(os.fstat(fd)))
             self._offer(node)
+        self.nodes.forget_private(node)
 
     async def _close_draft(self, draft: Draft) -> None:
         if draft.fd < 0:
             return
         base = [draft.base.fd] if draft.base else []
         self.publisher.forget(draft)
+        self.nodes.forget_private(draft.node)
         descriptors, pidfd = {draft.fd, draft.version_fd, *draft.spare_fds, *base}, draft.pidfd
         draft.fd = draft.pidfd = draft.version_fd = -1
         try:

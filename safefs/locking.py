@@ -8,7 +8,7 @@ import os
 from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import trio
 
@@ -18,7 +18,7 @@ from safefs.cluster.backend import NAMELESS
 from safefs.filesystem import BY_PATH, FileSystem, Handle, number_key, path_key
 from safefs.hot import MODE_TYPES, TYPE_MODES
 from safefs.identity import DAEMON
-from safefs.locks import Closed, Since, Waiting, entry_of, name_key
+from safefs.locks import Closed, Waiting, entry_of, name_key
 from safefs.locktable import OFFSET_MAX, Kind, Lock, Mode, Owner
 from safefs.model import Identity
 from safefs.namespace import Node
@@ -35,6 +35,8 @@ RELEASE_SECONDS, RELEASE_LOOKS = 0.02, 10
 
 _FLOCK_MODES = {fcntl.LOCK_SH: Mode.SHARED, fcntl.LOCK_EX: Mode.EXCLUSIVE}
 
+
+T = TypeVar("T")
 
 # What comes of asking for a lock: None, and it is held; something to wait for; or a turn in so many seconds.
 Asked = Waiting | float | None
@@ -74,8 +76,7 @@ class Ending:
 
     number: int  # of the file handle
     owner: Owner
-    closed: Closed
-    since: defaultdict[str, Since] = field(default_factory=lambda: defaultdict(Since))  # what it has got of these names
+    closed: dict[str, Closed]  # by name
     done: trio.Event = field(default_factory=trio.Event)
 
 
@@ -85,7 +86,8 @@ class Locking:
     def __init__(self, filesystem: FileSystem) -> None:
         self.fs = filesystem
         self.locks = filesystem.locks
-        self._endings: list[Ending] = []
+        self._endings: defaultdict[int, list[Ending]] = defaultdict(list)  # by number
+        self._endings_of: defaultdict[str, list[Ending]] = defaultdict(list)  # by name, the latest last
         self.locks.on_record_lock = self._note_lock
         self._patience: dict[tuple[str, Kind], float] = {}  # where it was lost before, while anybody waits
 
@@ -100,8 +102,8 @@ class Locking:
             return known or name_key(self.fs.directory_key(self.fs.node(nodeid)), b"")
         if known in (None, found):
             return found
-        ending = next((ending for ending in self._endings_of(known) if ending.owner == owner), None)
-        ended = (known, Kind.RECORD, owner) if ending is not None and known not in ending.since else None
+        own = [ending for ending in self._endings_of.get(known, ()) if ending.owner == owner]
+        ended = (known, Kind.RECORD, owner) if own and not own[-1].closed[known].since else None
         bound = self.locks.bound_files(number, known, owner, but=ended)
         return known if self.fs.nodes.origin(nodeid) in bound else found
 
@@ -159,7 +161,7 @@ class Locking:
         """
         if self._endings:
             key = self._key(wanted)
-            for ending in self._endings_of(key):
+            for ending in list(self._endings_of.get(key, ())):
                 if ending.owner != self._owner(wanted):  # who is the same process need not wait for itself
                     await ending.done.wait()
         await self.fs.ordering.wait_name(*self._place(wanted.nodeid, wanted.handle))
@@ -308,7 +310,14 @@ class Locking:
         closer = Owner(self.locks.node, owner)
         if not self.locks.has_record_locks(closer):
             return []
-        return self.locks.flushed(closer, self._closed(nodeid, closer))
+        closed = self.locks.closed(closer, self.fs.nodes.origin(nodeid))
+        for key in closed.keys() & self._endings_of.keys():
+            pending = [ending for ending in self._endings_of[key] if ending.owner == closer]
+            if pending:  # what it has got since ends with the rest, once that is published
+                lost = closed.pop(key)
+                for ending in pending:
+                    ending.closed[key] = Closed(ending.closed[key].handles | lost.handles, ending.closed[key].others)
+        return self.locks.flushed(closer, closed)
 
     def flushed_unpublished(self, nodeid: int, number: int, owner: int) -> Ending | None:
         """The same, where the RELEASE that perhaps follows will publish what was written under the locks.
@@ -318,32 +327,38 @@ class Locking:
         are no such locks.
         """
         closer = Owner(self.locks.node, owner)
-        closed = self._closed(nodeid, closer)
+        closed = self.locks.closed(closer, self.fs.nodes.origin(nodeid))
         if not closed:
             return None
         ending = Ending(number, closer, closed)
-        self._endings.append(ending)
+        self._endings[number].append(ending)
+        for key in closed:
+            self._endings_of[key].append(ending)
         return ending
-
-    def _closed(self, nodeid: int, closer: Owner) -> Closed:
-        return self.locks.locked_through(closer, self.fs.nodes.origin(nodeid))
 
     def _note_lock(self, waiting: Waiting) -> None:
         """What a process gets after a close does not end with it."""
-        for ending in self._endings_of(waiting.key):
+        for ending in self._endings_of.get(waiting.key, ()):
             if ending.owner == waiting.wait.lock.owner and waiting.handle is not None:
-                ending.since[waiting.key].ranges.append((waiting.wait.lock.first, waiting.wait.lock.last))
-                ending.since[waiting.key].handles.add(waiting.handle)
-
-    def _endings_of(self, key: str) -> list[Ending]:
-        return [ending for ending in self._endings if key in ending.closed]
+                closed = ending.closed[waiting.key]
+                closed.since.append((waiting.wait.lock.first, waiting.wait.lock.last))
+                closed.again.add(waiting.handle)
 
     def _end(self, ending: Ending) -> None:
         """The locks of who has closed a file are free."""
-        if ending in self._endings:
-            self._endings.remove(ending)
-            ending.done.set()
-            self.locks.flushed(ending.owner, ending.closed, ending.since)
+        if ending.done.is_set():
+            return
+        ending.done.set()
+        self._drop(self._endings, ending.number, ending)
+        for key in ending.closed:
+            self._drop(self._endings_of, key, ending)
+        self.locks.flushed(ending.owner, ending.closed)
+
+    @staticmethod
+    def _drop(endings: defaultdict[T, list[Ending]], of: T, ending: Ending) -> None:
+        endings[of].remove(ending)
+        if not endings[of]:
+            del endings[of]
 
     async def end_unless_released(self, ending: Ending, handle: Handle, tid: int) -> None:
         """RELEASE comes at the end of the call that closes, or not at all, when there are other copies.
@@ -371,7 +386,7 @@ class Locking:
 
     def released(self, number: int) -> None:
         """Nobody has an open file any more."""
-        for ending in [ending for ending in self._endings if ending.number == number]:
+        for ending in list(self._endings.get(number, ())):
             self._end(ending)
         if number & native.FH_HOT and self.locks.key_of(number) is not None:
             self.fs.nodes.hot.mark_handle(number, -1)

@@ -16,7 +16,7 @@ import math
 import os
 import socket
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -34,7 +34,6 @@ from safefs.uses import Use, Uses
 
 NAME_SECONDS = 30.0  # for the daemon's own locks of names
 
-Closed = Mapping[str, Collection[int]]  # names by which a file was locked, and through which open files
 Range = tuple[int, int]  # the first byte and the last
 
 
@@ -49,11 +48,13 @@ def entry_of(key: str) -> bytes:
 
 
 @dataclass(slots=True)
-class Since:
-    """What a process has got by a name after a close, and through which open files."""
+class Closed:
+    """What a process has of a file that it has closed, by one name."""
 
-    ranges: list[Range] = field(default_factory=list)
-    handles: set[int] = field(default_factory=set)
+    handles: set[int]  # the open files of this file through which it has asked for that
+    others: set[int]  # those of other files that have, or had, the name
+    since: list[Range] = field(default_factory=list)  # what it has got afterwards,
+    again: set[int] = field(default_factory=set)  # and through which open files
 
 
 def between(ranges: Iterable[Range]) -> Iterator[Range]:
@@ -452,28 +453,30 @@ class Locks:
         """Whether a process has any record locks, or asks for some."""
         return self._uses.has_records(owner)
 
-    def locked_through(self, owner: Owner, file: int) -> Closed:
-        """By which names a process has locked records of a file, or asked for some, and through which open files."""
-        names = self._uses.names(owner, file)
-        return {key: self._uses.handles((key, Kind.RECORD, owner), file) for key in names}
+    def closed(self, owner: Owner, file: int) -> dict[str, Closed]:
+        """What a process loses that closes a file now, by name: `flushed`."""
+        found = {}
+        for key in self._uses.names(owner, file):
+            use = key, Kind.RECORD, owner
+            handles = set(self._uses.handles(use, file))
+            found[key] = Closed(handles, set(self._uses.handles(use)) - handles)
+        return found
 
-    def flushed(self, owner: Owner, closed: Closed, since: Mapping[str, Since] | None = None) -> list[trio.Event]:
+    def flushed(self, owner: Owner, closed: Mapping[str, Closed]) -> list[trio.Event]:
         """A process has closed a descriptor of a file: it loses its record locks there (fcntl(2)).
 
-        `closed` is what `locked_through` said then, `since` what it has got afterwards.  What it has locked by the same
-        name of another file, which had the name before or has it since, stays.
+        But for what it has got since, and what it has locked by the same name of another file.
         """
         events = []
-        for key, handles in closed.items():
-            use, got = (key, Kind.RECORD, owner), (since or {}).get(key, Since())
-            for handle in handles:
-                if handle not in got.handles:
-                    self._uses.part(use, handle)
-            left = set(self._uses.handles(use))
+        for key, lost in closed.items():
+            use = key, Kind.RECORD, owner
+            for handle in lost.handles - lost.again:
+                self._uses.part(use, handle)
+            left = self._uses.handles(use)
             if not left and self._uses.forget(use):
                 events.append(self.release(*use))
-            elif left and left <= got.handles:
-                events += [self.release(*use, *rest) for rest in between(got.ranges)]
+            elif left and not lost.others.intersection(left):
+                events += [self.release(*use, *rest) for rest in between(lost.since)]
         return [event for event in events if event is not None]
 
     def unlock_records(self, owner: Owner, file: int, first: int, last: int) -> list[trio.Event]:

@@ -54,7 +54,7 @@ class Node:
         self.lookups = 0
         self.opens = 0  # open handles
         self.pins = 0  # requests and drafts that need the descriptor
-        self.origin = nodeid  # of a draft or version that was made from another node's file here: that one's
+        self.origin = nodeid  # of a draft or version that was made from another node's file here: that one's; constant
         self.parent = 0  # nodeid of the directory it was last found in
         self.name = b""
         self.linked = False  # a file with several names, of which `name` is the last that it was looked up by
@@ -85,6 +85,8 @@ class Namespace:
         self.hot = hot or Cold()
         self._nodes: dict[int, Node] = {}
         self._by_identity: dict[Identity, Node] = {}
+        self._privates: dict[int, Identity] = {}  # inodes of drafts, by nodeid
+        self._origins: dict[Identity, int] = {}  # of these inodes
         self._recent: OrderedDict[int, Node] = OrderedDict()  # nodes with a descriptor, least recently used first
 
     def __len__(self) -> int:
@@ -102,8 +104,23 @@ class Namespace:
 
     def origin(self, nodeid: int) -> int:
         """What tells files apart as programs do: drafts and versions that were made from a file here are that file."""
-        node = self._nodes.get(nodeid)
+        node = self.get(nodeid)
         return nodeid if node is None else node.origin
+
+    def note_private(self, node: Node, version: Node | None) -> None:
+        """A draft's node, with an inode of its own, made from a version: whoever finds the inode finds the same file.
+
+        That can be before the draft has ended (`forget_private`), for its name can show it before.
+        """
+        node.origin = node.nodeid if version is None else version.origin
+        self._privates[node.nodeid] = node.identity
+        self._origins[node.identity] = node.origin
+
+    def forget_private(self, node: Node) -> None:
+        """The draft has no such inode any more: its number can be used again."""
+        identity = self._privates.pop(node.nodeid, None)
+        if identity is not None:
+            self._origins.pop(identity, None)
 
     def find(self, identity: Identity) -> Node | None:
         """The node that shows this inode to everybody, if the kernel knows one."""
@@ -118,7 +135,12 @@ class Namespace:
             found = self.find(identity)
             if found is not None:
                 return found
-        return self._add(Node(nodeid, identity, mode), shown=shown)
+        return self._add(self._node(nodeid, identity, mode), shown=shown)
+
+    def _node(self, nodeid: int, identity: Identity, mode: int) -> Node:
+        node = Node(nodeid, identity, mode)
+        node.origin = self._origins.get(identity, nodeid)
+        return node
 
     def _add(self, node: Node, *, shown: bool) -> Node:
         self._nodes[node.nodeid] = node
@@ -130,7 +152,7 @@ class Namespace:
         """Take over a node that the C extension has made; the budget counts its descriptor from now on."""
         if born is None:
             return None
-        node = self._add(Node(born.nodeid, born.identity, born.mode), shown=True)
+        node = self._add(self._node(born.nodeid, born.identity, born.mode), shown=True)
         node.fd, node.parent, node.name = born.fd, born.parent, born.name
         node.stamp, node.file_handle = born.stamp, born.file_handle
         if node.fd >= 0:
@@ -148,11 +170,8 @@ class Namespace:
     def show(self, node: Node, identity: Identity) -> None:
         """A draft's node becomes the version's node, unless lookups have made one already."""
         node.identity = identity
-        while (other := self.find(identity)) is None:
-            if self.hot.register(node.nodeid, identity):
-                self._by_identity[identity] = node
-                return
-        other.origin = node.origin
+        if self.find(identity) is None and self.hot.register(node.nodeid, identity):
+            self._by_identity[identity] = node
 
     def hide(self, node: Node) -> None:
         """Lookups of its inode find this node no more."""

@@ -41,7 +41,7 @@ class Uses:
         elif anew:
             for each in self.handles(use):
                 self.part(use, each)
-        self._files[handle] = file
+        file = self._files.setdefault(handle, file)
         self._of_handle[handle].add(use)
         self._through[use].setdefault(file, set()).add(handle)
         self._last[use] = handle

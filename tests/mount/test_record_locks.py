@@ -6,6 +6,7 @@ Where nothing else is said the tests also run on the bare directory: what they e
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import time
@@ -28,6 +29,15 @@ def test_a_process_loses_its_locks_by_any_close(place: Path, party: Make, name: 
     one(TRY["fcntl"])
     one("os.close(os.open(p, os.O_RDONLY))", p=str(place / name))
     two(TRY["fcntl"])
+
+
+@pytest.fixture(params=["bare", "mount"])
+def place(request: pytest.FixtureRequest, tmp_path: Path, make_mount: MountFactory) -> Path:
+    """A directory where each close is heard of: on a mount, or as the control a bare one."""
+    if request.param == "mount":
+        return make_mount("-o", "flush_readers=on").path
+    (tmp_path / "bare").mkdir()
+    return tmp_path / "bare"
 
 
 READ = ["data", "x.lock", "db.sqlite"]  # whoever writes takes a partial file over
@@ -208,6 +218,59 @@ def test_a_file_is_closed_that_had_the_name_before(place: Path, party: Make, nam
         assert two.errno(TRY["fcntl"]) in BLOCKED, step
     one("os.close(other)")
     assert wait_until(lambda: two.errno(TRY["fcntl"]) == 0, SECONDS)
+
+
+PLACES = {
+    "renamed": "os.rename(p + '.tmp', p)",
+    "linked": "os.link(p + '.tmp', p)",
+    "renamed over another": "open(p, 'w').write('old'); os.rename(p + '.tmp', p)",
+}
+
+
+@hot
+@pytest.mark.parametrize("how", list(PLACES))
+@pytest.mark.parametrize("name", ["data", "db.sqlite"])
+def test_what_is_locked_before_who_wrote_it_has_closed_it(
+    make_mount: MountFactory, party: Make, name: str, how: str, hot: str
+) -> None:
+    """The file is the same afterwards: whoever has locked it can unlock it, and lock it again."""
+    mount = make_mount("-o", f"hot={hot},flush_readers=on")
+    writer, one, two = party(), party(), party()
+    writer("f = open(p + '.tmp', 'w'); f.write('x'); f.flush()", p=str(mount / name))
+    writer(PLACES[how])
+    opened(one, mount / name, os.O_RDONLY)
+    opened(two, mount / name, os.O_RDWR)
+    one("record(fd, SET, SHARED)")
+    assert two.errno(TRY["fcntl"]) in BLOCKED
+    writer("f.close()")
+    assert two.errno(TRY["fcntl"]) in BLOCKED
+    for ends in (RELEASE["fcntl"], "os.close(os.dup(fd))", "record(fd, SET, SHARED); os.close(fd)"):
+        one("record(fd, SET, SHARED)")
+        assert two.errno(TRY["fcntl"]) in BLOCKED
+        one(ends)
+        assert wait_until(lambda: two.errno(TRY["fcntl"]) == 0, SECONDS)
+        two(RELEASE["fcntl"])
+    assert wait_until(lambda: json.loads(safefs("locks", "--at", mount.path, "--json").stdout) == [], SECONDS)
+
+
+def test_a_reader_is_closed_after_what_is_published_later(mount: Mount, party: Make) -> None:
+    """By a process that others share the file with: its locks end when what it wrote under them is there."""
+    (mount / "data").write_text("old")
+    for _ in range(10):
+        (mount / "data").write_text("old")
+        parent, two = party(), party()
+        opened(parent, mount / "data", os.O_RDWR)
+        opened(two, mount / "data", os.O_RDWR)
+        child = parent.fork()
+        parent("os.close(fd)")
+        child("fcntl.lockf(fd, fcntl.LOCK_EX); other = os.open(p, os.O_RDONLY)", p=str(mount / "data"))
+        child("os.pwrite(fd, b'new', 0)")
+        two.start("record(fd, WAIT, EXCLUSIVE)")
+        time.sleep(0.05)
+        child.start("os.closerange(fd, max(fd, other) + 1); os._exit(0)")
+        two.result(SECONDS)
+        assert two("os.pread(fd, 9, 0)") == b"new"
+        two("os.close(fd)")
 
 
 @pytest.mark.parametrize("step", ["os.close(other)", "record(other, SET, UNLOCK)"])

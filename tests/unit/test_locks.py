@@ -11,7 +11,7 @@ import pytest
 import trio
 
 from safefs.cluster.record import Acquire, Step
-from safefs.locks import Alone, Locks, Since, between
+from safefs.locks import Alone, Closed, Locks, between
 from safefs.locktable import OFFSET_MAX, Kind, Lock, Mode, NameLocks, Owner
 from tests.support.lending import Extension
 
@@ -32,7 +32,7 @@ def test_an_open_file_of_many_processes(locks: Locks) -> None:
     for number in range(1, 101):
         lock = Lock(owner(number), Mode.EXCLUSIVE, 0, 0)
         assert locks.acquire(NAME, Kind.RECORD, lock, HANDLE, may_wait=False) is None
-        assert locks.flushed(owner(number), {NAME: [HANDLE]}) == []
+        assert locks.flushed(owner(number), locks.closed(owner(number), HANDLE)) == []
     assert not locks._uses.of(HANDLE)
     assert locks.counts() == (0, 0)
     assert locks.key_of(HANDLE) == NAME  # by which it is locked from then on
@@ -44,7 +44,7 @@ def test_a_close_leaves_the_locks_of_others(locks: Locks) -> None:
     for number in (1, 2):
         lock = Lock(owner(number), Mode.EXCLUSIVE, number, number)
         assert locks.acquire(NAME, Kind.RECORD, lock, HANDLE, may_wait=False) is None
-    locks.flushed(owner(1), {NAME: [HANDLE]})
+    locks.flushed(owner(1), locks.closed(owner(1), HANDLE))
     assert locks.own(NAME, Kind.RECORD, owner(1), 0, 9) is None
     assert locks.own(NAME, Kind.RECORD, owner(2), 0, 9) == Lock(owner(2), Mode.EXCLUSIVE, 2, 2)
     assert locks.lose() == {HANDLE}
@@ -146,6 +146,7 @@ def require_marks(locks: Locks, extension: Extension) -> None:
     """And what is known of open files, files and names is the same, whichever is asked."""
     uses = locks._uses
     assert +extension.owners == Counter(each.number for each in uses._recorded)
+    assert uses._recorded == Counter(number for _, kind, number in uses._through if kind is Kind.RECORD)
     assert min(extension.owners.values(), default=0) >= 0
     for use in uses._through:
         key, _, number = use
@@ -159,30 +160,30 @@ def require_marks(locks: Locks, extension: Extension) -> None:
         assert names and all(uses.handles((key, Kind.RECORD, number), file) for key in names)
 
 
-FILES = {1: 10, 2: 10, 3: 11, 4: 12}  # which the open files are of
 record_steps = st.tuples(
     st.sampled_from(["try", "try", "wait", "unlock", "flush", "release", "lose"]),
     st.sampled_from([NAME, "1/y.lock"]),
     st.integers(1, 3),  # owner
     st.integers(1, 4),  # open file
+    st.integers(10, 12),  # which it is of, if it is not known yet
     st.booleans(),  # whole or not
 )
 
 
 @hypothesis.given(st.lists(record_steps, max_size=60))
-def test_marks_are_those_of_who_has_record_locks(plan: list[tuple[str, str, int, int, bool]]) -> None:
+def test_marks_are_those_of_who_has_record_locks(plan: list[tuple[str, str, int, int, int, bool]]) -> None:
     locks = Locks(Alone("node"), extension := Extension())
-    for step, key, number, handle, whole in plan:
+    for step, key, number, handle, file, whole in plan:
         last = OFFSET_MAX if whole else 0
         if step in ("try", "wait"):
             lock = Lock(owner(number), Mode.EXCLUSIVE, 0, last)
             with suppress(OSError):  # refused, or EDEADLK
-                locks.acquire(key, Kind.RECORD, lock, handle, may_wait=step == "wait", file=FILES[handle])
+                locks.acquire(key, Kind.RECORD, lock, handle, may_wait=step == "wait", file=file)
         elif step == "unlock":
-            locks.unlock_records(owner(number), FILES[handle], 0, last)
+            locks.unlock_records(owner(number), file, 0, last)
         elif step == "flush":
-            locks.flushed(owner(number), locks.locked_through(owner(number), FILES[handle]))
-            assert not locks.locked_through(owner(number), FILES[handle])
+            locks.flushed(owner(number), locks.closed(owner(number), file))
+            assert not locks.closed(owner(number), file)
         elif step == "release":
             locks.released(handle)
         elif not locks._waiting:
@@ -208,7 +209,7 @@ def test_who_asked_without_a_lease_is_marked_once() -> None:
     locks.ask_again()
     require_marks(locks, extension)
     assert +extension.owners == {1: 1}
-    locks.flushed(Owner("again", 1), locks.locked_through(Owner("again", 1), HANDLE))
+    locks.flushed(Owner("again", 1), locks.closed(Owner("again", 1), HANDLE))
     assert not +extension.owners
 
 
@@ -217,15 +218,15 @@ def test_what_is_locked_of_two_files_by_one_name(locks: Locks) -> None:
     lock = Lock(owner(1), Mode.EXCLUSIVE)
     for handle, file in ((1, 10), (2, 10), (3, 11)):
         assert locks.acquire(NAME, Kind.RECORD, lock, handle, may_wait=False, file=file) is None
-    assert locks.locked_through(owner(1), 10) == {NAME: [1, 2]}
+    assert locks.closed(owner(1), 10) == {NAME: Closed({1, 2}, {3})}
     assert locks.unlock_records(owner(1), 10, 0, 9) == []  # a part stays
     locks.unlock_records(owner(1), 10, 0, OFFSET_MAX)
     assert locks.own(NAME, Kind.RECORD, owner(1), 0, 0) == lock
-    assert locks.locked_through(owner(1), 10) == {} and locks.locked_through(owner(1), 11) == {NAME: [3]}
+    assert locks.closed(owner(1), 10) == {} and locks.closed(owner(1), 11) == {NAME: Closed({3}, set())}
     locks.unlock_records(owner(1), 11, 0, 9)
     assert locks.own(NAME, Kind.RECORD, owner(1), 0, 9) is None
     assert locks.own(NAME, Kind.RECORD, owner(1), 0, 10) is not None
-    locks.flushed(owner(1), locks.locked_through(owner(1), 11))
+    locks.flushed(owner(1), locks.closed(owner(1), 11))
     assert locks.own(NAME, Kind.RECORD, owner(1), 0, OFFSET_MAX) is None
 
 
@@ -241,32 +242,55 @@ def test_what_is_released_without_being_closed_before(locks: Locks, order: tuple
     assert locks.own(NAME, Kind.RECORD, owner(1), 0, 0) is None and locks.counts() == (0, 0)
 
 
+def locked(locks: Locks, handle: int, *ranges: tuple[int, int]) -> None:
+    for first, last in ranges:
+        locks.acquire(NAME, Kind.RECORD, Lock(owner(1), Mode.EXCLUSIVE, first, last), handle, may_wait=False)
+
+
+def held(locks: Locks, *places: int) -> list[int]:
+    return [at for at in places if locks.own(NAME, Kind.RECORD, owner(1), at, at)]
+
+
 @pytest.mark.parametrize("through", [HANDLE, HANDLE + 1])
 def test_what_a_process_has_got_after_a_close(locks: Locks, through: int) -> None:
     """A wait of another thread of it has come to its end."""
-    for first, last in ((0, 9), (20, 29)):
-        locks.acquire(NAME, Kind.RECORD, Lock(owner(1), Mode.EXCLUSIVE, first, last), HANDLE, may_wait=False)
-    closed = locks.locked_through(owner(1), HANDLE)
-    got = [(20, 24), (0, 0), (23, 26)]
-    for first, last in got:
-        locks.acquire(NAME, Kind.RECORD, Lock(owner(1), Mode.EXCLUSIVE, first, last), through, may_wait=False)
-    locks.flushed(owner(1), closed, {NAME: Since(got, {through})})
-    held = [locks.own(NAME, Kind.RECORD, owner(1), at, at) is not None for at in (0, 1, 9, 19, 20, 26, 27, 29)]
-    assert held == [True, False, False, False, True, True, False, False]
-    assert locks.locked_through(owner(1), HANDLE) == ({NAME: [HANDLE]} if through == HANDLE else {})
-    locks.flushed(owner(1), locks.locked_through(owner(1), through))
+    locked(locks, HANDLE, (0, 9), (20, 29))
+    closed = locks.closed(owner(1), HANDLE)
+    closed[NAME].since += [(20, 24), (0, 0), (23, 26)]
+    closed[NAME].again.add(through)
+    locked(locks, through, *closed[NAME].since)
+    locks.flushed(owner(1), closed)
+    assert held(locks, 0, 1, 9, 19, 20, 26, 27, 29) == [0, 20, 26]
+    assert locks.closed(owner(1), HANDLE) == ({NAME: Closed({HANDLE}, set())} if through == HANDLE else {})
+    locks.flushed(owner(1), locks.closed(owner(1), through))
     assert locks.own(NAME, Kind.RECORD, owner(1), 0, OFFSET_MAX) is None and locks.counts() == (0, 0)
 
 
-def test_what_another_file_has_of_the_name_outlives_a_close(locks: Locks) -> None:
-    """Also if something was got since."""
-    for handle in (1, 2, 3):
-        if handle == 3:
-            closed = locks.locked_through(owner(1), 1)
-        locks.acquire(NAME, Kind.RECORD, Lock(owner(1), Mode.EXCLUSIVE, handle, handle), handle, may_wait=False)
-    locks.flushed(owner(1), closed, {NAME: Since([(3, 3)], {3})})
-    assert all(locks.own(NAME, Kind.RECORD, owner(1), at, at) for at in (1, 2, 3))
-    assert locks.locked_through(owner(1), 1) == {}
+@pytest.mark.parametrize("through", [2, 3])
+def test_what_another_file_has_of_the_name_outlives_a_close(locks: Locks, through: int) -> None:
+    """Also if something was got since, through it or another one."""
+    locked(locks, 1, (1, 1))
+    locked(locks, 2, (2, 2))
+    closed = locks.closed(owner(1), 1)
+    closed[NAME].since.append((3, 3))
+    closed[NAME].again.add(through)
+    locked(locks, through, (3, 3))
+    locks.flushed(owner(1), closed)
+    assert held(locks, 1, 2, 3) == [1, 2, 3]
+    assert locks.closed(owner(1), 1) == {}
+
+
+def test_who_only_waits_keeps_nothing_of_a_closed_file(locks: Locks) -> None:
+    """Another thread has asked through another open file after the close, and has nothing yet."""
+    locked(locks, 1, (1, 1))
+    locks.acquire(NAME, Kind.RECORD, Lock(owner(2), Mode.EXCLUSIVE, 2, 2), 9, may_wait=False)
+    closed = locks.closed(owner(1), 1)
+    waiting = locks.acquire(NAME, Kind.RECORD, Lock(owner(1), Mode.EXCLUSIVE, 2, 2), 3, may_wait=True)
+    assert waiting is not None
+    locks.flushed(owner(1), closed)
+    assert held(locks, 1, 2) == []
+    locks.release(NAME, Kind.RECORD, owner(2))
+    assert held(locks, 1, 2) == [2]
 
 
 @pytest.mark.parametrize(

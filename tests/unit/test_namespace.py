@@ -71,6 +71,25 @@ def test_a_version_that_lookups_found_first_stays_the_one_that_is_shown() -> Non
     assert namespace.find(Identity(1, 4)) is found
 
 
+def test_drafts_and_versions_are_of_the_file_that_they_were_made_from() -> None:
+    """Also a version that is found before its draft has ended; and that never changes."""
+    namespace = with_root()
+    version, draft, new = add(namespace, 2), add(namespace, 3, shown=False), add(namespace, 4, shown=False)
+    namespace.note_private(draft, version)
+    namespace.note_private(new, None)
+    found = add(namespace, 3)
+    again = add(namespace, 5, shown=False)
+    namespace.note_private(again, found)
+    assert [namespace.origin(each.nodeid) for each in (version, draft, found, again)] == 4 * [version.nodeid]
+    assert namespace.origin(new.nodeid) == new.nodeid
+    namespace.show(new, Identity(1, 2))  # what is there already is kept, and is another file
+    assert namespace.find(Identity(1, 2)) is version and version.origin == version.nodeid
+    for each in (draft, new, again, draft):
+        namespace.forget_private(each)
+    assert namespace.origin(add(namespace, 4).nodeid) not in (new.nodeid, version.nodeid)  # the number was used again
+    assert not namespace._origins and not namespace._privates
+
+
 def test_a_hidden_node_is_not_found_but_still_there() -> None:
     namespace = with_root()
     node = add(namespace, 2)
