@@ -179,7 +179,7 @@ class Closing:
         draft.detaching = True
         try:
             async with draft.gate.closed():
-                await self.fs.detach(draft)
+                await self.fs.publisher.detach(draft)
         except OSError as error:
             log.warning("%r can be written to although it is published: %s", draft.name, error)
         finally:

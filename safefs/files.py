@@ -233,7 +233,7 @@ class Files:
         """Whether the private inode has the draft's content, and nobody else sees it."""
         async with draft.gate.preparing:
             if draft.unseen:
-                await self.fs.detach(draft)
+                await self.fs.publisher.detach(draft)
             elif not draft.prepared and draft.name_class is NameClass.PARTIAL and draft.base is not None:
                 # Taken over it has no name any more: from here on it has to be published, written to or not.
                 draft.prepared = draft.modified = await self._take_over(draft, draft.base)
@@ -359,7 +359,9 @@ class Files:
         fs = self.fs
         node = fs.nodes.create(backing.identity_of(staged.status), staged.shown.st_mode, shown=False)
         node.parent, node.name = directory.nodeid, name
-        fs.nodes.note_private(node, fs.nodes.find(staged.base.identity) if staged.base is not None else None)
+        version = fs.nodes.find(staged.base.identity) if staged.base is not None else None
+        node.origin = node.nodeid if version is None else version.origin
+        fs.nodes.note_private(node, node.identity)
         opener, pidfd = staged.opener
         draft = Draft(
             write_id=secrets.token_hex(8),
@@ -534,14 +536,15 @@ class Files:
     async def _next_round(self, draft: Draft) -> None:
         """A descriptor outlived the publish and is used again: on top of what was published, in a new inode."""
         if draft.unseen:
-            await self.fs.detach(draft)
+            await self.fs.publisher.detach(draft)
             return
         fs = self.fs
         await fs.publisher.announce_temp(draft.directory, draft.caller)
         make, home, hidden = fs.backing.make_temp, draft.directory.fd, fs.backing.hidden_name(b"d")
         # What was published is the base now.
         made = await fs.backing.run_or_daemon(draft.caller, make, home, 0o600, hidden, owned=home)
-        draft.fd, draft.temp_name, _ = made
+        draft.fd, draft.temp_name, status = made
+        fs.nodes.note_private(draft.node, backing.identity_of(status))
         draft.write_id, draft.written = secrets.token_hex(8), Written()
         draft.prepared = False
         draft.move(DraftEvent.WRITTEN)

@@ -663,11 +663,6 @@ class FileSystem:
         self.unpin(old)
         draft.node.parent, draft.node.name = directory.nodeid, name
 
-    async def detach(self, draft: Draft) -> None:
-        """Give a draft an inode of its own again, after the one that it had was published."""
-        await self.publisher.detach(draft)
-        self.nodes.forget_private(draft.node)
-
     def unlist_draft(self, draft: Draft) -> None:
         """Nobody finds the draft by its name any more."""
         if draft.listed:

@@ -72,6 +72,7 @@ class Lingering:
     async def _living_on(self, tid: int, due: list[Closed], *, may_flush: bool) -> list[Closed]:
         """Those of some closed handles that somebody else has open."""
         now = await self.fs.look(processes.time_while_closing, tid, may_flush)
+        now = None if now == processes.LEFT else now  # nor is it waited for what takes too long to find out
         backlog = self.fs.passthrough.requests_wait()
         found = []
         for each in due:

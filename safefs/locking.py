@@ -18,11 +18,12 @@ from safefs.cluster.backend import NAMELESS
 from safefs.filesystem import BY_PATH, FileSystem, Handle, number_key, path_key
 from safefs.hot import MODE_TYPES, TYPE_MODES
 from safefs.identity import DAEMON
-from safefs.locks import Closed, Waiting, entry_of, name_key
+from safefs.locks import Closed, Waiting, entry_of, name_key, without
 from safefs.locktable import OFFSET_MAX, Kind, Lock, Mode, Owner
 from safefs.model import Identity
 from safefs.namespace import Node
 from safefs.native import native
+from safefs.uses import Use
 
 # After that long, who waits behind others who have nothing yet passes them, should he be what they wait for.
 PATIENCE_SECONDS = 5.0
@@ -76,6 +77,7 @@ class Ending:
 
     number: int  # of the file handle
     owner: Owner
+    file: int
     closed: dict[str, Closed]  # by name
     done: trio.Event = field(default_factory=trio.Event)
 
@@ -102,7 +104,7 @@ class Locking:
             return known or name_key(self.fs.directory_key(self.fs.node(nodeid)), b"")
         if known in (None, found):
             return found
-        own = [ending for ending in self._endings_of.get(known, ()) if ending.owner == owner]
+        own = self._own_endings(known, owner)
         ended = (known, Kind.RECORD, owner) if own and not own[-1].closed[known].since else None
         bound = self.locks.bound_files(number, known, owner, but=ended)
         return known if self.fs.nodes.origin(nodeid) in bound else found
@@ -170,7 +172,11 @@ class Locking:
         """What to wait for until that is done."""
         owner = self._owner(wanted)
         if wanted.kind is Kind.RECORD:
-            return self.locks.unlock_records(owner, self.fs.nodes.origin(wanted.nodeid), wanted.first, wanted.last)
+            file = self.fs.nodes.origin(wanted.nodeid)
+            for key in self.locks.closed(owner, file) if self._endings else ():
+                for ending in self._own_endings(key, owner):
+                    ending.closed[key].since = without(ending.closed[key].since, wanted.first, wanted.last)
+            return self.locks.unlock_records(owner, file, wanted.first, wanted.last)
         key = self._key(wanted)
         unlocking = self.locks.release(key, wanted.kind, owner)
         if unlocking is not None:
@@ -310,14 +316,26 @@ class Locking:
         closer = Owner(self.locks.node, owner)
         if not self.locks.has_record_locks(closer):
             return []
-        closed = self.locks.closed(closer, self.fs.nodes.origin(nodeid))
+        file = self.fs.nodes.origin(nodeid)
+        closed = self.locks.closed(closer, file)
         for key in closed.keys() & self._endings_of.keys():
-            pending = [ending for ending in self._endings_of[key] if ending.owner == closer]
-            if pending:  # what it has got since ends with the rest, once that is published
-                lost = closed.pop(key)
-                for ending in pending:
-                    ending.closed[key] = Closed(ending.closed[key].handles | lost.handles, ending.closed[key].others)
+            if self._end_later(key, closer, file, closed[key]):
+                del closed[key]
         return self.locks.flushed(closer, closed)
+
+    def _end_later(self, key: str, owner: Owner, file: int, lost: Closed) -> bool:
+        """Have what a close ends end with what was closed before, and is to be published first, if there is any.
+
+        What the process has got since then ends as well.
+        """
+        same = [ending for ending in self._own_endings(key, owner) if ending.file == file]
+        if same:
+            before = same[-1].closed[key]
+            same[-1].closed[key] = Closed(before.handles | lost.handles, before.others | lost.others)
+        return bool(same)
+
+    def _own_endings(self, key: str, owner: Owner) -> list[Ending]:
+        return [ending for ending in self._endings_of.get(key, ()) if ending.owner == owner]
 
     def flushed_unpublished(self, nodeid: int, number: int, owner: int) -> Ending | None:
         """The same, where the RELEASE that perhaps follows will publish what was written under the locks.
@@ -327,14 +345,19 @@ class Locking:
         are no such locks.
         """
         closer = Owner(self.locks.node, owner)
-        closed = self.locks.closed(closer, self.fs.nodes.origin(nodeid))
+        file = self.fs.nodes.origin(nodeid)
+        closed = self.locks.closed(closer, file)
         if not closed:
             return None
-        ending = Ending(number, closer, closed)
+        ending = Ending(number, closer, file, closed)
         self._endings[number].append(ending)
         for key in closed:
             self._endings_of[key].append(ending)
         return ending
+
+    def _is_ending(self, use: Use) -> bool:
+        key, kind, owner = use
+        return kind is Kind.RECORD and bool(self._own_endings(key, owner))
 
     def _note_lock(self, waiting: Waiting) -> None:
         """What a process gets after a close does not end with it."""
@@ -352,7 +375,14 @@ class Locking:
         self._drop(self._endings, ending.number, ending)
         for key in ending.closed:
             self._drop(self._endings_of, key, ending)
-        self.locks.flushed(ending.owner, ending.closed)
+        closed = dict(ending.closed)
+        for key, lost in ending.closed.items():
+            later = [each for each in self._own_endings(key, ending.owner) if each.file == ending.file]
+            if later:  # what the same close is to publish besides: the last of them ends it
+                later[-1].closed[key].handles |= lost.handles - lost.again
+                del closed[key]
+        self.locks.spare(ending.owner, closed)
+        self.locks.flushed(ending.owner, closed)
 
     @staticmethod
     def _drop(endings: defaultdict[T, list[Ending]], of: T, ending: Ending) -> None:
@@ -369,19 +399,21 @@ class Locking:
         """
         closers, looks = self.fs.closers, 0
         began, flushes, end = None, closers.flushes(tid), trio.current_time() + CALL_SECONDS
-        while looks < RELEASE_LOOKS:
+        now: int | None = processes.ENDING
+        while now == processes.ENDING or (trio.current_time() < end and looks < RELEASE_LOOKS):
             with trio.move_on_after(RELEASE_SECONDS):
                 await ending.done.wait()
             if ending.done.is_set() or handle.released:
                 return
             before, flushes = flushes, closers.flushes(tid)
-            closes_more = (closers.is_waiting(tid) or flushes != before) and trio.current_time() < end
+            closes_more = closers.is_waiting(tid) or flushes != before
             now = await self.fs.look(processes.time_while_closing, tid, closes_more)
             began = now if began is None or closes_more else began
             has_run = now is not None and began is not None and now - began >= CLOSING_NS
-            if (has_run or now is None) and not self.fs.passthrough.requests_wait():
-                break
-            looks += not (closes_more or now == processes.ENDING)
+            if has_run or now == processes.LEFT:
+                looks += 1
+                if not self.fs.passthrough.requests_wait():
+                    break
         self._end(ending)
 
     def released(self, number: int) -> None:
@@ -391,4 +423,4 @@ class Locking:
         if number & native.FH_HOT and self.locks.key_of(number) is not None:
             self.fs.nodes.hot.mark_handle(number, -1)
             self.fs.fenced_readers.discard(number)
-        self.locks.released(number)
+        self.locks.released(number, self._is_ending)

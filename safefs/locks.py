@@ -47,6 +47,12 @@ def entry_of(key: str) -> bytes:
     return os.fsencode(key.rpartition("/")[2])
 
 
+def without(ranges: Iterable[Range], first: int, last: int) -> list[Range]:
+    """The ranges, with nothing of one more."""
+    parts = [part for low, high in ranges for part in ((low, min(high, first - 1)), (max(low, last + 1), high))]
+    return [(low, high) for low, high in parts if low <= high]
+
+
 @dataclass(slots=True)
 class Closed:
     """What a process has of a file that it has closed, by one name."""
@@ -494,13 +500,26 @@ class Locks:
                     self._uses.part(use, handle)
         return [event for event in events if event is not None]
 
-    def released(self, handle: int) -> None:
-        """The last descriptor of an open file is closed: what was locked through it last is free."""
+    def released(self, handle: int, is_ending: Callable[[Use], bool] = lambda _use: False) -> None:
+        """The last descriptor of an open file is closed: what was locked through it last is free.
+
+        But for what ends with what is to be published (`is_ending`).
+        """
         self._settle_loans(key for key, _, _ in self._uses.of(handle))
         self._keys.pop(handle, None)
         for use in self._uses.release(handle):
-            if self._uses.forget(use):
+            if not is_ending(use) and self._uses.forget(use):
                 self.release(*use)
+
+    def spare(self, owner: Owner, closed: Mapping[str, Closed]) -> None:
+        """What a process has asked other nodes for since it closed a file does not end with that.
+
+        The answer is on its way, and would tell of a lock that it has no more.
+        """
+        asked = (each for each in self._waiting.values() if each.submitted and each.wait.lock.owner == owner)
+        for waiting in asked:
+            if waiting.key in closed:
+                closed[waiting.key].since.append((waiting.wait.lock.first, waiting.wait.lock.last))
 
     def _remember(self, waiting: Waiting) -> None:
         key, kind, owner = waiting.use

@@ -86,7 +86,7 @@ class Namespace:
         self._nodes: dict[int, Node] = {}
         self._by_identity: dict[Identity, Node] = {}
         self._privates: dict[int, Identity] = {}  # inodes of drafts, by nodeid
-        self._origins: dict[Identity, int] = {}  # of these inodes
+        self._origins: dict[Identity, Node] = {}  # nodes of drafts, by these inodes
         self._recent: OrderedDict[int, Node] = OrderedDict()  # nodes with a descriptor, least recently used first
 
     def __len__(self) -> int:
@@ -107,20 +107,20 @@ class Namespace:
         node = self.get(nodeid)
         return nodeid if node is None else node.origin
 
-    def note_private(self, node: Node, version: Node | None) -> None:
-        """A draft's node, with an inode of its own, made from a version: whoever finds the inode finds the same file.
+    def note_private(self, node: Node, identity: Identity) -> None:
+        """The inode that a draft is written to: whoever finds it finds the same file (`origin`).
 
         That can be before the draft has ended (`forget_private`), for its name can show it before.
         """
-        node.origin = node.nodeid if version is None else version.origin
-        self._privates[node.nodeid] = node.identity
-        self._origins[node.identity] = node.origin
+        self.forget_private(node)
+        self._privates[node.nodeid] = identity
+        self._origins[identity] = node
 
     def forget_private(self, node: Node) -> None:
         """The draft has no such inode any more: its number can be used again."""
         identity = self._privates.pop(node.nodeid, None)
-        if identity is not None:
-            self._origins.pop(identity, None)
+        if identity is not None and self._origins[identity] is node:
+            del self._origins[identity]
 
     def find(self, identity: Identity) -> Node | None:
         """The node that shows this inode to everybody, if the kernel knows one."""
@@ -139,7 +139,8 @@ class Namespace:
 
     def _node(self, nodeid: int, identity: Identity, mode: int) -> Node:
         node = Node(nodeid, identity, mode)
-        node.origin = self._origins.get(identity, nodeid)
+        if identity in self._origins:
+            node.origin = self._origins[identity].origin
         return node
 
     def _add(self, node: Node, *, shown: bool) -> Node:

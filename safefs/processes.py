@@ -103,11 +103,12 @@ def closer_of(tid: int, *, guesses: bool = True) -> tuple[int, Closer]:
     return tgid, Closer.EXITED
 
 
-ENDING = 0  # in the place of a thread's CPU time: its process ends, and that is when its files are released
+# In the place of a thread's CPU time: its process ends, which is when its files are released; or it has left the call.
+ENDING, LEFT = 0, -1
 
 
-def time_while_closing(tid: int, may_flush: bool) -> int | None:
-    """CPU time (ns) of a thread whose FLUSH was answered; None when it has left the call that closes.
+def time_while_closing(tid: int, may_flush: bool) -> int:
+    """CPU time (ns) of a thread whose FLUSH was answered; LEFT when it is not in the call that closes any more.
 
     The kernel lets go of a closed file when that call ends, of all files of an ending process together at its end
     (fs/file_table.c, fput), and a thread that does not wait for a FLUSH does not sleep until then; `may_flush`: it has
@@ -116,12 +117,12 @@ def time_while_closing(tid: int, may_flush: bool) -> int | None:
     """
     status = _read(f"/proc/{tid}/status")
     if status is None:
-        return None
+        return LEFT
     state = status.partition("\nState:\t")[2][:1]
     if "\nVmSize:" not in status:
-        return None if state in "ZX" else ENDING
+        return LEFT if state in "ZX" else ENDING
     if state != "R" and not may_flush:
-        return None
+        return LEFT
     times = _read(f"/proc/{tid}/schedstat")
     return int(times.split()[0]) if times else time.monotonic_ns()  # without CONFIG_SCHED_INFO
 

@@ -92,10 +92,17 @@ class Uses:
             self._last[use] = self.handles(use)[-1]
 
     def release(self, handle: int) -> list[Use]:
-        """An open file is gone; what was asked for through it last."""
-        uses = list(self.of(handle))
-        last = [use for use in uses if self._last[use] == handle]
+        """An open file is gone; what was asked for through it last, and of no other file by the same name."""
+        uses, last = list(self.of(handle)), []
         for use in uses:
+            if self._last[use] != handle:
+                self.part(use, handle)
+            elif self.files(use) == {self._files[handle]}:
+                last.append(use)
+            else:
+                for each in self.handles(use, self._files[handle]):
+                    self.part(use, each)
+        for use in last:
             self.part(use, handle)
         self._of_handle.pop(handle, None)
         self._files.pop(handle, None)

@@ -382,6 +382,44 @@ def test_what_is_locked_after_a_close_does_not_end_with_it(place: Path, party: M
     assert wait_until(lambda: three.errno(TRY["fcntl"]) == 0, SECONDS)
 
 
+def test_a_new_file_is_locked_while_the_old_one_is_to_be_published(place: Path, party: Make) -> None:
+    """And what else is closed, or unlocked, of either by then ends in its own time."""
+    one, two = party(), party()
+    opened(one, place / "data", CREATE)
+    one("os.write(fd, b'x'); reads = os.open(p, os.O_RDONLY)", p=str(place / "data"))
+    one(TRY["fcntl"])
+    one.fork()  # shares the file
+    one("os.close(fd); os.rename(p, p + '.1'); other = os.open(p, os.O_RDWR | os.O_CREAT)")
+    one("record(other, SET, EXCLUSIVE, 0, 10); record(other, SET, EXCLUSIVE, 20, 10); os.close(reads)")
+    one("record(other, SET, UNLOCK, 0, 10)")
+    opened(two, place / "data")
+    assert wait_until(lambda: two.errno("record(fd, SET, EXCLUSIVE, 0, 10)") == 0, SECONDS)
+    end = time.monotonic() + 0.5
+    while time.monotonic() < end:
+        assert two.errno("record(fd, SET, EXCLUSIVE, 20, 1)") in BLOCKED
+    one("os.close(other)")
+    two("record(fd, WAIT, EXCLUSIVE, 20, 1)")
+
+
+@pytest.mark.parametrize("how", ["os._exit(0)", "os.closerange(3, 10000); os._exit(0)"])
+def test_who_has_a_file_open_twice_ends(place: Path, party: Make, how: str) -> None:
+    """What was written under the lock is there before it is free."""
+    for _ in range(10):
+        (place / "data").write_text("old")
+        one, two = party(), party()
+        opened(one, place / "data", os.O_RDWR)
+        opened(two, place / "data", os.O_RDWR)
+        one("other = os.open(p, os.O_RDWR)", p=str(place / "data"))
+        one(TRY["fcntl"])
+        one("os.pwrite(fd, b'new', 0)")
+        two.start("record(fd, WAIT, EXCLUSIVE)")
+        time.sleep(0.05)
+        one.start(how)
+        two.result(SECONDS)
+        assert two("os.pread(fd, 9, 0)") == b"new"
+        two("os.close(fd)")
+
+
 # Calls that close many files.
 
 OPENS_MANY = r"""

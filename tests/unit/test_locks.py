@@ -10,8 +10,8 @@ import hypothesis.strategies as st
 import pytest
 import trio
 
-from safefs.cluster.record import Acquire, Step
-from safefs.locks import Alone, Closed, Locks, between
+from safefs.cluster.record import Acquire, Release, Step
+from safefs.locks import Alone, Closed, Locks, between, without
 from safefs.locktable import OFFSET_MAX, Kind, Lock, Mode, NameLocks, Owner
 from tests.support.lending import Extension
 
@@ -234,7 +234,7 @@ def test_what_is_locked_of_two_files_by_one_name(locks: Locks) -> None:
 def test_what_is_released_without_being_closed_before(locks: Locks, order: tuple[int, int]) -> None:
     """The last close of an open file ends what was locked through it last: no other close may be heard of."""
     for handle in (1, 2):
-        locks.acquire(NAME, Kind.RECORD, Lock(owner(1), Mode.EXCLUSIVE), handle, may_wait=False)
+        locks.acquire(NAME, Kind.RECORD, Lock(owner(1), Mode.EXCLUSIVE), handle, may_wait=False, file=10)
     first, second = order
     locks.released(first)
     assert (locks.own(NAME, Kind.RECORD, owner(1), 0, 0) is None) is (first == 2)
@@ -291,6 +291,54 @@ def test_who_only_waits_keeps_nothing_of_a_closed_file(locks: Locks) -> None:
     assert held(locks, 1, 2) == []
     locks.release(NAME, Kind.RECORD, owner(2))
     assert held(locks, 1, 2) == [2]
+
+
+@pytest.mark.parametrize("order", [(1, 2), (2, 1)])
+def test_what_two_files_have_of_a_name_is_released_with_the_last(locks: Locks, order: tuple[int, int]) -> None:
+    for handle in (1, 2):
+        locked(locks, handle, (handle, handle))
+    locks.released(order[0])
+    assert held(locks, 1, 2) == [1, 2]
+    locks.released(order[1])
+    assert held(locks, 1, 2) == [] and locks.counts() == (0, 0)
+
+
+def test_what_is_to_be_published_first_is_not_released_before(locks: Locks) -> None:
+    locked(locks, 1, (1, 1))
+    closed = locks.closed(owner(1), 1)
+    locks.released(1, lambda use: use == (NAME, Kind.RECORD, owner(1)))
+    assert held(locks, 1) == [1]
+    locks.flushed(owner(1), closed)
+    assert held(locks, 1) == [] and locks.counts() == (0, 0)
+
+
+def test_what_is_asked_of_other_nodes_is_spared() -> None:
+    """The answer comes after the process has closed the file by another descriptor."""
+    names = Shared("node")
+    locks = Locks(names)
+    locked(locks, 1, (0, 9))
+    closed = locks.closed(owner(1), 1)
+    names.is_shared = True
+    waiting = locks.acquire(NAME, Kind.RECORD, Lock(owner(1), Mode.EXCLUSIVE, 5, 7), 2, may_wait=False)
+    assert waiting is not None
+    locks.spare(owner(1), closed)
+    locks.flushed(owner(1), closed)
+    released = [(step.first, step.last) for step in names.steps if isinstance(step, Release)]
+    assert released == [(0, 4), (8, OFFSET_MAX)]
+
+
+@pytest.mark.parametrize(
+    ("ranges", "first", "last", "left"),
+    [
+        ([], 0, OFFSET_MAX, []),
+        ([(0, 9), (20, 29)], 5, 24, [(0, 4), (25, 29)]),
+        ([(0, OFFSET_MAX)], 3, 3, [(0, 2), (4, OFFSET_MAX)]),
+        ([(3, 5)], 0, 9, []),
+        ([(3, 5)], 6, 9, [(3, 5)]),
+    ],
+)
+def test_ranges_without_one(ranges: list[tuple[int, int]], first: int, last: int, left: list[tuple[int, int]]) -> None:
+    assert without(ranges, first, last) == left
 
 
 @pytest.mark.parametrize(

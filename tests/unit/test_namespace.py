@@ -75,15 +75,19 @@ def test_drafts_and_versions_are_of_the_file_that_they_were_made_from() -> None:
     """Also a version that is found before its draft has ended; and that never changes."""
     namespace = with_root()
     version, draft, new = add(namespace, 2), add(namespace, 3, shown=False), add(namespace, 4, shown=False)
-    namespace.note_private(draft, version)
-    namespace.note_private(new, None)
+    draft.origin = version.origin
+    for each in (draft, new):
+        namespace.note_private(each, each.identity)
     found = add(namespace, 3)
     again = add(namespace, 5, shown=False)
-    namespace.note_private(again, found)
+    again.origin = found.origin
+    namespace.note_private(again, Identity(1, 5))
+    namespace.note_private(again, Identity(1, 6))  # it is written to again after it was published
     assert [namespace.origin(each.nodeid) for each in (version, draft, found, again)] == 4 * [version.nodeid]
     assert namespace.origin(new.nodeid) == new.nodeid
     namespace.show(new, Identity(1, 2))  # what is there already is kept, and is another file
     assert namespace.find(Identity(1, 2)) is version and version.origin == version.nodeid
+    assert add(namespace, 5).origin != version.origin and add(namespace, 6).origin == version.origin
     for each in (draft, new, again, draft):
         namespace.forget_private(each)
     assert namespace.origin(add(namespace, 4).nodeid) not in (new.nodeid, version.nodeid)  # the number was used again
