@@ -119,7 +119,7 @@ class Namespace:
     def forget_private(self, node: Node) -> None:
         """The draft has no such inode any more: its number can be used again."""
         identity = self._privates.pop(node.nodeid, None)
-        if identity is not None and self._origins[identity] is node:
+        if identity is not None and self._origins.get(identity) is node:  # or another's, which has the number since
             del self._origins[identity]
 
     def find(self, identity: Identity) -> Node | None:

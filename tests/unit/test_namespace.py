@@ -94,6 +94,20 @@ def test_drafts_and_versions_are_of_the_file_that_they_were_made_from() -> None:
     assert not namespace._origins and not namespace._privates
 
 
+def test_two_drafts_have_one_inode_after_the_other() -> None:
+    """Published, and taken over or freed, before the first draft has ended."""
+    namespace = with_root()
+    first, second = add(namespace, 3, shown=False), add(namespace, 4, shown=False)
+    for each in (first, second):
+        namespace.note_private(each, Identity(1, 9))
+    namespace.forget_private(second)
+    namespace.forget_private(first)
+    for each in (first, second):
+        namespace.note_private(each, Identity(1, 9))
+    namespace.forget_private(first)
+    assert add(namespace, 9).origin == second.nodeid
+
+
 def test_a_hidden_node_is_not_found_but_still_there() -> None:
     namespace = with_root()
     node = add(namespace, 2)
