@@ -579,6 +579,7 @@ class Files:
         if fd is None:
             return False
         draft.spare_fds += [draft.fd, base.fd]
+        fs.nodes.note_private(draft.node, base.identity)
         old_temp, draft.temp_name = draft.temp_name, hidden
         if old_temp is not None:
             await fs.backing.run_for(draft, backing.unlink, draft.directory.fd, old_temp)
