@@ -18,7 +18,7 @@ from safefs.cluster.backend import NAMELESS
 from safefs.filesystem import BY_PATH, FileSystem, Handle, number_key, path_key
 from safefs.hot import MODE_TYPES, TYPE_MODES
 from safefs.identity import DAEMON
-from safefs.locks import Closed, Waiting, entry_of, name_key, without
+from safefs.locks import Closed, Waiting, entry_of, name_key
 from safefs.locktable import OFFSET_MAX, Kind, Lock, Mode, Owner
 from safefs.model import Identity
 from safefs.namespace import Node
@@ -175,7 +175,7 @@ class Locking:
             file = self.fs.nodes.origin(wanted.nodeid)
             for key in self.locks.closed(owner, file) if self._endings else ():
                 for ending in self._own_endings(key, owner):
-                    ending.closed[key].since = without(ending.closed[key].since, wanted.first, wanted.last)
+                    ending.closed[key].since.release(owner, wanted.first, wanted.last)
             return self.locks.unlock_records(owner, file, wanted.first, wanted.last)
         key = self._key(wanted)
         unlocking = self.locks.release(key, wanted.kind, owner)
@@ -364,7 +364,7 @@ class Locking:
         for ending in self._endings_of.get(waiting.key, ()):
             if ending.owner == waiting.wait.lock.owner and waiting.handle is not None:
                 closed = ending.closed[waiting.key]
-                closed.since.append((waiting.wait.lock.first, waiting.wait.lock.last))
+                closed.since.request(waiting.wait)
                 closed.again.add(waiting.handle)
 
     def _end(self, ending: Ending) -> None:

@@ -34,8 +34,6 @@ from safefs.uses import Use, Uses
 
 NAME_SECONDS = 30.0  # for the daemon's own locks of names
 
-Range = tuple[int, int]  # the first byte and the last
-
 
 def name_key(directory: str, name: bytes) -> str:
     """A name as all nodes call it, in a directory as they do.  Not an inode: a publish would split its locks."""
@@ -47,31 +45,14 @@ def entry_of(key: str) -> bytes:
     return os.fsencode(key.rpartition("/")[2])
 
 
-def without(ranges: Iterable[Range], first: int, last: int) -> list[Range]:
-    """The ranges, with nothing of one more."""
-    parts = [part for low, high in ranges for part in ((low, min(high, first - 1)), (max(low, last + 1), high))]
-    return [(low, high) for low, high in parts if low <= high]
-
-
 @dataclass(slots=True)
 class Closed:
     """What a process has of a file that it has closed, by one name."""
 
     handles: set[int]  # the open files of this file through which it has asked for that
     others: set[int]  # those of other files that have, or had, the name
-    since: list[Range] = field(default_factory=list)  # what it has got afterwards,
+    since: LockTable = field(default_factory=LockTable)  # what it has got afterwards,
     again: set[int] = field(default_factory=set)  # and through which open files
-
-
-def between(ranges: Iterable[Range]) -> Iterator[Range]:
-    """All that is in none of them."""
-    first = 0
-    for low, high in sorted(ranges):
-        if first < low:
-            yield first, low - 1
-        first = max(first, high + 1)
-    if first <= OFFSET_MAX:
-        yield first, OFFSET_MAX
 
 
 class NameService(Protocol):
@@ -482,7 +463,10 @@ class Locks:
             if not left and self._uses.forget(use):
                 events.append(self.release(*use))
             elif left and not lost.others.intersection(left):
-                events += [self.release(*use, *rest) for rest in between(lost.since)]
+                rest = LockTable([Lock(owner, Mode.EXCLUSIVE)])
+                for lock in lost.since.held:
+                    rest.release(owner, lock.first, lock.last)
+                events += [self.release(*use, lock.first, lock.last) for lock in rest.held]
         return [event for event in events if event is not None]
 
     def unlock_records(self, owner: Owner, file: int, first: int, last: int) -> list[trio.Event]:
@@ -519,7 +503,7 @@ class Locks:
         asked = (each for each in self._waiting.values() if each.submitted and each.wait.lock.owner == owner)
         for waiting in asked:
             if waiting.key in closed:
-                closed[waiting.key].since.append((waiting.wait.lock.first, waiting.wait.lock.last))
+                closed[waiting.key].since.request(waiting.wait)
 
     def _remember(self, waiting: Waiting) -> None:
         key, kind, owner = waiting.use

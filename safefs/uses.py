@@ -93,17 +93,13 @@ class Uses:
 
     def release(self, handle: int) -> list[Use]:
         """An open file is gone; what was asked for through it last, and of no other file by the same name."""
-        uses, last = list(self.of(handle)), []
-        for use in uses:
-            if self._last[use] != handle:
-                self.part(use, handle)
-            elif self.files(use) == {self._files[handle]}:
+        last = []
+        for use in list(self.of(handle)):
+            is_last, file = self._last[use] == handle, self._files[handle]
+            if is_last and self.files(use) == {file}:
                 last.append(use)
-            else:
-                for each in self.handles(use, self._files[handle]):
-                    self.part(use, each)
-        for use in last:
-            self.part(use, handle)
+            for each in self.handles(use, file) if is_last else [handle]:
+                self.part(use, each)
         self._of_handle.pop(handle, None)
         self._files.pop(handle, None)
         return last

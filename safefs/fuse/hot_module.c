@@ -137,26 +137,26 @@ static PyObject *module_mark_thread(PyObject *module, PyObject *args)
 	Py_RETURN_NONE;
 }
 
+static PyObject *mark_number(PyObject *args, void (*mark)(uint64_t number, int change))
+{
+	unsigned long long number;
+	int change;
+	if (!PyArg_ParseTuple(args, "Ki", &number, &change))
+		return NULL;
+	mark(number, change);
+	Py_RETURN_NONE;
+}
+
 static PyObject *module_mark_handle(PyObject *module, PyObject *args)
 {
 	(void)module;
-	unsigned long long fh;
-	int change;
-	if (!PyArg_ParseTuple(args, "Ki", &fh, &change))
-		return NULL;
-	mark_handle(fh, change);
-	Py_RETURN_NONE;
+	return mark_number(args, mark_handle);
 }
 
 static PyObject *module_mark_owner(PyObject *module, PyObject *args)
 {
 	(void)module;
-	unsigned long long owner;
-	int change;
-	if (!PyArg_ParseTuple(args, "Ki", &owner, &change))
-		return NULL;
-	mark_owner(owner, change);
-	Py_RETURN_NONE;
+	return mark_number(args, mark_owner);
 }
 
 static PyObject *module_flushes_of(PyObject *module, PyObject *args)

@@ -11,8 +11,8 @@ import pytest
 import trio
 
 from safefs.cluster.record import Acquire, Release, Step
-from safefs.locks import Alone, Closed, Locks, between, without
-from safefs.locktable import OFFSET_MAX, Kind, Lock, Mode, NameLocks, Owner
+from safefs.locks import Alone, Closed, Locks
+from safefs.locktable import OFFSET_MAX, Kind, Lock, LockTable, Mode, NameLocks, Owner, Wait
 from tests.support.lending import Extension
 
 NAME, HANDLE = "1/x.lock", 7
@@ -152,8 +152,8 @@ def require_marks(locks: Locks, extension: Extension) -> None:
         key, _, number = use
         assert uses._last[use] in uses.handles(use)
         for handle in uses.handles(use):
-            assert use in uses.of(handle) and handle in uses.handles(use, uses.file(handle))
-            assert key in uses.names(number, uses.file(handle))
+            assert use in uses.of(handle) and handle in uses.handles(use, uses._files[handle])
+            assert key in uses.names(number, uses._files[handle])
     for handle in uses.open_files():
         assert all(handle in uses.handles(use) for use in uses.of(handle))
     for (number, file), names in uses._names.items():
@@ -247,6 +247,14 @@ def locked(locks: Locks, handle: int, *ranges: tuple[int, int]) -> None:
         locks.acquire(NAME, Kind.RECORD, Lock(owner(1), Mode.EXCLUSIVE, first, last), handle, may_wait=False)
 
 
+def table(*ranges: tuple[int, int]) -> LockTable:
+    """Of one owner who has got these."""
+    found = LockTable()
+    for ticket, (first, last) in enumerate(ranges):
+        found.request(Wait(ticket, Lock(owner(1), Mode.EXCLUSIVE, first, last)))
+    return found
+
+
 def held(locks: Locks, *places: int) -> list[int]:
     return [at for at in places if locks.own(NAME, Kind.RECORD, owner(1), at, at)]
 
@@ -256,9 +264,10 @@ def test_what_a_process_has_got_after_a_close(locks: Locks, through: int) -> Non
     """A wait of another thread of it has come to its end."""
     locked(locks, HANDLE, (0, 9), (20, 29))
     closed = locks.closed(owner(1), HANDLE)
-    closed[NAME].since += [(20, 24), (0, 0), (23, 26)]
+    got = [(20, 24), (0, 0), (23, 26)]
+    closed[NAME].since = table(*got)
     closed[NAME].again.add(through)
-    locked(locks, through, *closed[NAME].since)
+    locked(locks, through, *got)
     locks.flushed(owner(1), closed)
     assert held(locks, 0, 1, 9, 19, 20, 26, 27, 29) == [0, 20, 26]
     assert locks.closed(owner(1), HANDLE) == ({NAME: Closed({HANDLE}, set())} if through == HANDLE else {})
@@ -272,7 +281,7 @@ def test_what_another_file_has_of_the_name_outlives_a_close(locks: Locks, throug
     locked(locks, 1, (1, 1))
     locked(locks, 2, (2, 2))
     closed = locks.closed(owner(1), 1)
-    closed[NAME].since.append((3, 3))
+    closed[NAME].since = table((3, 3))
     closed[NAME].again.add(through)
     locked(locks, through, (3, 3))
     locks.flushed(owner(1), closed)
@@ -338,7 +347,9 @@ def test_what_is_asked_of_other_nodes_is_spared() -> None:
     ],
 )
 def test_ranges_without_one(ranges: list[tuple[int, int]], first: int, last: int, left: list[tuple[int, int]]) -> None:
-    assert without(ranges, first, last) == left
+    since = table(*ranges)
+    since.release(owner(1), first, last)
+    assert [(lock.first, lock.last) for lock in since.held] == left
 
 
 @pytest.mark.parametrize(
@@ -351,4 +362,9 @@ def test_ranges_without_one(ranges: list[tuple[int, int]], first: int, last: int
     ],
 )
 def test_what_is_between_ranges(ranges: list[tuple[int, int]], rest: list[tuple[int, int]]) -> None:
-    assert list(between(ranges)) == rest
+    names = Shared("node")
+    locks = Locks(names)
+    locked(locks, 1, (0, OFFSET_MAX))
+    names.is_shared = True
+    locks.flushed(owner(1), {NAME: Closed(set(), set(), table(*ranges))})
+    assert [(step.first, step.last) for step in names.steps if isinstance(step, Release)] == rest
