@@ -51,6 +51,8 @@ class Closing:
         draft = handle.draft
         if draft is None or not handle.writable:
             return
+        async with draft.gate.passing():
+            pass  # what another close is publishing is also what was written before this one
         if draft.pending:
             await self._flush_pending(handle, draft, tid)
         if draft.state is DraftState.QUARANTINED and draft.error:
@@ -120,7 +122,7 @@ class Closing:
             handle.released = True
             draft.handles -= 1
             draft.writers -= handle.writable
-            if handle.writable and not draft.writers and (draft.pending or draft.detaching):
+            if handle.writable and not draft.writers and (draft.unpublished or draft.detaching):
                 draft.reserved += 1
                 return self.fs.ordering.begin(draft)
         self._unlock(handle.number)

@@ -171,6 +171,11 @@ class Draft:
         """Whether this round has something that is neither published nor kept."""
         return self.modified and self.state is DraftState.WRITING
 
+    @property
+    def unpublished(self) -> bool:
+        """The same, or it is being published now."""
+        return self.pending or self.state is DraftState.PUBLISHING
+
 
 class Decision(Enum):
     """What a FLUSH does."""

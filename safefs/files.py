@@ -434,6 +434,7 @@ class Files:
             return 0
         draft = fs.handle(number).draft
         assert draft is not None
+        await fs.ordering.wait_name(draft.directory, draft.name)
         async with fs.held(draft), draft.gate.closed():
             if not self.may_lag(number):
                 return 0

@@ -251,6 +251,7 @@ class FileSystem:
         now, elsewhere = time.monotonic(), (node.parent, node.name) != (parent.nodeid, name)
         if node.name and elsewhere:
             self._end_loans(node, node.parent, node.name)
+            self._hear_closes_of(name, node.name)
             node.doubtful_until = now + self.settings.entry_timeout_seconds
         node.parent, node.name = parent.nodeid, name
         if elsewhere or node.doubtful_until <= now:
@@ -712,7 +713,7 @@ class FileSystem:
                 await self.end_draft(draft)
 
     def _is_done(self, draft: Draft) -> bool:
-        busy = draft.writers or draft.reserved or draft.pending or draft.state is DraftState.PUBLISHING
+        busy = draft.writers or draft.reserved or draft.unpublished
         return not busy and draft.node.draft is draft
 
     async def end_draft(self, draft: Draft) -> None:

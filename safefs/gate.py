@@ -36,6 +36,10 @@ class Gate:
             self._inside -= 1
             self._waiting.unpark_all()
 
+    @property
+    def is_closed(self) -> bool:
+        return self._alone
+
     @asynccontextmanager
     async def closed(self) -> AsyncIterator[None]:
         while self._alone or self._inside:

@@ -18,12 +18,11 @@ from safefs.cluster.backend import NAMELESS
 from safefs.filesystem import BY_PATH, FileSystem, Handle, number_key, path_key
 from safefs.hot import MODE_TYPES, TYPE_MODES
 from safefs.identity import DAEMON
-from safefs.locks import Closed, Waiting, entry_of, name_key
+from safefs.locks import Estate, Waiting, entry_of, name_key
 from safefs.locktable import OFFSET_MAX, Kind, Lock, Mode, Owner
 from safefs.model import Identity
 from safefs.namespace import Node
 from safefs.native import native
-from safefs.uses import Use
 
 # After that long, who waits behind others who have nothing yet passes them, should he be what they wait for.
 PATIENCE_SECONDS = 5.0
@@ -73,13 +72,31 @@ def flock_lock(nodeid: int, handle: int, owner: int, operation: int, pid: int) -
 
 @dataclass(eq=False)
 class Ending:
-    """The record locks of a process on a file that it has closed, and that is not published yet."""
+    """The record locks of a process on a file that it has closed, and that is not published yet.
 
-    number: int  # of the file handle
-    owner: Owner
+    They are nobody's whom a client could be, so the process is to others, and others to it, as if it had lost them:
+    whoever wants one of them waits, and that is all.
+    """
+
+    owner: Owner  # whose they were
     file: int
-    closed: dict[str, Closed]  # by name
+    estate: Estate
+    closes: list[Close] = field(default_factory=list)  # after which it can yet be published
     done: trio.Event = field(default_factory=trio.Event)
+
+
+@dataclass(eq=False)
+class Close:
+    """A process has closed a descriptor, and nobody knows yet whether it was the last."""
+
+    ending: Ending
+    handle: Handle
+    tid: int  # the thread that did
+
+    def may_publish(self) -> bool:
+        """Whether its RELEASE has come, or somebody publishes the file now."""
+        draft = self.handle.draft
+        return self.handle.released or (draft is not None and draft.gate.is_closed)
 
 
 class Locking:
@@ -88,9 +105,9 @@ class Locking:
     def __init__(self, filesystem: FileSystem) -> None:
         self.fs = filesystem
         self.locks = filesystem.locks
-        self._endings: defaultdict[int, list[Ending]] = defaultdict(list)  # by number
-        self._endings_of: defaultdict[str, list[Ending]] = defaultdict(list)  # by name, the latest last
-        self.locks.on_record_lock = self._note_lock
+        self._endings: defaultdict[str, list[Ending]] = defaultdict(list)  # by name
+        self._endings_of: defaultdict[tuple[Owner, int], list[Ending]] = defaultdict(list)  # by process and file
+        self._closes: defaultdict[int, list[Close]] = defaultdict(list)  # by the number of the file handle
         self._patience: dict[tuple[str, Kind], float] = {}  # where it was lost before, while anybody waits
 
     def key(self, nodeid: int, number: int, owner: Owner) -> str:
@@ -104,9 +121,7 @@ class Locking:
             return known or name_key(self.fs.directory_key(self.fs.node(nodeid)), b"")
         if known in (None, found):
             return found
-        own = self._own_endings(known, owner)
-        ended = (known, Kind.RECORD, owner) if own and not own[-1].closed[known].since else None
-        bound = self.locks.bound_files(number, known, owner, but=ended)
+        bound = self.locks.bound_files(number, known, owner)
         return known if self.fs.nodes.origin(nodeid) in bound else found
 
     def _handle(self, number: int) -> Handle | None:
@@ -156,27 +171,22 @@ class Locking:
         """Whether there is anything that `settled` could wait for."""
         return bool(self.fs.ordering or self._endings)
 
-    async def settled(self, wanted: Wanted) -> None:
+    async def settled(self, wanted: Wanted, tid: int) -> None:
         """Until what was closed under a lock of the name is published: nobody may have the lock before.
 
         Who closed it has no lock any more as far as he knows, so who asks for one in the way (F_GETLK) waits as well.
         """
         if self._endings:
-            key = self._key(wanted)
-            for ending in list(self._endings_of.get(key, ())):
-                if ending.owner != self._owner(wanted):  # who is the same process need not wait for itself
-                    await ending.done.wait()
+            for ending in list(self._endings.get(self._key(wanted), ())):
+                self._has_closed(ending, tid)
+                await ending.done.wait()
         await self.fs.ordering.wait_name(*self._place(wanted.nodeid, wanted.handle))
 
     def unlock(self, wanted: Wanted) -> list[trio.Event]:
         """What to wait for until that is done."""
         owner = self._owner(wanted)
         if wanted.kind is Kind.RECORD:
-            file = self.fs.nodes.origin(wanted.nodeid)
-            for key in self.locks.closed(owner, file) if self._endings else ():
-                for ending in self._own_endings(key, owner):
-                    ending.closed[key].since.release(owner, wanted.first, wanted.last)
-            return self.locks.unlock_records(owner, file, wanted.first, wanted.last)
+            return self.locks.unlock_records(owner, self.fs.nodes.origin(wanted.nodeid), wanted.first, wanted.last)
         key = self._key(wanted)
         unlocking = self.locks.release(key, wanted.kind, owner)
         if unlocking is not None:
@@ -313,98 +323,74 @@ class Locking:
 
     def flushed(self, nodeid: int, owner: int) -> list[trio.Event]:
         """A process has closed a descriptor of an open file; what to wait for until its locks are free."""
-        closer = Owner(self.locks.node, owner)
-        if not self.locks.has_record_locks(closer):
-            return []
-        file = self.fs.nodes.origin(nodeid)
-        closed = self.locks.closed(closer, file)
-        for key in closed.keys() & self._endings_of.keys():
-            if self._end_later(key, closer, file, closed[key]):
-                del closed[key]
-        return self.locks.flushed(closer, closed)
+        return self.locks.flushed(Owner(self.locks.node, owner), self.fs.nodes.origin(nodeid))
 
-    def _end_later(self, key: str, owner: Owner, file: int, lost: Closed) -> bool:
-        """Have what a close ends end with what was closed before, and is to be published first, if there is any.
+    def flushed_unpublished(self, nodeid: int, handle: Handle, owner: int, tid: int) -> list[Close]:
+        """The same, where what was written under the locks is not published yet, and will be by RELEASE if it comes.
 
-        What the process has got since then ends as well.
+        The locks end then (`released`), or once it is known that others have the file open (`end_unless_released`, for
+        each of what this returns): close(2) gives them up, and so it did, but for the moment until then.
         """
-        same = [ending for ending in self._own_endings(key, owner) if ending.file == file]
-        if same:
-            before = same[-1].closed[key]
-            same[-1].closed[key] = Closed(before.handles | lost.handles, before.others | lost.others)
-        return bool(same)
+        closer, file = Owner(self.locks.node, owner), self.fs.nodes.origin(nodeid)
+        estate = self.locks.hand_over(closer, file, handle.number)
+        if estate is not None:
+            ending = Ending(closer, file, estate)
+            self._endings_of[closer, file].append(ending)
+            for key in estate.names:
+                self._endings[key].append(ending)
+        return [self._note_close(ending, handle, tid) for ending in self._endings_of.get((closer, file), ())]
 
-    def _own_endings(self, key: str, owner: Owner) -> list[Ending]:
-        return [ending for ending in self._endings_of.get(key, ()) if ending.owner == owner]
+    def _note_close(self, ending: Ending, handle: Handle, tid: int) -> Close:
+        close = Close(ending, handle, tid)
+        ending.closes.append(close)
+        self._closes[handle.number].append(close)
+        self.locks.hold_on(ending.estate, handle.number, ending.file)
+        return close
 
-    def flushed_unpublished(self, nodeid: int, number: int, owner: int) -> Ending | None:
-        """The same, where the RELEASE that perhaps follows will publish what was written under the locks.
+    def _has_closed(self, ending: Ending, tid: int) -> None:
+        """A thread asks for something, so it is in none of its closes any more: RELEASE has come, or will not."""
+        if tid and not self.fs.passthrough.requests_wait():
+            for close in [close for close in ending.closes if close.tid == tid and not close.may_publish()]:
+                self._over(close)
 
-        Returns what is to be ended then (by `released`), or once it is known that others have the file open (by
-        `end_unless_released`): close(2) gives the locks up, and so it did, but for the moment until then.  None: there
-        are no such locks.
-        """
-        closer = Owner(self.locks.node, owner)
-        file = self.fs.nodes.origin(nodeid)
-        closed = self.locks.closed(closer, file)
-        if not closed:
-            return None
-        ending = Ending(number, closer, file, closed)
-        self._endings[number].append(ending)
-        for key in closed:
-            self._endings_of[key].append(ending)
-        return ending
-
-    def _is_ending(self, use: Use) -> bool:
-        key, kind, owner = use
-        return kind is Kind.RECORD and bool(self._own_endings(key, owner))
-
-    def _note_lock(self, waiting: Waiting) -> None:
-        """What a process gets after a close does not end with it."""
-        for ending in self._endings_of.get(waiting.key, ()):
-            if ending.owner == waiting.wait.lock.owner and waiting.handle is not None:
-                closed = ending.closed[waiting.key]
-                closed.since.request(waiting.wait)
-                closed.again.add(waiting.handle)
-
-    def _end(self, ending: Ending) -> None:
-        """The locks of who has closed a file are free."""
-        if ending.done.is_set():
+    def _over(self, close: Close) -> None:
+        """What came of a close is published, or it was not the last: the locks are free, but for other closes."""
+        ending, number = close.ending, close.handle.number
+        if close not in ending.closes:
             return
-        ending.done.set()
-        self._drop(self._endings, ending.number, ending)
-        for key in ending.closed:
-            self._drop(self._endings_of, key, ending)
-        closed = dict(ending.closed)
-        for key, lost in ending.closed.items():
-            later = [each for each in self._own_endings(key, ending.owner) if each.file == ending.file]
-            if later:  # what the same close is to publish besides: the last of them ends it
-                later[-1].closed[key].handles |= lost.handles - lost.again
-                del closed[key]
-        self.locks.spare(ending.owner, closed)
-        self.locks.flushed(ending.owner, closed)
+        ending.closes.remove(close)
+        self._drop(self._closes, number, close)
+        if all(other.handle.number != number for other in ending.closes):
+            self.locks.let_go(ending.estate, number)
+        if not ending.closes:
+            self._drop(self._endings_of, (ending.owner, ending.file), ending)
+            for key in ending.estate.names:
+                self._drop(self._endings, key, ending)
+            ending.done.set()
 
     @staticmethod
-    def _drop(endings: defaultdict[T, list[Ending]], of: T, ending: Ending) -> None:
-        endings[of].remove(ending)
-        if not endings[of]:
-            del endings[of]
+    def _drop(lists: defaultdict[Any, list[T]], key: object, item: T) -> None:
+        lists[key].remove(item)
+        if not lists[key]:
+            del lists[key]
 
-    async def end_unless_released(self, ending: Ending, handle: Handle, tid: int) -> None:
+    async def end_unless_released(self, close: Close) -> None:
         """RELEASE comes at the end of the call that closes, or not at all, when there are other copies.
 
         A call that closes many files can take as long as it takes to publish some of them.  It cannot be told from one
         that the thread makes after it, so that is waited for within `CALL_SECONDS` alone, but to its end where the
         process ends.
         """
-        closers, looks = self.fs.closers, 0
+        closers, looks, tid = self.fs.closers, 0, close.tid
         began, flushes, end = None, closers.flushes(tid), trio.current_time() + CALL_SECONDS
         now: int | None = processes.ENDING
-        while now == processes.ENDING or (trio.current_time() < end and looks < RELEASE_LOOKS):
+        while now == processes.ENDING or (trio.current_time() < end and looks < RELEASE_LOOKS) or close.may_publish():
             with trio.move_on_after(RELEASE_SECONDS):
-                await ending.done.wait()
-            if ending.done.is_set() or handle.released:
+                await close.ending.done.wait()
+            if close.ending.done.is_set() or close.handle.released:
                 return
+            if close.may_publish():
+                continue
             before, flushes = flushes, closers.flushes(tid)
             closes_more = closers.is_waiting(tid) or flushes != before
             now = await self.fs.look(processes.time_while_closing, tid, closes_more)
@@ -412,15 +398,15 @@ class Locking:
             has_run = now is not None and began is not None and now - began >= CLOSING_NS
             if has_run or now == processes.LEFT:
                 looks += 1
-                if not self.fs.passthrough.requests_wait():
+                if not (self.fs.passthrough.requests_wait() or close.may_publish()):
                     break
-        self._end(ending)
+        self._over(close)
 
     def released(self, number: int) -> None:
         """Nobody has an open file any more."""
-        for ending in list(self._endings.get(number, ())):
-            self._end(ending)
+        for close in list(self._closes.get(number, ())):
+            self._over(close)
         if number & native.FH_HOT and self.locks.key_of(number) is not None:
             self.fs.nodes.hot.mark_handle(number, -1)
             self.fs.fenced_readers.discard(number)
-        self.locks.released(number, self._is_ending)
+        self.locks.released(number)

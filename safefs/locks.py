@@ -16,7 +16,7 @@ import math
 import os
 import socket
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -26,7 +26,7 @@ import trio
 import xxhash
 
 from safefs.cluster.names import TakeBack
-from safefs.cluster.record import Acquire, Break, GiveUp, LetPass, Release, Step, carry_out
+from safefs.cluster.record import Acquire, Break, GiveUp, HandOver, LetPass, Release, Step, carry_out
 from safefs.cluster.survey import Survey
 from safefs.locktable import OFFSET_MAX, Held, Kind, Lock, LockTable, Mode, NameLocks, Owner, Wait
 from safefs.turns import Turns
@@ -43,16 +43,6 @@ def name_key(directory: str, name: bytes) -> str:
 def entry_of(key: str) -> bytes:
     """The name in its directory."""
     return os.fsencode(key.rpartition("/")[2])
-
-
-@dataclass(slots=True)
-class Closed:
-    """What a process has of a file that it has closed, by one name."""
-
-    handles: set[int]  # the open files of this file through which it has asked for that
-    others: set[int]  # those of other files that have, or had, the name
-    since: LockTable = field(default_factory=LockTable)  # what it has got afterwards,
-    again: set[int] = field(default_factory=set)  # and through which open files
 
 
 class NameService(Protocol):
@@ -165,6 +155,17 @@ class Waiting:
         return self.key, self.kind, self.wait.lock.owner
 
 
+@dataclass(frozen=True, slots=True)
+class Estate:
+    """The record locks that a process had of a file which it has closed: who holds them now, and by which names."""
+
+    heir: Owner
+    names: tuple[str, ...]
+
+    def uses(self) -> list[Use]:
+        return [(key, Kind.RECORD, self.heir) for key in self.names]
+
+
 class Locks:
     """The lock requests of one node."""
 
@@ -178,9 +179,8 @@ class Locks:
         self._keys: dict[int, str] = {}  # the name that was locked last through a file handle that is open
         # What owners of this node have been told that they hold, whether or not the backend can be asked about it.
         self._held: defaultdict[tuple[str, Kind], dict[Owner, LockTable]] = defaultdict(dict)
-        self._last_ticket = self._last_claim = 0
+        self._last_ticket = self._last_own = 0
         self.fence: Callable[[set[int]], None] = lambda _handles: None  # what was locked through them is broken
-        self.on_record_lock: Callable[[Waiting], None] = lambda _waiting: None  # it is held from now on
         self.turns = Turns()  # of those who try what others have locked, by name
 
     @property
@@ -274,9 +274,9 @@ class Locks:
         """The name that was locked last through this file handle, which it may not have any more; None if none was."""
         return self._keys.get(handle)
 
-    def bound_files(self, handle: int, key: str, owner: Owner, *, but: Use | None = None) -> set[int]:
-        """The files of what is held or wanted through an open file, or by an owner on a name; `but` one of these."""
-        uses = {*self._uses.of(handle), (key, Kind.FLOCK, owner), (key, Kind.RECORD, owner)} - {but}
+    def bound_files(self, handle: int, key: str, owner: Owner) -> set[int]:
+        """The files of what is held or wanted through an open file, or by an owner on a name."""
+        uses = {*self._uses.of(handle), (key, Kind.FLOCK, owner), (key, Kind.RECORD, owner)}
         self._settle_loans(name for name, _, _ in uses)
         held = (use for use in uses if use[2] in self._held.get(use[:2], ()))
         waiting = (each for each in self._waiting.values() if each.handle == handle or each.wait.lock.owner == owner)
@@ -352,10 +352,14 @@ class Locks:
 
         All names of a directory are on one record, so that making many files costs a message for the first alone.
         """
-        self._last_claim += 1
         at = xxhash.xxh3_64_intdigest(name) >> 1
-        lock = Lock(Owner(self.node, self._last_claim), Mode.EXCLUSIVE, at, at)
+        lock = Lock(self._own_owner(), Mode.EXCLUSIVE, at, at)
         return self._ask(self._new(name_key(directory, b""), kind, lock, None, 0, may_wait=may_wait))
+
+    def _own_owner(self) -> Owner:
+        """One who is none of the kernel's, none of whose numbers is negative."""
+        self._last_own -= 1
+        return Owner(self.node, self._last_own)
 
     async def _settle(self, waiting: Waiting) -> None:
         """Until a request of the daemon's own is answered, or given up after `NAME_SECONDS`."""
@@ -436,38 +440,51 @@ class Locks:
                 self._drop_converted(waiting)
             self._do(waiting.key, GiveUp(waiting.kind, waiting.wait))
 
-    def has_record_locks(self, owner: Owner) -> bool:
-        """Whether a process has any record locks, or asks for some."""
-        return self._uses.has_records(owner)
+    def flushed(self, owner: Owner, file: int) -> list[trio.Event]:
+        """A process has closed a descriptor of a file: it loses its record locks there (fcntl(2)); what to wait for."""
+        events = [self.release(*use) for use in self._forget_closed(owner, file)]
+        return [event for event in events if event is not None]
 
-    def closed(self, owner: Owner, file: int) -> dict[str, Closed]:
-        """What a process loses that closes a file now, by name: `flushed`."""
-        found = {}
+    def hand_over(self, owner: Owner, file: int, handle: int) -> Estate | None:
+        """The same, but what it loses is not free yet: it is held on, through an open file (`hold_on`, `let_go`)."""
+        lost = self._forget_closed(owner, file)
+        if not lost:
+            return None
+        heir = self._own_owner()
+        for key, kind, _ in lost:
+            held = self._held[key, kind]
+            held[heir] = held.pop(owner)
+            held[heir].hand_over(owner, heir)
+            self._do(key, HandOver(kind, owner, heir))
+        estate = Estate(heir, tuple(key for key, _, _ in lost))
+        self.hold_on(estate, handle, file)
+        return estate
+
+    def hold_on(self, estate: Estate, handle: int, file: int) -> None:
+        """It is held through this open file as well: whoever breaks it fences that."""
+        for use in estate.uses():
+            self._uses.add(use, handle, file, anew=False)
+
+    def let_go(self, estate: Estate, handle: int) -> None:
+        """It is held through this open file no more; with the last it is free."""
+        for use in estate.uses():
+            self._uses.part(use, handle)
+            if not self._uses.handles(use) and self._uses.forget(use):
+                self.release(*use)
+
+    def _forget_closed(self, owner: Owner, file: int) -> list[Use]:
+        """What a process holds of a file, and of no other by the same name, and loses by closing it.
+
+        Who has asked for something and has no answer yet will have it from after the close.
+        """
+        lost = []
         for key in self._uses.names(owner, file):
             use = key, Kind.RECORD, owner
-            handles = set(self._uses.handles(use, file))
-            found[key] = Closed(handles, set(self._uses.handles(use)) - handles)
-        return found
-
-    def flushed(self, owner: Owner, closed: Mapping[str, Closed]) -> list[trio.Event]:
-        """A process has closed a descriptor of a file: it loses its record locks there (fcntl(2)).
-
-        But for what it has got since, and what it has locked by the same name of another file.
-        """
-        events = []
-        for key, lost in closed.items():
-            use = key, Kind.RECORD, owner
-            for handle in lost.handles - lost.again:
+            for handle in self._uses.handles(use, file):
                 self._uses.part(use, handle)
-            left = self._uses.handles(use)
-            if not left and self._uses.forget(use):
-                events.append(self.release(*use))
-            elif left and not lost.others.intersection(left):
-                rest = LockTable([Lock(owner, Mode.EXCLUSIVE)])
-                for lock in lost.since.held:
-                    rest.release(owner, lock.first, lock.last)
-                events += [self.release(*use, lock.first, lock.last) for lock in rest.held]
-        return [event for event in events if event is not None]
+            if not self._uses.handles(use) and self._uses.forget(use) and owner in self._held.get(use[:2], ()):
+                lost.append(use)
+        return lost
 
     def unlock_records(self, owner: Owner, file: int, first: int, last: int) -> list[trio.Event]:
         """A process has unlocked a range of a file; what to wait for.
@@ -484,26 +501,13 @@ class Locks:
                     self._uses.part(use, handle)
         return [event for event in events if event is not None]
 
-    def released(self, handle: int, is_ending: Callable[[Use], bool] = lambda _use: False) -> None:
-        """The last descriptor of an open file is closed: what was locked through it last is free.
-
-        But for what ends with what is to be published (`is_ending`).
-        """
+    def released(self, handle: int) -> None:
+        """The last descriptor of an open file is closed: what was locked through it last is free."""
         self._settle_loans(key for key, _, _ in self._uses.of(handle))
         self._keys.pop(handle, None)
         for use in self._uses.release(handle):
-            if not is_ending(use) and self._uses.forget(use):
+            if self._uses.forget(use):
                 self.release(*use)
-
-    def spare(self, owner: Owner, closed: Mapping[str, Closed]) -> None:
-        """What a process has asked other nodes for since it closed a file does not end with that.
-
-        The answer is on its way, and would tell of a lock that it has no more.
-        """
-        asked = (each for each in self._waiting.values() if each.submitted and each.wait.lock.owner == owner)
-        for waiting in asked:
-            if waiting.key in closed:
-                closed[waiting.key].since.request(waiting.wait)
 
     def _remember(self, waiting: Waiting) -> None:
         key, kind, owner = waiting.use
@@ -516,8 +520,6 @@ class Locks:
         """An owner has a lock from now on, through an open file."""
         self._remember(waiting)  # a close by another thread has perhaps forgotten it
         self._hold(waiting.use, waiting.wait)
-        if waiting.kind is Kind.RECORD:
-            self.on_record_lock(waiting)
 
     def _hold(self, use: Use, wait: Wait) -> None:
         key, kind, owner = use

@@ -187,6 +187,10 @@ class LockTable:
         self.held = list(_without(self.held, owner, first, last))
         return self._grant()
 
+    def hand_over(self, owner: Owner, heir: Owner) -> None:
+        """What one owner holds is another's from now on; nobody gets his lock by that, for it is not free."""
+        self.held = [replace(held, owner=heir) if held.owner == owner else held for held in self.held]
+
     def cancel(self, node: str, ticket: int) -> list[Wait]:
         """A request is given up; returns those that it stood in the way of."""
         self.waiting = [wait for wait in self.waiting if (wait.lock.owner.node, wait.ticket) != (node, ticket)]

@@ -58,9 +58,6 @@ class Uses:
     def open_files(self) -> list[int]:
         return list(self._of_handle)
 
-    def has_records(self, owner: Owner) -> bool:
-        return owner in self._recorded
-
     def names(self, owner: Owner, file: int) -> list[str]:
         """By which an owner has locked records of a file."""
         return sorted(self._names.get((owner, file), ()))

@@ -49,6 +49,15 @@ class Release:
 
 
 @dataclass(frozen=True)
+class HandOver:
+    """What an owner holds is from now on another's, who holds nothing yet; it is not free in between."""
+
+    kind: Kind
+    owner: Owner
+    heir: Owner
+
+
+@dataclass(frozen=True)
 class GiveUp:
     """A waiting request is withdrawn; too late where it has its lock by then."""
 
@@ -75,7 +84,7 @@ class ForeignRecordError(ValueError):
     """Another version of safefs has written a record: it is not for this one to replace."""
 
 
-Step = Acquire | Release | GiveUp | LetPass | Break
+Step = Acquire | Release | HandOver | GiveUp | LetPass | Break
 
 
 def carry_out(locks: NameLocks, step: Step) -> tuple[bool, list[Wait]]:
@@ -88,6 +97,9 @@ def carry_out(locks: NameLocks, step: Step) -> tuple[bool, list[Wait]]:
         return table.request(step.wait) if step.may_wait else table.attempt(step.wait)
     if isinstance(step, Release):
         return True, table.release(step.owner, step.first, step.last)
+    if isinstance(step, HandOver):
+        table.hand_over(step.owner, step.heir)
+        return True, []
     node, ticket = step.wait.lock.owner.node, step.wait.ticket
     was_waiting = table.waits(node, ticket)
     return was_waiting, table.cancel(node, ticket) if isinstance(step, GiveUp) else table.let_pass(node, ticket)

@@ -359,17 +359,16 @@ class Operations(pyfuse3.Operations):
             request.reply_err(0)
 
     async def _flush(self, request: native.Request, nodeid: int, handle: Handle, owner: int) -> None:
-        unlocking, ending = list[trio.Event](), None
+        unlocking = list[trio.Event]()
         with self._fs.closers.waits(request.pid):
             try:
                 await self._closing.flush(handle, request.pid)
             finally:  # whoever gets the lock sees what was written under it
-                if handle.draft is not None and handle.draft.pending:
-                    ending = self._locking.flushed_unpublished(nodeid, handle.number, owner)
+                if handle.draft is not None and handle.draft.unpublished:
+                    for close in self._locking.flushed_unpublished(nodeid, handle, owner, request.pid):
+                        self._nursery.start_soon(self._locking.end_unless_released, close)
                 else:
                     unlocking = self._locking.flushed(nodeid, owner)
-                if ending is not None:
-                    self._nursery.start_soon(self._locking.end_unless_released, ending, handle, request.pid)
             await self._await_unlocking(request, unlocking)
 
     async def _flush_in_place(self, request: native.Request, nodeid: int, number: int, owner: int) -> None:
@@ -428,7 +427,7 @@ class Operations(pyfuse3.Operations):
 
         request.await_interrupt(interrupt)
         with settling:  # who is interrupted is told of the lock that is about to end
-            await self._locking.settled(wanted)
+            await self._locking.settled(wanted, request.pid)
         with asking:  # other nodes, where the name is not this one's
             found = await self._locking.conflict(wanted)
         if found is None:
@@ -495,7 +494,7 @@ class Operations(pyfuse3.Operations):
         with trio.CancelScope() as scope:
             request.await_interrupt(scope.cancel)
             if asked is None and wanted.mode is not None:
-                await self._locking.settled(wanted)
+                await self._locking.settled(wanted, request.pid)
                 asked = self._locking.ask(wanted, wanted.mode)
             if isinstance(asked, float):
                 asked = await self._locking.lock_in_turn(wanted, asked)

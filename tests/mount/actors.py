@@ -91,6 +91,7 @@ class Actor:
         self._channel = channel
         self._process = process
         self._owed = 0  # answers that nobody has fetched
+        self._children: list[Actor] = []  # each lives as long as its channel
 
     def start(self, code: str, /, **names: Any) -> None:
         """Send code that may block; `result` fetches its outcome."""
@@ -144,7 +145,8 @@ class Actor:
             self.start("_fork(address)", address="\0" + name)
             channel, pid = accept()
             assert self.result() == pid
-        return Actor(channel, pid, None)
+        self._children.append(Actor(channel, pid, None))
+        return self._children[-1]
 
     def kill(self, signal_number: int) -> None:
         """Send a signal and wait until the process is gone (its descriptors are closed by then)."""

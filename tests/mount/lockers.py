@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.mount.actors import Actor
-from tests.support.mounting import wait_until
+from tests.support.mounting import Mount, wait_until
 
 NAMES = ["data", "x.lock", "db.sqlite", "weights.incomplete"]  # private, lock, shared, partial
 CREATE = os.O_RDWR | os.O_CREAT
@@ -64,6 +64,13 @@ def waits(process: Actor, seconds: float = SECONDS) -> bool:
         and not process.answered(WAITS_SECONDS)
         and process_state(process.pid) == "S"
     )
+
+
+def hold_publishes(mount: Mount, process: Actor) -> Callable[[], None]:
+    """Nothing is published on the mount until what this returns is called."""
+    held = process.open(mount.backing / ".safefs" / "names.lock", os.O_RDWR)
+    process("fcntl.lockf(held, LOCK_EX)", held=held)
+    return lambda: process("fcntl.lockf(held, LOCK_UN)", held=held)
 
 
 def process_state(pid: int) -> str:

@@ -27,6 +27,7 @@ from tests.mount.lockers import (
     TRY,
     WAITS_SECONDS,
     Make,
+    hold_publishes,
     hot,
     kinds,
     opened,
@@ -659,14 +660,14 @@ def test_a_signal_ends_the_wait_for_a_publish(mount: Mount, party: Make, how: st
     child_of("os.pwrite(fd, b'new', 0)")
     child = child_of.fork()
     child_of("os.close(fd)")
-    writer("held = os.open(p, os.O_RDWR); fcntl.lockf(held, LOCK_EX)", p=str(mount.backing / ".safefs" / "names.lock"))
+    let_publish = hold_publishes(mount, writer)
     child.start("os.close(fd); os._exit(0)")  # its RELEASE publishes, and waits
     assert wait_until(lambda: status(mount)["publishing"] == 1, SECONDS)
     for process, operation in ((waiter, BLOCK[how]), (tries, TRY[how])):
         process.start(operation)
         time.sleep(0.3)
         process.kill(signal.SIGKILL)
-    writer("fcntl.lockf(held, LOCK_UN)")
+    let_publish()
     assert wait_until(lambda: (mount / "data").read_text() == "new", SECONDS)
 
 
@@ -688,7 +689,7 @@ def test_a_try_that_a_signal_interrupts_is_made_again(mount: Mount, party: Make,
     child_of("os.pwrite(fd, b'new', 0)")
     child = child_of.fork()
     child_of("os.close(fd)")
-    writer("held = os.open(p, os.O_RDWR); fcntl.lockf(held, LOCK_EX)", p=str(mount.backing / ".safefs" / "names.lock"))
+    let_publish = hold_publishes(mount, writer)
     child.start("os.close(fd); os._exit(0)")  # its RELEASE publishes, and waits
     assert wait_until(lambda: status(mount)["publishing"] == 1, SECONDS)
     tries("seen = []; signal.signal(signal.SIGUSR1, lambda *_: seen.append(1))")
@@ -698,7 +699,7 @@ def test_a_try_that_a_signal_interrupts_is_made_again(mount: Mount, party: Make,
         assert waits(tries)
         os.kill(tries.pid, signal.SIGUSR1)
     assert waits(tries)
-    writer("fcntl.lockf(held, LOCK_UN)")
+    let_publish()
     tries.result(SECONDS)
     assert tries("len(seen)") >= 1
 

@@ -16,7 +16,20 @@ import pytest
 
 from tests.conftest import MountFactory
 from tests.mount.actors import Actor
-from tests.mount.lockers import BLOCKED, CREATE, NAMES, RELEASE, SECONDS, TRY, Make, hot, opened
+from tests.mount.lockers import (
+    BLOCK,
+    BLOCKED,
+    CREATE,
+    NAMES,
+    RELEASE,
+    SECONDS,
+    TRY,
+    Make,
+    hold_publishes,
+    hot,
+    opened,
+    waits,
+)
 from tests.support.mounting import Mount, safefs, status, wait_until
 
 
@@ -460,6 +473,119 @@ def test_a_lock_is_free_once_what_is_closed_with_others_is_published(
     child.start(f"os.closerange({first}, {last + 1}); os._exit(0)")
     two("record(fd, WAIT, EXCLUSIVE)")
     assert two("os.pread(fd, 9, 0)") == b"new"
+
+
+# What is closed while it is published, or before.
+
+
+def test_a_copy_is_closed_while_another_close_publishes(mount: Mount, party: Make) -> None:
+    """By a process that is no child of who publishes: what it wrote is published when its close returns."""
+    (mount / "data").write_text("old")
+    parent, other = party(), party()
+    opened(parent, mount / "data", os.O_RDWR)
+    child = parent.fork()
+    grandchild = child.fork()
+    child.exit()
+    grandchild("os.pwrite(fd, b'new', 0)")
+    let_publish = hold_publishes(mount, other)
+    parent.start("os.close(fd)")
+    assert waits(parent)
+    grandchild.start("os.close(fd)")
+    assert waits(grandchild)
+    let_publish()
+    grandchild.result(SECONDS)
+    assert (mount / "data").read_text() == "new"
+    parent.result(SECONDS)
+
+
+def test_a_lock_is_not_free_before_another_thread_has_published(mount: Mount, party: Make) -> None:
+    """The thread that has closed a copy is gone, and what the last close publishes is on its way."""
+    (mount / "data").write_text("old")
+    one, two, other = party(), party(), party()
+    for process in (one, two):
+        opened(process, mount / "data", os.O_RDWR)
+    one("import threading; copy = os.dup(fd); thread = threading.Thread(target=os.close, args=(fd,))")
+    one(TRY["fcntl"])
+    one("os.pwrite(fd, b'new', 0)")
+    let_publish = hold_publishes(mount, other)
+    one.start("thread.start(); thread.join(); os.close(copy)")
+    assert waits(one)
+    two.start("record(fd, WAIT, EXCLUSIVE)")
+    assert waits(two)
+    let_publish()
+    two.result(SECONDS)
+    assert two("os.pread(fd, 9, 0)") == b"new"
+
+
+def test_a_lock_comes_with_what_is_published_by_then(mount: Mount, party: Make) -> None:
+    """A child has written it, whose RELEASE publishes, and the parent unlocks before that is done."""
+    (mount / "data").write_text("old")
+    parent, two, other = party(), party(), party()
+    opened(two, mount / "data", os.O_RDWR)
+    opened(parent, mount / "data", os.O_RDONLY)
+    parent("flock(fd, LOCK_EX); out = os.open(p, os.O_WRONLY | os.O_TRUNC)", p=str(mount / "data"))
+    two.start(BLOCK["flock"])
+    assert waits(two)
+    child = parent.fork()
+    parent("os.close(out)")
+    let_publish = hold_publishes(mount, other)
+    child("os.write(out, b'new'); os.close(out)")
+    assert wait_until(lambda: status(mount)["publishing"] == 1, SECONDS)
+    parent(RELEASE["flock"])
+    assert waits(two)
+    let_publish()
+    two.result(SECONDS)
+    assert two("os.pread(fd, 9, 0)") == b"new"
+
+
+def test_what_is_got_between_two_closes_ends_with_the_second(place: Path, party: Make) -> None:
+    """Also where the first is the one of which it is known last that it was not the last of its open file."""
+    (place / "data").write_text("x")
+    one, two = party(), party()
+    opened(one, place / "data", os.O_RDWR)
+    opened(two, place / "data", os.O_RDWR)
+    one("second = os.open(p, os.O_RDWR); reads = os.open(p, os.O_RDONLY)", p=str(place / "data"))
+    child = one.fork()
+    child("os.close(second); os.close(reads)")
+    for _ in range(5):
+        one("os.pwrite(fd, b'y', 0); record(fd, SET, EXCLUSIVE, 0, 10)")
+        one("os.close(os.dup(fd)); record(reads, SET, SHARED, 20, 10); os.close(second)")
+        for start in (0, 20):
+            assert wait_until(lambda at=start: two.errno("record(fd, SET, EXCLUSIVE, at, 10)", at=at) == 0, SECONDS)
+        two(RELEASE["fcntl"])
+        one("second = os.open(p, os.O_RDWR)", p=str(place / "data"))
+
+
+def test_who_closes_a_lock_waits_for_who_waits_for_it(place: Path, party: Make) -> None:
+    """It is no deadlock: what is closed is about to be free, and never mind that it is to be published first."""
+    for name in ("data", "other"):
+        (place / name).write_text("x")
+    one, two = party(), party()
+    for process in (one, two):
+        opened(process, place / "data", os.O_RDWR)
+        process("other = os.open(p, os.O_RDWR)", p=str(place / "other"))
+    one.fork()  # shares the file
+    one("os.pwrite(fd, b'y', 0); record(fd, SET, EXCLUSIVE)")
+    two("record(other, SET, EXCLUSIVE)")
+    two.start("record(fd, WAIT, EXCLUSIVE); os.close(other)")
+    assert waits(two)
+    one.start("os.close(fd); record(other, WAIT, EXCLUSIVE)")
+    two.result(SECONDS)
+    one.result(SECONDS)
+
+
+def test_readers_of_a_file_that_has_lost_its_other_names_are_heard_of(make_mount: MountFactory, party: Make) -> None:
+    """With flush_readers=off as well."""
+    mount = make_mount("-o", "flush_readers=off")
+    (mount / "one").write_text("x")
+    one, two = party(), party()
+    opened(two, mount / "one", os.O_RDWR)
+    opened(one, mount / "one", os.O_RDONLY)
+    one("record(fd, SET, SHARED)")
+    one("os.link(p, q); os.unlink(p); other = os.open(q, os.O_RDONLY)", p=str(mount / "one"), q=str(mount / "two"))
+    assert two.errno(TRY["fcntl"]) in BLOCKED
+    one("os.close(os.dup(other))")
+    assert wait_until(lambda: two.errno(TRY["fcntl"]) == 0, SECONDS)
 
 
 # Locks that were lost.

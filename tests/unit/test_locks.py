@@ -10,9 +10,9 @@ import hypothesis.strategies as st
 import pytest
 import trio
 
-from safefs.cluster.record import Acquire, Release, Step
-from safefs.locks import Alone, Closed, Locks
-from safefs.locktable import OFFSET_MAX, Kind, Lock, LockTable, Mode, NameLocks, Owner, Wait
+from safefs.cluster.record import Acquire, HandOver, Release, Step
+from safefs.locks import Alone, Estate, Locks
+from safefs.locktable import OFFSET_MAX, Kind, Lock, Mode, NameLocks, Owner
 from tests.support.lending import Extension
 
 NAME, HANDLE = "1/x.lock", 7
@@ -32,7 +32,7 @@ def test_an_open_file_of_many_processes(locks: Locks) -> None:
     for number in range(1, 101):
         lock = Lock(owner(number), Mode.EXCLUSIVE, 0, 0)
         assert locks.acquire(NAME, Kind.RECORD, lock, HANDLE, may_wait=False) is None
-        assert locks.flushed(owner(number), locks.closed(owner(number), HANDLE)) == []
+        assert locks.flushed(owner(number), HANDLE) == []
     assert not locks._uses.of(HANDLE)
     assert locks.counts() == (0, 0)
     assert locks.key_of(HANDLE) == NAME  # by which it is locked from then on
@@ -44,7 +44,7 @@ def test_a_close_leaves_the_locks_of_others(locks: Locks) -> None:
     for number in (1, 2):
         lock = Lock(owner(number), Mode.EXCLUSIVE, number, number)
         assert locks.acquire(NAME, Kind.RECORD, lock, HANDLE, may_wait=False) is None
-    locks.flushed(owner(1), locks.closed(owner(1), HANDLE))
+    locks.flushed(owner(1), HANDLE)
     assert locks.own(NAME, Kind.RECORD, owner(1), 0, 9) is None
     assert locks.own(NAME, Kind.RECORD, owner(2), 0, 9) == Lock(owner(2), Mode.EXCLUSIVE, 2, 2)
     assert locks.lose() == {HANDLE}
@@ -161,7 +161,7 @@ def require_marks(locks: Locks, extension: Extension) -> None:
 
 
 record_steps = st.tuples(
-    st.sampled_from(["try", "try", "wait", "unlock", "flush", "release", "lose"]),
+    st.sampled_from(["try", "try", "wait", "unlock", "flush", "hand over", "let go", "release", "lose"]),
     st.sampled_from([NAME, "1/y.lock"]),
     st.integers(1, 3),  # owner
     st.integers(1, 4),  # open file
@@ -173,6 +173,7 @@ record_steps = st.tuples(
 @hypothesis.given(st.lists(record_steps, max_size=60))
 def test_marks_are_those_of_who_has_record_locks(plan: list[tuple[str, str, int, int, int, bool]]) -> None:
     locks = Locks(Alone("node"), extension := Extension())
+    estates: list[tuple[Estate, int]] = []
     for step, key, number, handle, file, whole in plan:
         last = OFFSET_MAX if whole else 0
         if step in ("try", "wait"):
@@ -182,8 +183,12 @@ def test_marks_are_those_of_who_has_record_locks(plan: list[tuple[str, str, int,
         elif step == "unlock":
             locks.unlock_records(owner(number), file, 0, last)
         elif step == "flush":
-            locks.flushed(owner(number), locks.closed(owner(number), file))
-            assert not locks.closed(owner(number), file)
+            locks.flushed(owner(number), file)
+            assert not locks._uses.names(owner(number), file)
+        elif step == "hand over":
+            estates += [(estate, handle)] if (estate := locks.hand_over(owner(number), file, handle)) else []
+        elif step == "let go" and estates:
+            locks.let_go(*estates.pop(number % len(estates)))
         elif step == "release":
             locks.released(handle)
         elif not locks._waiting:
@@ -191,6 +196,8 @@ def test_marks_are_those_of_who_has_record_locks(plan: list[tuple[str, str, int,
         require_marks(locks, extension)
     for waiting in list(locks._waiting.values()):
         locks.give_up(waiting)
+    for estate, handle in estates:
+        locks.let_go(estate, handle)
     for handle in range(1, 5):
         locks.released(handle)
     require_marks(locks, extension)
@@ -209,7 +216,7 @@ def test_who_asked_without_a_lease_is_marked_once() -> None:
     locks.ask_again()
     require_marks(locks, extension)
     assert +extension.owners == {1: 1}
-    locks.flushed(Owner("again", 1), locks.closed(Owner("again", 1), HANDLE))
+    locks.flushed(Owner("again", 1), HANDLE)
     assert not +extension.owners
 
 
@@ -218,15 +225,15 @@ def test_what_is_locked_of_two_files_by_one_name(locks: Locks) -> None:
     lock = Lock(owner(1), Mode.EXCLUSIVE)
     for handle, file in ((1, 10), (2, 10), (3, 11)):
         assert locks.acquire(NAME, Kind.RECORD, lock, handle, may_wait=False, file=file) is None
-    assert locks.closed(owner(1), 10) == {NAME: Closed({1, 2}, {3})}
     assert locks.unlock_records(owner(1), 10, 0, 9) == []  # a part stays
     locks.unlock_records(owner(1), 10, 0, OFFSET_MAX)
     assert locks.own(NAME, Kind.RECORD, owner(1), 0, 0) == lock
-    assert locks.closed(owner(1), 10) == {} and locks.closed(owner(1), 11) == {NAME: Closed({3}, set())}
+    locks.flushed(owner(1), 10)
+    assert locks.own(NAME, Kind.RECORD, owner(1), 0, 0) == lock
     locks.unlock_records(owner(1), 11, 0, 9)
     assert locks.own(NAME, Kind.RECORD, owner(1), 0, 9) is None
     assert locks.own(NAME, Kind.RECORD, owner(1), 0, 10) is not None
-    locks.flushed(owner(1), locks.closed(owner(1), 11))
+    locks.flushed(owner(1), 11)
     assert locks.own(NAME, Kind.RECORD, owner(1), 0, OFFSET_MAX) is None
 
 
@@ -247,56 +254,26 @@ def locked(locks: Locks, handle: int, *ranges: tuple[int, int]) -> None:
         locks.acquire(NAME, Kind.RECORD, Lock(owner(1), Mode.EXCLUSIVE, first, last), handle, may_wait=False)
 
 
-def table(*ranges: tuple[int, int]) -> LockTable:
-    """Of one owner who has got these."""
-    found = LockTable()
-    for ticket, (first, last) in enumerate(ranges):
-        found.request(Wait(ticket, Lock(owner(1), Mode.EXCLUSIVE, first, last)))
-    return found
-
-
 def held(locks: Locks, *places: int) -> list[int]:
     return [at for at in places if locks.own(NAME, Kind.RECORD, owner(1), at, at)]
 
 
-@pytest.mark.parametrize("through", [HANDLE, HANDLE + 1])
-def test_what_a_process_has_got_after_a_close(locks: Locks, through: int) -> None:
-    """A wait of another thread of it has come to its end."""
-    locked(locks, HANDLE, (0, 9), (20, 29))
-    closed = locks.closed(owner(1), HANDLE)
-    got = [(20, 24), (0, 0), (23, 26)]
-    closed[NAME].since = table(*got)
-    closed[NAME].again.add(through)
-    locked(locks, through, *got)
-    locks.flushed(owner(1), closed)
-    assert held(locks, 0, 1, 9, 19, 20, 26, 27, 29) == [0, 20, 26]
-    assert locks.closed(owner(1), HANDLE) == ({NAME: Closed({HANDLE}, set())} if through == HANDLE else {})
-    locks.flushed(owner(1), locks.closed(owner(1), through))
-    assert locks.own(NAME, Kind.RECORD, owner(1), 0, OFFSET_MAX) is None and locks.counts() == (0, 0)
-
-
-@pytest.mark.parametrize("through", [2, 3])
-def test_what_another_file_has_of_the_name_outlives_a_close(locks: Locks, through: int) -> None:
-    """Also if something was got since, through it or another one."""
+def test_what_another_file_has_of_the_name_outlives_a_close(locks: Locks) -> None:
     locked(locks, 1, (1, 1))
     locked(locks, 2, (2, 2))
-    closed = locks.closed(owner(1), 1)
-    closed[NAME].since = table((3, 3))
-    closed[NAME].again.add(through)
-    locked(locks, through, (3, 3))
-    locks.flushed(owner(1), closed)
-    assert held(locks, 1, 2, 3) == [1, 2, 3]
-    assert locks.closed(owner(1), 1) == {}
+    locks.flushed(owner(1), 1)
+    assert held(locks, 1, 2) == [1, 2]
+    locks.flushed(owner(1), 2)
+    assert held(locks, 1, 2) == [] and locks.counts() == (0, 0)
 
 
 def test_who_only_waits_keeps_nothing_of_a_closed_file(locks: Locks) -> None:
-    """Another thread has asked through another open file after the close, and has nothing yet."""
+    """Another of its threads waits, through another descriptor."""
     locked(locks, 1, (1, 1))
     locks.acquire(NAME, Kind.RECORD, Lock(owner(2), Mode.EXCLUSIVE, 2, 2), 9, may_wait=False)
-    closed = locks.closed(owner(1), 1)
-    waiting = locks.acquire(NAME, Kind.RECORD, Lock(owner(1), Mode.EXCLUSIVE, 2, 2), 3, may_wait=True)
+    waiting = locks.acquire(NAME, Kind.RECORD, Lock(owner(1), Mode.EXCLUSIVE, 2, 2), 3, may_wait=True, file=1)
     assert waiting is not None
-    locks.flushed(owner(1), closed)
+    locks.flushed(owner(1), 1)
     assert held(locks, 1, 2) == []
     locks.release(NAME, Kind.RECORD, owner(2))
     assert held(locks, 1, 2) == [2]
@@ -312,59 +289,102 @@ def test_what_two_files_have_of_a_name_is_released_with_the_last(locks: Locks, o
     assert held(locks, 1, 2) == [] and locks.counts() == (0, 0)
 
 
-def test_what_is_to_be_published_first_is_not_released_before(locks: Locks) -> None:
+# What a process has closed, and is held on until it is published.
+
+
+def hand_over(locks: Locks, number: int, handle: int) -> Estate:
+    estate = locks.hand_over(owner(number), handle, handle)
+    assert estate is not None
+    return estate
+
+
+def test_what_is_held_on_is_its_process_s_no_more(locks: Locks) -> None:
+    """It is refused to that as to everybody, and what it gets since does not end with it."""
+    locked(locks, 1, (1, 3))
+    estate = hand_over(locks, 1, 1)
+    assert held(locks, 1, 2, 3) == []
+    for number in (1, 2):
+        with pytest.raises(BlockingIOError):
+            locks.acquire(NAME, Kind.RECORD, Lock(owner(number), Mode.SHARED, 2, 2), 9, may_wait=False)
+    locked(locks, 1, (5, 5))
+    assert locks.flushed(owner(1), 9) == [] and held(locks, 5) == [5]
+    locks.let_go(estate, 1)
+    assert held(locks, 5) == [5]
+    locked(locks, 1, (1, 3))
+    assert held(locks, 1, 2, 3, 5) == [1, 2, 3, 5]
+
+
+def test_nothing_is_to_be_held_on(locks: Locks) -> None:
+    assert locks.hand_over(owner(1), 1, 1) is None
+    locked(locks, 2, (1, 1))
+    assert locks.hand_over(owner(1), 1, 1) is None and held(locks, 1) == [1]
+
+
+def test_what_is_held_on_through_several_open_files(locks: Locks) -> None:
+    """It is free when the last of them is done with, whatever becomes of them; and fenced through each."""
     locked(locks, 1, (1, 1))
-    closed = locks.closed(owner(1), 1)
-    locks.released(1, lambda use: use == (NAME, Kind.RECORD, owner(1)))
-    assert held(locks, 1) == [1]
-    locks.flushed(owner(1), closed)
-    assert held(locks, 1) == [] and locks.counts() == (0, 0)
+    estate = hand_over(locks, 1, 1)
+    locks.hold_on(estate, 2, 1)
+    locks.let_go(estate, 2)
+    locks.released(2)
+    locks.hold_on(estate, 3, 1)
+    locks.let_go(estate, 1)
+    locks.released(1)
+    assert locks.counts() == (1, 0)
+    fenced = set[int]()
+    locks.fence = fenced.update
+    locks.broken(NAME, NameLocks())
+    assert fenced == {3}
+    locks.let_go(estate, 3)
+    assert locks.counts() == (0, 0) and locks.lose() == set()
 
 
-def test_what_is_asked_of_other_nodes_is_spared() -> None:
-    """The answer comes after the process has closed the file by another descriptor."""
+def test_who_waits_for_what_is_held_on_is_in_no_ring(locks: Locks) -> None:
+    """Who has closed it waits for another lock, and its holder for this one: it is about to be free."""
+    locked(locks, 1, (1, 1))
+    other = "1/y.lock"
+    locks.acquire(other, Kind.RECORD, Lock(owner(2), Mode.EXCLUSIVE), 2, may_wait=False)
+    waiting = locks.acquire(NAME, Kind.RECORD, Lock(owner(2), Mode.EXCLUSIVE), 3, may_wait=True)
+    assert waiting is not None
+    estate = hand_over(locks, 1, 1)
+    assert locks.acquire(other, Kind.RECORD, Lock(owner(1), Mode.EXCLUSIVE), 4, may_wait=True) is not None
+    assert not waiting.held
+    locks.let_go(estate, 1)
+    assert waiting.held
+
+
+def test_a_request_on_its_way_is_not_ended_by_a_close() -> None:
+    """Other nodes answer it after the close, through the open file that was closed, too: it is held, and on record."""
     names = Shared("node")
     locks = Locks(names)
     locked(locks, 1, (0, 9))
-    closed = locks.closed(owner(1), 1)
     names.is_shared = True
-    waiting = locks.acquire(NAME, Kind.RECORD, Lock(owner(1), Mode.EXCLUSIVE, 5, 7), 2, may_wait=False)
-    assert waiting is not None
-    locks.spare(owner(1), closed)
-    locks.flushed(owner(1), closed)
-    released = [(step.first, step.last) for step in names.steps if isinstance(step, Release)]
-    assert released == [(0, 4), (8, OFFSET_MAX)]
+    asked = [
+        locks.acquire(NAME, Kind.RECORD, Lock(owner(1), Mode.EXCLUSIVE, 20, 29), handle, may_wait=True, file=1)
+        for handle in (1, 2)
+    ]
+    estate = hand_over(locks, 1, 1)
+    locks.let_go(estate, 1)
+    for waiting in asked:
+        assert waiting is not None
+        locks.answer(waiting.wait.ticket, True)
+    assert held(locks, 0, 9, 20, 29) == [20, 29]
+    steps = names.steps[2:]
+    assert steps == [
+        HandOver(Kind.RECORD, owner(1), estate.heir),
+        Release(Kind.RECORD, estate.heir, 0, OFFSET_MAX),
+    ]
 
 
-@pytest.mark.parametrize(
-    ("ranges", "first", "last", "left"),
-    [
-        ([], 0, OFFSET_MAX, []),
-        ([(0, 9), (20, 29)], 5, 24, [(0, 4), (25, 29)]),
-        ([(0, OFFSET_MAX)], 3, 3, [(0, 2), (4, OFFSET_MAX)]),
-        ([(3, 5)], 0, 9, []),
-        ([(3, 5)], 6, 9, [(3, 5)]),
-    ],
-)
-def test_ranges_without_one(ranges: list[tuple[int, int]], first: int, last: int, left: list[tuple[int, int]]) -> None:
-    since = table(*ranges)
-    since.release(owner(1), first, last)
-    assert [(lock.first, lock.last) for lock in since.held] == left
-
-
-@pytest.mark.parametrize(
-    ("ranges", "rest"),
-    [
-        ([], [(0, OFFSET_MAX)]),
-        ([(0, OFFSET_MAX)], []),
-        ([(5, 5), (6, 9), (3, 7)], [(0, 2), (10, OFFSET_MAX)]),
-        ([(0, 3), (9, OFFSET_MAX), (20, 30)], [(4, 8)]),
-    ],
-)
-def test_what_is_between_ranges(ranges: list[tuple[int, int]], rest: list[tuple[int, int]]) -> None:
+def test_a_close_that_ends_nothing_asks_no_other_node() -> None:
+    """What was asked for is not had yet; once it is had, nobody has taken it away."""
     names = Shared("node")
-    locks = Locks(names)
-    locked(locks, 1, (0, OFFSET_MAX))
     names.is_shared = True
-    locks.flushed(owner(1), {NAME: Closed(set(), set(), table(*ranges))})
-    assert [(step.first, step.last) for step in names.steps if isinstance(step, Release)] == rest
+    locks = Locks(names)
+    waiting = locks.acquire(NAME, Kind.RECORD, Lock(owner(1), Mode.EXCLUSIVE), 1, may_wait=True)
+    assert waiting is not None
+    assert locks.flushed(owner(1), 1) == []
+    locks.answer(waiting.wait.ticket, True)
+    assert held(locks, 1) == [1] and len(names.steps) == 1
+    locks.released(1)
+    assert names.steps[1:] == [Release(Kind.RECORD, owner(1), 0, OFFSET_MAX)]

@@ -24,6 +24,7 @@ from safefs.cluster.record import (
     Break,
     ForeignRecordError,
     GiveUp,
+    HandOver,
     NameRecord,
     Release,
     Step,
@@ -138,6 +139,10 @@ class Node:
                 raise
         return self.held.pop(wait.ticket)
 
+    async def hand_over(self, key: str, owner: int, heir: int) -> None:
+        step = HandOver(Kind.FLOCK, Owner(self.name, owner), Owner(self.name, heir))
+        await self.submit(key, step).wait()
+
     async def release(self, key: str, owner: int) -> None:
         with trio.CancelScope(shield=True):
             await self.submit(key, Release(Kind.FLOCK, Owner(self.name, owner), 0, OFFSET_MAX)).wait()
@@ -205,8 +210,12 @@ def test_exclusion(seed: int, share: float) -> None:
             else:
                 held = await node.acquire(key, owner, mode)
             if held:
+                holder = owner
+                if chance.random() < 0.3:  # it is to be published first: who held it may want it again by then
+                    holder = -owner - 1
+                    await node.hand_over(key, owner, holder)
                 await overlap.hold(key, mode, chance.random() / 20)
-                await node.release(key, owner)
+                await node.release(key, holder)
 
     async def scenario(nodes: list[Node]) -> None:
         async with trio.open_nursery() as nursery:
