@@ -97,8 +97,14 @@ def require_same_settings(record: DaemonRecord, sharing: Mapping[str, Any], is_d
         raise SafefsError(_difference(found, sharing), errno.EBUSY)
 
 
+def _settings_of(identity: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a daemon's locks depend on; nothing where its record is damaged, or of another version."""
+    settings = identity.get(SHARING)
+    return settings if isinstance(settings, dict) else {}
+
+
 def _lease_of(identity: Mapping[str, Any]) -> float:
-    seconds = identity[SHARING].get("lease_seconds")
+    seconds = _settings_of(identity).get("lease_seconds")
     return float(seconds) if isinstance(seconds, int | float) else 0.0
 
 
@@ -161,7 +167,7 @@ def _one_that_lives(
 
 
 def _difference(identity: Mapping[str, Any], sharing: Mapping[str, Any]) -> str:
-    theirs: Mapping[str, Any] = identity[SHARING]
+    theirs = _settings_of(identity)
     names = [name for name in {**theirs, **sharing} if theirs.get(name) != sharing.get(name)]
     what = " and ".join(f"{name}={theirs[name]}" if name in theirs else f"no {name}" for name in names)
     return (

@@ -61,7 +61,7 @@ def read_back(written: Any) -> tuple[Caller, ...]:
     try:
         uid, gid, groups = written
         return (Caller(int(uid), int(gid), groups=tuple(map(int, groups))),)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return ()
 
 

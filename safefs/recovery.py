@@ -6,6 +6,9 @@ not changed for `DEAD_AFTER_SECONDS` of this daemon's own monotonic clock.  No c
 
 Where nodes have leases (safefs/cluster), the lock files of one whose lease is over go at once, dead or not.
 
+What is damaged in a record is not taken for nothing: once the rest is settled it goes to quarantine, where people see
+it.  A record that cannot be read or settled at the moment stays, and keeps no other from being settled.
+
 With many nodes not everybody watches everybody: the daemons on record are a ring, and each watches the next ones, up to
 the second that it sees alive.
 """
@@ -15,6 +18,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import secrets
 import shutil
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator
@@ -35,12 +39,15 @@ from safefs.softlocks import Noted, read_noted, remove_noted
 from safefs.state import (
     BEAT_SECONDS,
     DAEMONS,
+    JOURNAL,
     RECORD_VERSION,
+    SOFT_LOCKS,
     WRITER,
     DaemonRecord,
     StateDirectory,
     heartbeat_of,
     identity_of,
+    is_name,
     known_dead,
 )
 
@@ -51,6 +58,35 @@ ALIVE_SECONDS = 15.0  # since the last heartbeat
 WATCHED = 2  # daemons that are alive
 LEASE_LOOK_SECONDS = 1.0
 SETTLING_SUFFIX = ".settling"
+
+
+def _node_id(record: Path) -> str:
+    """Whose record it is; one that is being settled has the settler's name behind that."""
+    return record.name.partition(".")[0]
+
+
+def _read_journal(path: Path) -> tuple[list[dict[str, Any]], bool]:
+    """What a daemon has on record of its hidden names, and whether that is all.  Raises OSError.
+
+    What stands behind the last end of a line is what was being written when the daemon or its machine ended.
+    """
+    *lines, cut_short = path.read_bytes().split(b"\n")
+    entries = [_entry(line) for line in lines]
+    sound = [entry for entry in (*entries, _entry(cut_short)) if entry is not None]
+    # Partial files first: they have a name to go back to, and are hidden files of their directory as well.
+    return sorted(sound, key=lambda entry: "hidden" not in entry), None not in entries
+
+
+def _entry(line: bytes) -> dict[str, Any] | None:
+    """What a line of a journal says; None where it is not what a daemon writes."""
+    try:
+        found = json.loads(line.decode("ascii"))
+    except ValueError:
+        return None
+    if not isinstance(found, dict):
+        return None
+    names = ("directory", "hidden", "name") if "hidden" in found else ("directory",)
+    return found if all(is_name(found.get(name)) for name in names) else None
 
 
 class Recovery:
@@ -66,6 +102,7 @@ class Recovery:
         self._identities: dict[str, dict[str, Any]] = {}  # by node id; they never change
         self._watched: tuple[Path, ...] = ()  # the records that this daemon watches, as of the last look at all of them
         self._freed: set[str] = set()  # names in the cluster of nodes whose lock files have been removed
+        self._failing: set[str] = set()  # node ids of records that could not be settled yet
 
     async def beat(self) -> None:
         """Until cancelled: show others that this daemon lives.
@@ -101,7 +138,10 @@ class Recovery:
                 log.warning("the lock files of other nodes cannot be looked at: %s", error)
 
     def _noted_by_others(self) -> list[Noted]:
-        found = [read_noted(path) for path in self._watched]
+        found = list[Noted | None]()
+        for path in self._watched:
+            with suppress(OSError):  # there is another look in a moment
+                found.append(read_noted(path))
         nodes = [noted for noted in found if noted is not None and noted.node and noted.locks]
         self._freed &= {noted.node for noted in nodes}
         return [noted for noted in nodes if noted.node not in self._freed]
@@ -113,7 +153,8 @@ class Recovery:
 
     def _others(self) -> list[Path]:
         """The records of the other daemons, in the order of the ring: those that come after this one first."""
-        paths = sorted((self._state.path / DAEMONS).iterdir())
+        with os.scandir(self._state.path / DAEMONS) as found:  # what is no directory is nobody's record
+            paths = sorted(Path(entry.path) for entry in found if entry.is_dir(follow_symlinks=False))
         after = [path for path in paths if path > self._record.path]
         return after + [path for path in paths if path < self._record.path]
 
@@ -131,12 +172,25 @@ class Recovery:
         others = self._others()
         names = {path.name for path in others}
         self._identities = {name: identity for name, identity in self._identities.items() if name in names}
+        self._beats = {name: beat for name, beat in self._beats.items() if name in names}
+        self._failing &= {_node_id(path) for path in others}
         self._watched = tuple(self._ring(others))
         watched = set(self._watched)
         for path in others:
-            if self._is_dead(path, watched=path in watched):
-                self._settle(path)
+            if path.name != _node_id(path) and _node_id(path) in names:
+                continue  # it was frozen, and is alive or settled itself: what it has there by now is not left
+            try:
+                if self._is_dead(path, watched=path in watched):
+                    self._settle(path)
+            except OSError as error:
+                self._note_failure(_node_id(path), error)
         self._watched = tuple(self._ring(others))  # of those who live some more are known to
+
+    def _note_failure(self, node_id: str, error: OSError) -> None:
+        """It is tried again in each round, and said once."""
+        if node_id not in self._failing:
+            self._failing.add(node_id)
+            log.warning("what the dead daemon %s left cannot be settled yet: %s", node_id, error)
 
     def _is_dead(self, path: Path, *, watched: bool) -> bool:
         identity = self._identity_of(path)  # of an empty one only the heartbeat can tell
@@ -168,41 +222,71 @@ class Recovery:
         return now - since > DEAD_AFTER_SECONDS
 
     def _settle(self, path: Path) -> None:
-        """Clean up after one dead daemon; of several that want to, the one whose rename succeeds does."""
-        mine = path.with_name(f"{path.name.partition('.')[0]}{SETTLING_SUFFIX}-{self._backing.node_id}")
-        try:
-            path.rename(mine)
-        except FileNotFoundError:
+        """Clean up after one dead daemon; of several that want to, the one whose rename succeeds does.
+
+        Raises OSError where it has to be tried again: what could not be read is then still on record.
+        """
+        mine = self._claim(path)
+        if mine is None:
             return
-        self._beats.pop(path.name, None)
-        self._living.discard(path.name)
-        settled = 0
+        node_id = _node_id(mine)
         noted = read_noted(mine)
         if noted is not None:
             self._free(noted)
-        for entry in self._journal(mine / "journal"):
+        self._settle_journal(mine, node_id)
+        if noted is not None and not noted.is_whole:
+            self._keep_damaged(mine, SOFT_LOCKS, node_id)
+        with suppress(FileNotFoundError):  # another daemon has claimed it meanwhile
+            shutil.rmtree(mine)
+
+    def _claim(self, path: Path) -> Path | None:
+        """Make a record this daemon's to settle; None where another is quicker.
+
+        Under a new name: one who was frozen can have been settled in part before, and have a record again.
+        """
+        own = f"{_node_id(path)}{SETTLING_SUFFIX}-{self._backing.node_id}-"
+        if path.name.startswith(own):
+            return path
+        mine = path.with_name(f"{own}{secrets.token_hex(4)}")
+        try:
+            path.rename(mine)
+        except FileNotFoundError:
+            return None
+        self._living.discard(path.name)
+        if path.name in self._beats:
+            self._beats[mine.name] = self._beats.pop(path.name)  # dead already, should it have to be tried again
+        return mine
+
+    def _settle_journal(self, record: Path, node_id: str) -> None:
+        """Settle what a journal names, which is done with then."""
+        journal = record / JOURNAL
+        try:
+            entries, is_whole = _read_journal(journal)
+        except FileNotFoundError:
+            return
+        settled = 0
+        for entry in entries:
             try:
-                settled += self._settle_directory(entry, path.name.partition(".")[0])
+                settled += self._settle_directory(entry, node_id)
             except (FileNotFoundError, NotADirectoryError):
                 pass  # the directory is gone, and what was in it went to quarantine with its rmdir
             except OSError as error:
                 log.warning("leftovers in %r could not be settled: %s", entry["directory"], error)
-        shutil.rmtree(mine)
-        self._events.note(EventKind.RECOVERED, "", daemon=path.name.partition(".")[0], files=settled)
-        log.info("settled what the dead daemon %s left behind: %d files", path.name, settled)
+        if not is_whole:
+            self._keep_damaged(record, JOURNAL, node_id)
+        journal.unlink(missing_ok=True)
+        self._events.note(EventKind.RECOVERED, "", daemon=node_id, files=settled)
+        log.info("settled what the dead daemon %s left behind: %d files", node_id, settled)
 
-    @staticmethod
-    def _journal(path: Path) -> list[dict[str, Any]]:
+    def _keep_damaged(self, record: Path, name: str, node_id: str) -> None:
+        """What it named besides cannot be found: whoever looks into it may find out more."""
+        log.warning("the %s of the dead daemon %s is damaged, and goes to quarantine", name, node_id)
+        fd = os.open(record, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            lines = path.read_text(encoding="ascii").splitlines()
-        except OSError:
-            return []
-        entries = []
-        for line in lines:
-            with suppress(ValueError):  # the last line may be cut short
-                entries.append(json.loads(line))
-        # Partial files first: they have a name to go back to, and are hidden files of their directory as well.
-        return sorted(entries, key=lambda entry: "hidden" not in entry)
+            reason = f"the damaged {name} of the dead daemon {node_id}, and files that it named were not settled"
+            self._state.keep_leftover(fd, name.encode(), reason)
+        finally:
+            os.close(fd)
 
     def _settle_directory(self, entry: dict[str, Any], node_id: str) -> int:
         writers = read_back(entry.get(WRITER))

@@ -39,7 +39,7 @@ from safefs.identity import DAEMON, SERVICE, read_back, written_down
 from safefs.model import Caller, Closer, Identity, Process
 from safefs.native import native
 from safefs.rules import Stale
-from safefs.state import DAEMONS, SOFT_LOCKS, DaemonRecord, StateDirectory, host_of
+from safefs.state import DAEMONS, SOFT_LOCKS, DaemonRecord, StateDirectory, host_of, is_name
 
 log = logging.getLogger(__name__)
 
@@ -380,22 +380,38 @@ class Noted:
 
     node: str  # its name in the cluster then
     locks: tuple[dict[str, Any], ...]
+    is_whole: bool = True  # else the record is damaged, and there were more
 
 
 def read_noted(record: Path) -> Noted | None:
-    """What a daemon has on record; None where there is nothing, or nothing that can be read.  Blocks."""
+    """What a daemon has on record; None where there is nothing.  Raises OSError.  Blocks."""
     try:
-        data = json.loads((record / SOFT_LOCKS).read_text(encoding="ascii"))
-        return Noted(str(data["node"]), tuple(data["locks"]))
-    except (OSError, ValueError, KeyError, TypeError):
+        text = (record / SOFT_LOCKS).read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    try:
+        data = json.loads(text.decode("ascii"))
+        node, locks = str(data["node"]), tuple(data["locks"])
+    except (ValueError, KeyError, TypeError):
+        return Noted("", (), is_whole=False)
+    sound = tuple(entry for entry in locks if _is_entry(entry))
+    return Noted(node, sound, is_whole=len(sound) == len(locks))
+
+
+def _is_entry(found: Any) -> bool:
+    """Whether something in a record is what `SoftLocks._entry` makes."""
+    if not isinstance(found, dict) or not all(isinstance(found.get(key), str) for key in ("path", "creator", "stale")):
+        return False
+    return is_name(found["path"]) and all(isinstance(found.get(key), int) for key in ("ino", "born", "changed"))
 
 
 def all_noted(state: StateDirectory) -> list[dict[str, Any]]:
     """The soft locks that any daemon has on record, as `safefs locks` shows them.  Blocks."""
     entries = []
     for record in sorted((state.path / DAEMONS).iterdir()):
-        noted = read_noted(record)
+        noted = None
+        with suppress(OSError):
+            noted = read_noted(record)
         if noted is None:
             continue
         host = host_of(record)

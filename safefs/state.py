@@ -49,7 +49,8 @@ RETAINED = "retained"
 RECORD_SUFFIX = ".json"
 WRITER = "writer"  # in a daemon's journal
 COPIED_FROM = "copied_from"  # in the record of a file that is a copy: owner and mode of the file
-IDENTITY, HEARTBEAT, SOFT_LOCKS, ETCD = "identity.json", "heartbeat", "softlocks", "etcd"  # in a daemon's record
+# In a daemon's record:
+IDENTITY, HEARTBEAT, JOURNAL, SOFT_LOCKS, ETCD = "identity.json", "heartbeat", "journal", "softlocks", "etcd"
 BEAT_SECONDS = 5.0  # between its heartbeats
 MAX_NOTED = 1 << 18  # directories that a daemon remembers to have put on record; then it does so again
 LOCKS = "names.lock"
@@ -104,7 +105,10 @@ def known_dead(identity: Mapping[str, Any]) -> bool | None:
         return True if me["machine"] else None
     if any(identity.get(namespace) != me[namespace] for namespace in ("pid_namespace", "time_namespace")):
         return None
-    return bool(start_time(identity["pid"]) != identity["start"])
+    pid, start = identity.get("pid"), identity.get("start")
+    if not isinstance(pid, int) or not isinstance(start, int):
+        return None  # the record is damaged
+    return start_time(pid) != start
 
 
 def agreed(home: Path, mine: str, note: str) -> tuple[str, str]:
@@ -146,19 +150,33 @@ def _find(directory: int, name: bytes) -> int:
     return os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
 
 
-def identity_of(record: Path) -> dict[str, Any]:
-    """Who the daemon with this record is (`host_identity`); empty where it is being made, or cut short by a crash."""
+def is_name(found: Any) -> bool:
+    """Whether something that was read can be a path: what stands in a damaged record need not be one."""
     try:
-        return dict(json.loads((record / IDENTITY).read_text(encoding="ascii")))
+        return b"\0" not in os.fsencode(found)
+    except (TypeError, ValueError):
+        return False
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; empty where there is none: not yet, cut short by a crash, or damaged."""
+    try:
+        found = json.loads(path.read_text(encoding="ascii"))
     except (OSError, ValueError):
         return {}
+    return found if isinstance(found, dict) else {}
+
+
+def identity_of(record: Path) -> dict[str, Any]:
+    """Who the daemon with this record is (`host_identity`); empty where that cannot be read."""
+    return _read_object(record / IDENTITY)
 
 
 def heartbeat_of(record: Path) -> str:
     """What the daemon with this record has come to; empty where that cannot be read."""
     try:
         return (record / HEARTBEAT).read_text(encoding="ascii")
-    except OSError:
+    except (OSError, ValueError):
         return ""
 
 
@@ -352,11 +370,11 @@ class StateDirectory:
             status = path.lstat()
         except FileNotFoundError:
             return None  # purged meanwhile
-        try:
-            record = json.loads(path.with_name(write_id + RECORD_SUFFIX).read_text(encoding="ascii"))
-        except (OSError, ValueError):
-            record = {}  # being kept at this moment, or cut short by a crash
-        return Kept(write_id, path, status.st_size, float(record.get("time", status.st_mtime)), record)
+        record = _read_object(path.with_name(write_id + RECORD_SUFFIX))
+        noted = record.get("time")
+        return Kept(
+            write_id, path, status.st_size, float(noted if isinstance(noted, int | float) else status.st_mtime), record
+        )
 
     def purge(self, write_id: str) -> None:
         """Remove one file from quarantine, and its record after it."""
@@ -409,7 +427,7 @@ class DaemonRecord:
         """The record, and the descriptor of its journal."""
         self.path.mkdir(mode=0o700)
         self.identity.write_text(self._identity, encoding="ascii")
-        return os.open(self.path / "journal", os.O_CREAT | os.O_APPEND | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+        return os.open(self.path / JOURNAL, os.O_CREAT | os.O_APPEND | os.O_WRONLY | os.O_CLOEXEC, 0o600)
 
     def beat(self) -> None:
         """Show other nodes that this daemon lives: they watch the content change, no clocks are compared.
@@ -484,7 +502,7 @@ class DaemonRecord:
             self._is_over = True
         os.close(self._journal)
         replaced = (HEARTBEAT, SOFT_LOCKS, ETCD)
-        for name in (*(f"{each}.new" for each in replaced), *replaced, "journal", IDENTITY):
+        for name in (*(f"{each}.new" for each in replaced), *replaced, JOURNAL, IDENTITY):
             (self.path / name).unlink(missing_ok=True)
         with suppress(OSError):
             self.path.rmdir()

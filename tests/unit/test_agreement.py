@@ -100,6 +100,29 @@ def test_one_on_another_host_lives_as_long_as_its_heart_beats(daemons: Daemons) 
     assert etcd_of(daemons.own.path) == "a"
 
 
+def test_one_whose_heartbeat_is_damaged(daemons: Daemons) -> None:
+    """It lives where another beat follows."""
+    daemons.identify(THERE)
+    daemons.other.note_etcd("b")
+    (daemons.other.path / "heartbeat").write_bytes(b"\xff")
+    daemons.require("a")
+    with During(daemons.other.beat), pytest.raises(SafefsError, match="on there"):
+        daemons.require("a")
+
+
+@pytest.mark.parametrize("identity", ["3", "[]", "\xff"])
+def test_one_whose_identity_is_damaged(daemons: Daemons, identity: str) -> None:
+    daemons.other.identity.write_text(identity, encoding="latin-1")
+    require_same_settings(daemons.own, {"locks": "native"}, known_here(dead=False))
+
+
+def test_one_whose_settings_are_damaged(daemons: Daemons) -> None:
+    """They differ, as far as anybody can tell."""
+    daemons.identify({**HERE, "sharing": 3})
+    with pytest.raises(SafefsError, match="has no locks"):
+        require_same_settings(daemons.own, {"locks": "native"}, known_here(dead=False))
+
+
 @pytest.mark.parametrize("etcd", ["a", ""])
 def test_the_same_etcd_or_none(daemons: Daemons, etcd: str) -> None:
     daemons.identify(HERE)

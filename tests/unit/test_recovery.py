@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -24,14 +25,26 @@ from safefs.identity import DAEMON, Identities, read_back
 from safefs.model import Caller, Identity
 from safefs.namespace import Node as Directory
 from safefs.publisher import Publisher
-from safefs.recovery import DEAD_AFTER_SECONDS, Recovery
+from safefs.recovery import DEAD_AFTER_SECONDS, Recovery, _read_journal
 from safefs.rules import Verify
+from safefs.softlocks import Mark, all_noted
 from safefs.state import RECORD_VERSION, SOFT_LOCKS, DaemonRecord, StateDirectory, host_identity
 
 OTHER = "0badcafe"
 HIDDEN = f".safefs~{OTHER}~d~1"
 DEAD_HERE = {"start": 1}  # this process's number, taken by another before it
 ELSEWHERE = {"machine": "another", "host": "another"}
+
+
+def entry_of(file: Path) -> dict[str, Any]:
+    """A lock file in the root, as its daemon has it on record."""
+    fd = os.open(file, os.O_PATH)
+    try:
+        mark = Mark.of(fd)
+    finally:
+        os.close(fd)
+    known = {"ino": mark.ino, "born": mark.born, "changed": mark.changed}
+    return {"path": file.name, "creator": "alive", "stale": "signalled", **known}
 
 
 @dataclass
@@ -375,12 +388,15 @@ def test_what_a_daemon_notes_is_what_its_successor_reads(node: Node) -> None:
     node.record.note_directory(b"a", DAEMON)
     node.record.note_directory(b"a", DAEMON)
     node.record.note_partial(b"", b"hid\xffden", b"name", writer)
-    assert Recovery._journal(node.record.path / "journal") == [
+    entries, is_whole = _read_journal(node.record.path / "journal")
+    assert is_whole
+    assert entries == [
         {"directory": "", "hidden": os.fsdecode(b"hid\xffden"), "name": "name", "writer": [7, 8, [9, 10]]},
         {"directory": "a", "writer": [0, 0, []]},
     ]
     assert read_back([7, 8, [9, 10]]) == (writer,)
     assert read_back(None) == read_back([7, 8]) == read_back(["x", 8, []]) == ()  # of another version
+    assert read_back(json.loads("[1e9999, 8, []]")) == ()
     assert backing.HIDDEN_PREFIX.decode() in HIDDEN
 
 
@@ -405,8 +421,8 @@ def test_a_directory_is_on_record_where_it_lies_whatever_its_inode_number(node: 
     (node.root / "b").rename(node.root / "c")
     note("c")
     note("c")
-    noted = [entry["directory"] for entry in Recovery._journal(node.record.path / "journal")]
-    assert noted == ["a", "b", "c"]
+    entries, _ = _read_journal(node.record.path / "journal")
+    assert [entry["directory"] for entry in entries] == ["a", "b", "c"]
 
 
 def test_what_is_on_record_is_not_remembered_without_end(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -415,7 +431,187 @@ def test_what_is_on_record_is_not_remembered_without_end(node: Node, monkeypatch
         node.record.note_directory(path, DAEMON)
         assert node.record.has_noted(path)
         assert len(node.record._noted) <= 2
-    assert [entry["directory"] for entry in Recovery._journal(node.record.path / "journal")] == ["a", "b", "c", "a"]
+    entries, _ = _read_journal(node.record.path / "journal")
+    assert [entry["directory"] for entry in entries] == ["a", "b", "c", "a"]
+
+
+# --------------------------------------------------------- damaged records
+
+NOT_ASCII = b"\xff"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"\xff\n",
+        b"3\n",
+        b'["directory"]\n',
+        b"{}\n",
+        b'{"directory": 3}\n',
+        b'{"directory": "\\u0000"}\n',
+        b'{"directory": "\\ud800"}\n',
+        b'{"directory": "", "hidden": "x"}\n',
+        b"\n",
+    ],
+)
+def test_a_damaged_journal_counts_for_what_it_says_and_is_kept(node: Node, line: bytes) -> None:
+    """What the damaged line named cannot be found: whoever looks into the quarantine sees what is missing."""
+    (node.root / "a").mkdir()
+    record = node.other(DEAD_HERE, {"directory": "a"})
+    (record / "journal").write_bytes(line + (record / "journal").read_bytes())
+    damaged = (record / "journal").read_bytes()
+    (node.root / "a" / HIDDEN).write_bytes(b"left")
+    node.recovery.settle_dead()
+    assert node.settled
+    assert node.kept() == {
+        "its daemon ended before it was published": b"left",
+        f"the damaged journal of the dead daemon {OTHER}, and files that it named were not settled": damaged,
+    }
+
+
+@pytest.mark.parametrize("damaged", [NOT_ASCII, b"{", b"3", b'{"node": "n"}', b'{"node": "n", "locks": [3]}'])
+def test_a_damaged_list_of_lock_files_is_kept(node: Node, damaged: bytes) -> None:
+    (node.other(DEAD_HERE, {"directory": ""}) / SOFT_LOCKS).write_bytes(damaged)
+    (node.root / HIDDEN).write_bytes(b"left")
+    assert [entry["path"] for entry in all_noted(node.state)] == []
+    node.recovery.settle_dead()
+    assert node.settled
+    assert sorted(node.kept().values()) == sorted([b"left", damaged])
+
+
+def test_lock_files_that_a_damaged_list_still_names_are_removed(node: Node) -> None:
+    file = node.root / "x.lock"
+    file.touch()
+    (node.other(DEAD_HERE) / SOFT_LOCKS).write_text(json.dumps({"node": "n", "locks": [{"path": "y"}, entry_of(file)]}))
+    node.recovery.settle_dead()
+    assert not file.exists()
+    assert node.settled
+
+
+@pytest.mark.parametrize("identity", ["3", "[]", "[[1, 2]]", '{"pid": "x"}', NOT_ASCII], ids=repr)
+def test_who_cannot_be_known_of_a_damaged_record_is_judged_by_the_heartbeat(
+    node: Node, clock: Clock, identity: str | bytes
+) -> None:
+    record = node.other("")
+    (record / "identity.json").write_bytes(identity if isinstance(identity, bytes) else identity.encode())
+    node.recovery.settle_dead()
+    assert OTHER in node.daemons
+    clock.now += DEAD_AFTER_SECONDS + 1
+    node.recovery.settle_dead()
+    assert node.settled
+
+
+@pytest.mark.parametrize("name", ["pid", "start"])
+def test_a_process_of_which_a_part_is_missing_is_not_known_to_be_dead(node: Node, name: str) -> None:
+    identity = host_identity()
+    del identity[name]
+    node.other(json.dumps(identity))
+    node.recovery.settle_dead()
+    assert OTHER in node.daemons
+
+
+def test_a_damaged_heartbeat_is_replaced_by_the_next(node: Node, clock: Clock) -> None:
+    record = node.other(ELSEWHERE)
+    (record / "heartbeat").write_bytes(NOT_ASCII)
+    node.recovery.settle_dead()
+    clock.now += DEAD_AFTER_SECONDS
+    (record / "heartbeat").write_text("2\n")
+    node.recovery.settle_dead()
+    clock.now += DEAD_AFTER_SECONDS
+    node.recovery.settle_dead()
+    assert OTHER in node.daemons
+
+
+def test_what_is_no_directory_is_nobodys_record(node: Node, clock: Clock) -> None:
+    """It is left as it is, and comes in nobody's way: neither before nor behind it in the ring."""
+    stray = node.state.path / "daemons" / f"{node.record.path.name}-stray"
+    stray.write_bytes(b"whose?")
+    node.other(DEAD_HERE)
+    node.other(DEAD_HERE, name=f"{node.record.path.name}-z")
+    node.recovery.settle_dead()
+    clock.now += DEAD_AFTER_SECONDS + 1
+    node.recovery.settle_dead()
+    assert node.daemons == [node.record.path.name, stray.name]
+    assert stray.read_bytes() == b"whose?"
+
+
+def fail_to_read(monkeypatch: pytest.MonkeyPatch, node_id: str, number: int = errno.EIO) -> None:
+    """The journal of this daemon cannot be read."""
+    read = Path.read_bytes
+
+    def fail(path: Path) -> bytes:
+        if path.name == "journal" and path.parent.name.startswith(node_id):
+            raise OSError(number, os.strerror(number))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+
+
+def test_a_record_that_cannot_be_settled_stays_and_keeps_no_other_from_it(
+    node: Node, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = node.record.path.name
+    names = [f"{own}-{letter}" for letter in "abc"]
+    for name in names:
+        node.other(DEAD_HERE, {"directory": ""}, name=name)
+        (node.root / f".safefs~{name}~d~1").write_bytes(name.encode())
+    with monkeypatch.context() as patch:
+        fail_to_read(patch, names[0])
+        for _ in range(3):
+            node.recovery.settle_dead()
+            left = [name for name in node.daemons if name != own]
+            assert [name.partition(".")[0] for name in left] == names[:1]
+        assert (node.root / f".safefs~{names[0]}~d~1").exists()
+        assert [names[0] in record.message for record in caplog.records if record.levelname == "WARNING"] == [True]
+    node.recovery.settle_dead()
+    assert node.settled
+    assert not list(node.root.glob(".safefs~*"))
+
+
+def test_a_record_of_another_host_that_could_not_be_settled_is_not_watched_anew(
+    node: Node, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node.other(ELSEWHERE, {"directory": ""})
+    node.recovery.settle_dead()
+    clock.now += DEAD_AFTER_SECONDS + 1
+    with monkeypatch.context() as patch:
+        fail_to_read(patch, OTHER)
+        node.recovery.settle_dead()
+        assert not node.settled
+    node.recovery.settle_dead()
+    assert node.settled
+
+
+def test_one_that_has_a_record_again_keeps_what_it_has_there(
+    node: Node, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was frozen, and others had begun to settle; once it is dead both records are settled."""
+    node.other(ELSEWHERE, {"directory": ""})
+    node.recovery.settle_dead()
+    clock.now += DEAD_AFTER_SECONDS + 1
+    with monkeypatch.context() as patch:
+        fail_to_read(patch, OTHER)
+        node.recovery.settle_dead()
+    again = node.other(ELSEWHERE)
+    (node.root / HIDDEN).write_bytes(b"being written")
+    node.recovery.settle_dead()
+    assert (node.root / HIDDEN).exists()
+    (again / "heartbeat").write_text("2\n")
+    node.recovery.settle_dead()
+    clock.now += DEAD_AFTER_SECONDS + 1
+    node.recovery.settle_dead()
+    node.recovery.settle_dead()
+    assert node.settled
+    assert list(node.kept().values()) == [b"being written"]
+
+
+@pytest.mark.parametrize("record", ["3", '{"time": "then"}'])
+def test_a_damaged_record_of_a_file_in_quarantine(node: Node, record: str) -> None:
+    """It is shown, and goes when its time is over."""
+    quarantine = node.state.path / "quarantine"
+    (quarantine / "id").write_bytes(b"bytes")
+    (quarantine / "id.json").write_text(record)
+    assert [entry.time for entry in node.state.kept()] == [(quarantine / "id").stat().st_mtime]
 
 
 # ----------------------------------------------------------- who watches whom
@@ -442,7 +638,7 @@ def test_who_a_daemon_is_is_read_once(node: Node, monkeypatch: pytest.MonkeyPatc
 
 def test_looks_for_lock_files_list_no_directory(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     """There is one each second, and the directory has an entry for every daemon: it was listed for the heartbeats."""
-    lock = {"path": str(node.root / "x.lock"), "stale": "signalled", "ino": 1, "born": 1, "changed": 1}
+    lock = {"path": "x.lock", "creator": "alive", "stale": "signalled", "ino": 1, "born": 1, "changed": 1}
     (node.other({}) / SOFT_LOCKS).write_text(json.dumps({"node": "lost", "locks": [lock]}))
     node.recovery.settle_dead()
     monkeypatch.setattr(node.recovery, "_others", lambda: pytest.fail("listed"))
