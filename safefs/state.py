@@ -13,6 +13,7 @@ import fcntl
 import json
 import logging
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -39,6 +40,7 @@ from safefs.retained import RetainedVersions
 log = logging.getLogger(__name__)
 
 RECORD_VERSION = 1
+MACHINE_ID = re.compile("[0-9a-f]{32}")
 QUARANTINE = "quarantine"
 DAEMONS = "daemons"
 EVENTS = "events"
@@ -64,8 +66,17 @@ def _read_first_line(path: str) -> str:
     try:
         with open(path, encoding="ascii") as file:
             return file.readline().strip()
-    except OSError:
+    except (OSError, ValueError):
         return ""
+
+
+def _machine_id() -> str:
+    """What tells this host from others of its name (machine-id(5)); empty where it has nothing that does.
+
+    An image that has not been booted has another word there, or nothing, and so has each of its containers.
+    """
+    found = _read_first_line("/etc/machine-id")
+    return found if MACHINE_ID.fullmatch(found) and found.strip("0") else ""
 
 
 def _flock(kind: int, start: int) -> bytes:
@@ -86,7 +97,7 @@ def host_identity() -> dict[str, Any]:
     return {
         "version": RECORD_VERSION,
         "host": socket.gethostname(),
-        "machine": _read_first_line("/etc/machine-id"),
+        "machine": _machine_id(),
         "boot": _read_first_line("/proc/sys/kernel/random/boot_id"),
         "pid_namespace": _namespace("pid"),
         "time_namespace": _namespace("time"),  # start times are told in it

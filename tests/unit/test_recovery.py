@@ -229,6 +229,39 @@ def test_a_machine_without_an_id_judges_another_boot_by_the_heartbeat(node: Node
     assert node.settled
 
 
+MACHINE = "0123456789abcdef0123456789abcdef"
+
+
+@pytest.mark.parametrize(
+    ("content", "known"),
+    [
+        (MACHINE.encode() + b"\n", MACHINE),
+        (MACHINE.encode(), MACHINE),
+        (b"uninitialized\n", ""),  # an image that has not been booted
+        (b"", ""),
+        (b"\xff" + MACHINE.encode(), ""),
+        (MACHINE[:-1].encode(), ""),
+        (MACHINE.upper().encode(), ""),
+        (b"0" * 32, ""),
+    ],
+)
+def test_what_counts_as_a_machine_id(
+    content: bytes, known: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """machine-id(5).  Two hosts with one of anything else would each take the other for itself, booted again."""
+    (tmp_path / "machine-id").write_bytes(content)
+    read = state_files._read_first_line
+    places = {"/etc/machine-id": os.fspath(tmp_path / "machine-id")}
+    monkeypatch.setattr(state_files, "_read_first_line", lambda path: read(places.get(path, path)))
+    me = host_identity()
+    assert me["machine"] == known
+    another_boot = {**me, "boot": "another"}
+    assert state_files.known_dead(another_boot) is (True if known else None)
+    for older in ("uninitialized", ""):  # what a daemon of before has on record, and one that has none either
+        assert state_files.known_dead({**another_boot, "machine": older}) is None
+    assert state_files.known_dead(me) is False
+
+
 @pytest.mark.parametrize("identity", [DEAD_HERE, ELSEWHERE])
 def test_a_record_of_an_unknown_version_is_left_alone(node: Node, clock: Clock, identity: dict[str, Any]) -> None:
     node.other({**identity, "version": RECORD_VERSION + 1}, {"directory": ""})
