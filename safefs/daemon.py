@@ -539,7 +539,7 @@ class Daemon:
 
     def _break_soft(self, path: str) -> int:
         entries = [entry for entry in all_noted(self.state) if entry["path"] == os.path.normpath(path)]
-        return len(remove_noted(self.backing, [{**entry, "stale": str(Stale.DEAD)} for entry in entries]))
+        return sum(remove_noted(self.backing, {**entry, "stale": str(Stale.DEAD)}) for entry in entries)
 
     def _locks_text(self) -> str:
         if self.names is None:

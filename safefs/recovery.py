@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import secrets
 import shutil
@@ -57,6 +58,8 @@ DEAD_AFTER_SECONDS = 60.0
 ALIVE_SECONDS = 15.0  # since the last heartbeat
 WATCHED = 2  # daemons that are alive
 LEASE_LOOK_SECONDS = 1.0
+FREE_AGAIN_SECONDS = 5.0  # after the lock files of a node whose lease is over could not all be removed
+FREE_SECONDS = 600.0  # for which that is tried where its daemon is dead, and its record has to go at last
 SETTLING_SUFFIX = ".settling"
 
 
@@ -101,8 +104,9 @@ class Recovery:
         self._living: set[str] = set()  # node ids whose heartbeat was seen to change lately
         self._identities: dict[str, dict[str, Any]] = {}  # by node id; they never change
         self._watched: tuple[Path, ...] = ()  # the records that this daemon watches, as of the last look at all of them
-        self._freed: set[str] = set()  # names in the cluster of nodes whose lock files have been removed
-        self._failing: set[str] = set()  # node ids of records that could not be settled yet
+        # By names in the cluster of nodes that have lost their leases: when to look at their lock files again.
+        self._freed: dict[str, float] = {}
+        self._failing: dict[str, float] = {}  # node ids of records that could not be settled yet → since when
 
     async def beat(self) -> None:
         """Until cancelled: show others that this daemon lives.
@@ -133,7 +137,7 @@ class Recovery:
                 lost = await gone(each.node for each in noted)
                 for each in noted:
                     if each.node in lost:
-                        await self._backing.run(SERVICE, self._free, each)
+                        await self._backing.run(SERVICE, self._free_lost, each)
             except (OSError, BackendError) as error:
                 log.warning("the lock files of other nodes cannot be looked at: %s", error)
 
@@ -143,13 +147,28 @@ class Recovery:
             with suppress(OSError):  # there is another look in a moment
                 found.append(read_noted(path))
         nodes = [noted for noted in found if noted is not None and noted.node and noted.locks]
-        self._freed &= {noted.node for noted in nodes}
-        return [noted for noted in nodes if noted.node not in self._freed]
+        names, now = {noted.node for noted in nodes}, time.monotonic()
+        self._freed = {node: again for node, again in self._freed.items() if node in names}
+        return [noted for noted in nodes if self._freed.get(noted.node, now) <= now]
 
-    def _free(self, noted: Noted) -> None:
-        for path in remove_noted(self._backing, noted.locks):
-            self._events.note(EventKind.LOCK_REMOVED, path, reason="the lease of its node is over", holder=noted.node)
-        self._freed.add(noted.node)
+    def _free_lost(self, noted: Noted) -> None:
+        """Once for each lost lease; what could not be removed is tried again, for as long as it is on record."""
+        failure = self._free(noted)
+        if failure is not None and noted.node not in self._freed:
+            log.warning("of a node whose lease is over %s", failure)
+        self._freed[noted.node] = math.inf if failure is None else time.monotonic() + FREE_AGAIN_SECONDS
+
+    def _free(self, noted: Noted) -> OSError | None:
+        """Remove the lock files of a node; what kept some of them, of which one is named."""
+        failure = None
+        for entry in noted.locks:
+            try:
+                if remove_noted(self._backing, entry):
+                    reason = "the lease of its node is over"
+                    self._events.note(EventKind.LOCK_REMOVED, entry["path"], reason=reason, holder=noted.node)
+            except OSError as error:
+                failure = OSError(error.errno, f"lock files stay, among them {entry['path']}: {error.strerror}")
+        return failure
 
     def _others(self) -> list[Path]:
         """The records of the other daemons, in the order of the ring: those that come after this one first."""
@@ -173,14 +192,17 @@ class Recovery:
         names = {path.name for path in others}
         self._identities = {name: identity for name, identity in self._identities.items() if name in names}
         self._beats = {name: beat for name, beat in self._beats.items() if name in names}
-        self._failing &= {_node_id(path) for path in others}
+        node_ids = {_node_id(path) for path in others}
+        self._failing = {node_id: since for node_id, since in self._failing.items() if node_id in node_ids}
         self._watched = tuple(self._ring(others))
         watched = set(self._watched)
         for path in others:
-            if path.name != _node_id(path) and _node_id(path) in names:
-                continue  # it was frozen, and is alive or settled itself: what it has there by now is not left
             try:
-                if self._is_dead(path, watched=path in watched):
+                if path.name != _node_id(path) and _node_id(path) in names:
+                    # It was frozen, and is alive or settled itself: what it has there by now is not left.  Lock files
+                    # that are left stand under its new name.
+                    (path / SOFT_LOCKS).unlink(missing_ok=True)
+                elif self._is_dead(path, watched=path in watched):
                     self._settle(path)
             except OSError as error:
                 self._note_failure(_node_id(path), error)
@@ -189,7 +211,7 @@ class Recovery:
     def _note_failure(self, node_id: str, error: OSError) -> None:
         """It is tried again in each round, and said once."""
         if node_id not in self._failing:
-            self._failing.add(node_id)
+            self._failing[node_id] = time.monotonic()
             log.warning("what the dead daemon %s left cannot be settled yet: %s", node_id, error)
 
     def _is_dead(self, path: Path, *, watched: bool) -> bool:
@@ -224,16 +246,20 @@ class Recovery:
     def _settle(self, path: Path) -> None:
         """Clean up after one dead daemon; of several that want to, the one whose rename succeeds does.
 
-        Raises OSError where it has to be tried again: what could not be read is then still on record.
+        Raises OSError where it has to be tried again: what could not be read, or removed, is then still on record.
         """
         mine = self._claim(path)
         if mine is None:
             return
         node_id = _node_id(mine)
         noted = read_noted(mine)
-        if noted is not None:
-            self._free(noted)
+        failure = None if noted is None else self._free(noted)
         self._settle_journal(mine, node_id)
+        if failure is not None:
+            now = time.monotonic()
+            if now - self._failing.get(node_id, now) < FREE_SECONDS:
+                raise failure
+            log.warning("of the dead daemon %s for good %s", node_id, failure)
         if noted is not None and not noted.is_whole:
             self._keep_damaged(mine, SOFT_LOCKS, node_id)
         with suppress(FileNotFoundError):  # another daemon has claimed it meanwhile

@@ -11,6 +11,8 @@ Older kernels leave nothing of a process that was reaped at once: then the file 
 
 What other nodes have to know when this one is gone is in a file of this daemon's record, for locks that have been there
 for `NOTE_SECONDS`: most live for less.  Until then a node that dies with all of its daemons leaves a file that stays.
+
+What fails is tried again: a file is gone where nothing is at its place, and not where that cannot be seen.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import os
 import stat
 import struct
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -44,10 +46,12 @@ from safefs.state import DAEMONS, SOFT_LOCKS, DaemonRecord, StateDirectory, host
 log = logging.getLogger(__name__)
 
 NOTE_SECONDS = 0.1
+REPEAT_SECONDS = 5.0  # until what failed is tried again
 SWEEP_SECONDS = 60.0  # between looks whether the files are still there: other nodes can remove them
 MAX_WATCHED = 1024  # files; each keeps two descriptors open
 REAP_SECONDS = (0.005, 2.0)  # between looks at a zombie, at first and at most
 LOOK_SECONDS = 1.0  # at /proc, which can make wait
+GONE = (errno.ENOENT, errno.ENOTDIR)
 
 # include/uapi/linux/pidfd.h: struct pidfd_info, its first version.
 _PIDFD_GET_INFO = 0xC040FF0B
@@ -162,12 +166,18 @@ class SoftLock:
     since: float = field(default_factory=time.time)
     noted: bool = False  # on record for other nodes
     end: End | None = None  # of its creator, once the file has outlived it
+    due: str = ""  # why it is to be removed, which has failed
+    entry: dict[str, Any] | None = None  # what was last put on record
 
     @property
     def maker(self) -> Caller:
         """Who has made it: the owner, with the groups that its creator had."""
         status = os.fstat(self.fd)
         return Caller(status.st_uid, status.st_gid, groups=self.creator.groups)
+
+    def makers(self) -> Iterator[Caller]:
+        """The same for where root may be refused: only then the file is looked at."""
+        yield self.maker
 
     def close(self) -> None:
         native.close_later(self.directory_fd)
@@ -194,6 +204,7 @@ class SoftLocks:
         self._creators: dict[int, _Creator] = {}
         self._nursery: trio.Nursery | None = None
         self._noting = False
+        self._is_behind = False  # what should be on record is not
         self._writing = trio.Lock()
         self._looks = trio.CapacityLimiter(4)  # threads that look at /proc
         self.node = ""  # this node's name in the cluster; empty: there is none
@@ -203,6 +214,7 @@ class SoftLocks:
         try:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
+                nursery.start_soon(self._repeat)
                 while True:
                     await trio.sleep(SWEEP_SECONDS)
                     if self._locks:
@@ -211,6 +223,15 @@ class SoftLocks:
             self._nursery = None
             for lock in self._locks.values():
                 lock.close()
+
+    async def _repeat(self) -> None:
+        """Until cancelled: what failed is tried again."""
+        while True:
+            await trio.sleep(REPEAT_SECONDS)
+            if self._is_behind:
+                self._note_soon()
+            for lock in [lock for lock in self._locks.values() if lock.due]:
+                await self._remove(lock, lock.due)
 
     # ------------------------------------------------------------- locks
 
@@ -264,18 +285,28 @@ class SoftLocks:
             self._note_soon()
 
     async def _drop_missing(self) -> None:
-        for lock in list(self._locks.values()):
-            shown = await self._backing.run(DAEMON, self._is_shown, lock)
-            if not shown:
+        for lock in [lock for lock in self._locks.values() if not lock.due]:
+            if self._locks.get((lock.directory, lock.name)) is not lock:
+                continue
+            if not await self._backing.run(DAEMON, self._is_shown, lock):
                 self.forget(lock)
 
     def _is_shown(self, lock: SoftLock) -> bool:
+        """Whether the name shows the file, as far as can be seen."""
+        try:
+            return self._is_at(lock)
+        except OSError as error:
+            return error.errno not in GONE
+
+    def _is_at(self, lock: SoftLock) -> bool:
         as_owner, directory = self._backing.identities.as_owner, lock.directory_fd
         try:
-            shown = as_owner(directory, backing.identity_at, directory, lock.name, others=(lock.maker,))
-            return shown == backing.identity_of(os.fstat(lock.fd))
-        except OSError:
-            return False
+            shown = as_owner(directory, backing.identity_at, directory, lock.name, others=lock.makers())
+            return shown is not None and shown == backing.identity_of(os.fstat(lock.fd))
+        except OSError as error:
+            if error.errno != errno.ESTALE or lock.entry is None:
+                raise
+        return _at_noted(self._backing, lock.entry, _shows)  # of the descriptors none may ever be good again
 
     # ----------------------------------------------------------- creators
 
@@ -312,11 +343,15 @@ class SoftLocks:
     async def _remove(self, lock: SoftLock, reason: str) -> None:
         if self._locks.get((lock.directory, lock.name)) is not lock:
             return
+        path, removed = "", False
         try:
             path, removed = await self._backing.run(DAEMON, self._remove_file, lock)
         except OSError as error:
-            log.warning("the lock file %r of a process that is gone stays: %s", lock.name, error)
-            return
+            if error.errno not in GONE:
+                if not lock.due:
+                    log.warning("the lock file %r of a process that is gone stays for now: %s", lock.name, error)
+                lock.due = reason
+                return
         if removed:
             self._events.note(
                 EventKind.LOCK_REMOVED, path, reason=reason, pid=lock.creator.tgid, command=lock.creator.command
@@ -325,8 +360,15 @@ class SoftLocks:
         self.forget(lock)
 
     def _remove_file(self, lock: SoftLock) -> tuple[str, bool]:
-        path = self._path(lock)
-        return path, _remove(self._backing, lock.directory_fd, lock.name, Mark.of(lock.fd), (lock.maker,))
+        path, directory = self._path(lock), lock.directory_fd
+        as_owner, hidden = self._backing.identities.as_owner, self._backing.hidden_name(b"l")
+        try:
+            mark = Mark.of(lock.fd)
+            return path, as_owner(directory, remove_if_same, directory, lock.name, mark, hidden, others=lock.makers())
+        except OSError as error:
+            if error.errno != errno.ESTALE or lock.entry is None:
+                raise
+        return path, remove_noted(self._backing, lock.entry)
 
     def _path(self, lock: SoftLock) -> str:
         directory = os.fsdecode(backing.path_below(self._backing.root_path, lock.directory_fd))
@@ -349,14 +391,25 @@ class SoftLocks:
             try:
                 await self._backing.run(SERVICE, self._write, locks)
             except OSError as error:
-                log.warning("lock files could not be put on record: %s", error)
+                if not self._is_behind:
+                    log.warning("lock files cannot be put on record yet: %s", error)
+                self._is_behind = True
+            else:
+                self._is_behind = False
 
     def _write(self, locks: list[SoftLock]) -> None:
-        entries = []
+        """Put them on record; OSError also where one is missing there for another reason than that it is gone."""
+        missing = None
         for lock in locks:
-            with suppress(OSError):  # removed at this moment
-                entries.append(self._entry(lock))
+            try:
+                lock.entry = self._entry(lock)
+            except OSError as error:  # what was on record is still true: others look before they remove it
+                if lock.entry is None and error.errno not in (*GONE, errno.ESTALE):
+                    missing = error
+        entries = [lock.entry for lock in locks if lock.entry is not None]
         self._record.write_soft_locks({"node": self.node, "locks": entries})
+        if missing is not None:
+            raise missing
 
     def _entry(self, lock: SoftLock) -> dict[str, Any]:
         mark = Mark.of(lock.fd)
@@ -422,56 +475,63 @@ def all_noted(state: StateDirectory) -> list[dict[str, Any]]:
     return entries
 
 
-def remove_noted(store: Backing, locks: Iterable[dict[str, Any]]) -> list[str]:
-    """Remove the files of a node whose lease is over; returns their paths.  Blocks."""
-    removed = []
-    for entry in locks:
-        directory, name = os.path.split(os.fsencode(entry["path"]))
-        if entry["stale"] == Stale.OFF:
-            continue
-        try:
-            makers = read_back(entry.get("maker"))
-            fd = store.open_below(directory, makers)
-        except OSError:
-            continue  # the directory is gone
-        try:
-            mark = Mark(entry["ino"], entry["born"], entry["changed"])
-            if _remove(store, fd, name, mark, makers):
-                removed.append(entry["path"])
-        except OSError as error:
-            log.warning("the lock file %s of a node that is gone stays: %s", entry["path"], error)
-        finally:
-            os.close(fd)
-    return removed
+def remove_noted(store: Backing, entry: dict[str, Any]) -> bool:
+    """Remove a file of a node whose lease is over; False where it is not there.  Raises OSError.  Blocks."""
+    if entry["stale"] == Stale.OFF:
+        return False
+    return _at_noted(store, entry, remove_if_same, store.hidden_name(b"l"))
 
 
-def _remove(store: Backing, directory: int, name: bytes, mark: Mark, makers: tuple[Caller, ...]) -> bool:
-    """Lock files lie in users' directories, where root may have no rights (root_squash)."""
-    hidden = store.hidden_name(b"l")
-    return store.identities.as_owner(directory, remove_if_same, directory, name, mark, hidden, others=makers)
+def _at_noted(store: Backing, entry: dict[str, Any], function: Callable[..., bool], *arguments: object) -> bool:
+    """Call a function with directory, name and mark of a file on record; False where its directory is gone.
+
+    The directory is looked up from the root, so an ESTALE says that it cannot be seen at the moment.  Lock files lie in
+    users' directories, where root may have no rights (root_squash).
+    """
+    directory, name = os.path.split(os.fsencode(entry["path"]))
+    makers = read_back(entry.get("maker"))
+    try:
+        fd = store.open_below(directory, makers)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    try:
+        mark = Mark(entry["ino"], entry["born"], entry["changed"])
+        return store.identities.as_owner(fd, function, fd, name, mark, *arguments, others=makers)
+    finally:
+        os.close(fd)
 
 
 def remove_if_same(directory: int, name: bytes, mark: Mark, hidden: bytes) -> bool:
     """Remove a name as long as it shows this file: another one that comes meanwhile is put back.
 
     Whoever makes the name in the moment in which another's file is out of its place has it, and that file goes.  It
-    takes two others who make the same lock within microseconds, one before and one after the rename.
+    takes two others who make the same lock within microseconds, one before and one after the rename.  Where that fails
+    halfway the file gets its name back, so that it can be tried again.
     """
     if not _shows(directory, name, mark):
         return False
-    backing.rename(directory, name, directory, hidden, 0)
-    if not _shows(directory, hidden, mark):
+    try:
+        backing.rename(directory, name, directory, hidden, 0)
+    except FileNotFoundError:
+        return False  # another node has just removed it
+    try:
+        is_same = _shows(directory, hidden, mark)
+        if is_same:
+            backing.unlink(directory, hidden)
+    except OSError:
+        with suppress(OSError):
+            backing.put_back(directory, hidden, name)
+        raise
+    if not is_same:
         backing.put_back(directory, hidden, name)
-        return False
-    backing.unlink(directory, hidden)
-    return True
+    return is_same
 
 
 def _shows(directory: int, name: bytes, mark: Mark) -> bool:
     try:
         fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
     except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ESTALE, errno.ENOTDIR):
+        if error.errno in GONE:
             return False
         raise
     try:

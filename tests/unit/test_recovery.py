@@ -8,7 +8,7 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -636,6 +636,117 @@ def test_one_that_has_a_record_again_keeps_what_it_has_there(
     node.recovery.settle_dead()
     assert node.settled
     assert list(node.kept().values()) == [b"being written"]
+
+
+# ------------------------------------------------- lock files that stay
+
+
+def fail_to_open(monkeypatch: pytest.MonkeyPatch, number: int, times: int | None = None) -> list[bytes]:
+    """No directory of the backing can be opened, so many times; which ones were tried."""
+    works, tried = Backing.open_below, list[bytes]()
+
+    def fail(store: Backing, path: bytes, others: Any = ()) -> int:
+        tried.append(path)
+        if times is None or len(tried) <= times:
+            raise OSError(number, os.strerror(number))
+        return works(store, path, others)
+
+    monkeypatch.setattr(Backing, "open_below", fail)
+    return tried
+
+
+@pytest.fixture
+def lock_file(node: Node) -> Path:
+    """A lock file of another daemon's, on record."""
+    file = node.root / "x.lock"
+    file.touch()
+    (node.other(DEAD_HERE) / SOFT_LOCKS).write_text(json.dumps({"node": "lost", "locks": [entry_of(file)]}))
+    return file
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES])
+def test_a_lock_file_of_a_dead_daemon_that_cannot_be_removed_stays_on_record(
+    node: Node, lock_file: Path, number: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with monkeypatch.context() as patch:
+        fail_to_open(patch, number)
+        for _ in range(3):
+            node.recovery.settle_dead()
+    assert not node.settled
+    assert lock_file.exists()
+    node.recovery.settle_dead()
+    assert node.settled
+    assert not lock_file.exists()
+    assert ["x.lock" in record.message for record in caplog.records if record.levelname == "WARNING"] == [True]
+
+
+def test_a_lock_file_that_can_never_be_removed_does_not_keep_a_record_for_ever(
+    node: Node, lock_file: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_to_open(monkeypatch, errno.EIO)
+    node.recovery.settle_dead()
+    clock.now += recovery_module.FREE_SECONDS - 1
+    node.recovery.settle_dead()
+    assert not node.settled
+    clock.now += 1
+    node.recovery.settle_dead()
+    assert node.settled
+    assert lock_file.exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.ENOTDIR])
+def test_a_lock_file_whose_directory_is_gone_is_not_waited_for(
+    node: Node, lock_file: Path, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = fail_to_open(monkeypatch, number)
+    node.recovery.settle_dead()
+    assert node.settled
+    assert tried == [b""]
+
+
+def test_lock_files_of_one_that_has_a_record_again_are_its_own(
+    node: Node, lock_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was frozen; what is left of them stands under the name that it has in the cluster now."""
+    with monkeypatch.context() as patch:
+        fail_to_open(patch, errno.EIO)
+        node.recovery.settle_dead()
+        node.recovery.settle_dead()  # this host forgets that there was another process of that name
+    again = node.other({})
+    node.recovery.settle_dead()
+    again.rename(node.root / "ended")
+    node.recovery.settle_dead()
+    assert node.settled
+    assert lock_file.exists()
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
+def test_lock_files_of_a_lost_lease_are_removed_as_soon_as_that_works(
+    node: Node, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And then are not looked at any more."""
+    monkeypatch.setattr(recovery_module, "LEASE_LOOK_SECONDS", 0.001)
+    monkeypatch.setattr(recovery_module, "FREE_AGAIN_SECONDS", 0.002)
+    file, asked = node.root / "x.lock", list[str]()
+    file.touch()
+    (node.other({}) / SOFT_LOCKS).write_text(json.dumps({"node": "lost", "locks": [entry_of(file)]}))
+    node.recovery.settle_dead()
+    tried = fail_to_open(monkeypatch, number, times=3)
+
+    async def gone(nodes: Iterable[str]) -> set[str]:
+        asked[:] = nodes
+        return set(asked)
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(node.recovery.watch_leases, gone)
+            with trio.fail_after(30):
+                while file.exists() or asked:  # noqa: ASYNC110 - a file
+                    await trio.sleep(0.01)
+            nursery.cancel_scope.cancel()
+
+    trio.run(main)
+    assert len(tried) == 4
 
 
 @pytest.mark.parametrize("record", ["3", '{"time": "then"}'])

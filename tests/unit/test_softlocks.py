@@ -6,7 +6,9 @@ import errno
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -14,13 +16,15 @@ import pytest
 import trio
 import trio.testing
 
+from safefs import backing as backing_module
 from safefs import softlocks
 from safefs.backing import Backing
 from safefs.events import EventLog
+from safefs.identity import Identities
 from safefs.model import Identity, Process
 from safefs.rules import Stale
-from safefs.softlocks import NOTE_SECONDS, End, Maker, SoftLocks, introduce_maker
-from safefs.state import DaemonRecord
+from safefs.softlocks import NOTE_SECONDS, End, Maker, Mark, SoftLock, SoftLocks, introduce_maker, read_noted
+from safefs.state import DaemonRecord, StateDirectory
 
 T = TypeVar("T")
 NOBODY = 65534
@@ -184,3 +188,224 @@ def test_a_maker_for_whom_no_descriptor_is_left(tmp_path: Path, monkeypatch: pyt
     assert os.listdir("/proc/self/fd") == before
     os.close(fd)
     os.close(directory)
+
+
+# -------------------------------------------------------- what fails at first
+
+
+@dataclass
+class Watched:
+    """A lock file of a process, watched by a daemon of its own."""
+
+    root: Path
+    locks: SoftLocks
+    record: DaemonRecord
+    events: EventLog
+    process: subprocess.Popen[bytes]
+
+    @property
+    def file(self) -> Path:
+        return self.root / "x.lock"
+
+    @property
+    def lock(self) -> SoftLock | None:
+        return next(iter(self.locks._locks.values()), None)
+
+    def noted(self) -> list[str]:
+        found = read_noted(self.record.path)
+        return [entry["path"] for entry in found.locks] if found is not None else []
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.locks.run)
+            await trio.testing.wait_all_tasks_blocked()
+            maker = maker_of(self.process, self.file)
+            self.locks.made(backing_module.identity_of(self.root.stat()), b"x.lock", maker, Stale.DEAD)
+            yield
+            nursery.cancel_scope.cancel()
+
+
+@pytest.fixture
+def watched(tmp_path: Path, sleeper: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch) -> Iterator[Watched]:
+    monkeypatch.setattr(softlocks, "NOTE_SECONDS", 0.01)
+    monkeypatch.setattr(softlocks, "REPEAT_SECONDS", 0.01)
+    store = Backing(tmp_path, Identities(impersonate=False), max_threads=2)
+    state = StateDirectory(tmp_path / ".safefs", store.identities)
+    record, events = DaemonRecord(state, store.node_id, {}), EventLog(state.events, store.node_id)
+    yield Watched(tmp_path, SoftLocks(store, record, events), record, events, sleeper)
+    record.remove()
+    os.close(state.quarantine_fd)
+    os.close(store.root_fd)
+
+
+async def until(holds: Callable[[], Any]) -> None:
+    with trio.fail_after(30):
+        while not holds():  # noqa: ASYNC110 - files and processes
+            await trio.sleep(0.01)
+
+
+def failing(function: Callable[..., Any], number: int, times: int) -> Callable[..., Any]:
+    """It fails so many times, and works from then on."""
+    left = iter(range(times))
+
+    def fail(*arguments: Any, **options: Any) -> Any:
+        if next(left, None) is not None:
+            raise OSError(number, os.strerror(number))
+        return function(*arguments, **options)
+
+    return fail
+
+
+def failures(caplog: pytest.LogCaptureFixture) -> int:
+    return sum(record.levelname == "WARNING" for record in caplog.records)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EROFS])
+def test_a_removal_that_fails_is_tried_again(
+    watched: Watched, number: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And said once."""
+    monkeypatch.setattr(backing_module, "rename", failing(backing_module.rename, number, 7))
+
+    async def main() -> None:
+        async with watched.running():
+            watched.process.kill()
+            await until(lambda: not watched.file.exists())
+            await until(lambda: watched.lock is None)
+
+    trio.run(main)
+    assert [event["path"] for event in watched.events.taken()] == ["x.lock"]
+    assert failures(caplog) == 1
+
+
+def stale(monkeypatch: pytest.MonkeyPatch, watched: Watched) -> None:
+    """The descriptors that the daemon holds are of no use any more, as after the end of an NFS server."""
+    assert watched.lock is not None
+    fstat, fd = os.fstat, watched.lock.fd
+
+    def fail(which: int) -> os.stat_result:
+        if which == fd:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return fstat(which)
+
+    monkeypatch.setattr(os, "fstat", fail)
+
+
+def test_a_file_whose_descriptor_is_stale_is_found_by_its_path(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        async with watched.running():
+            await until(watched.noted)
+            stale(monkeypatch, watched)
+            await watched.locks._drop_missing()
+            assert watched.lock is not None
+            watched.process.kill()
+            await until(lambda: not watched.file.exists())
+            await until(lambda: watched.lock is None)
+
+    trio.run(main)
+
+
+def test_a_file_that_is_gone_with_its_directory_is_forgotten(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On NFS descriptors are stale then."""
+
+    async def main() -> None:
+        async with watched.running():
+            await until(watched.noted)
+            watched.file.unlink()
+            stale(monkeypatch, watched)
+            real = backing_module.identity_at
+            monkeypatch.setattr(backing_module, "identity_at", failing(real, errno.ESTALE, 1))
+            await watched.locks._drop_missing()
+            assert watched.lock is None
+
+    trio.run(main)
+
+
+@pytest.mark.parametrize(("number", "is_gone"), [(errno.EIO, False), (errno.EACCES, False), (errno.ENOTDIR, True)])
+def test_what_cannot_be_looked_at_is_not_gone(
+    watched: Watched, number: int, is_gone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        async with watched.running():
+            monkeypatch.setattr(backing_module, "identity_at", failing(backing_module.identity_at, number, 1))
+            await watched.locks._drop_missing()
+            assert (watched.lock is None) == is_gone
+
+    trio.run(main)
+
+
+def test_a_file_that_others_removed_is_forgotten(watched: Watched) -> None:
+    async def main() -> None:
+        async with watched.running():
+            watched.file.unlink()
+            await watched.locks._drop_missing()
+            assert watched.lock is None
+
+    trio.run(main)
+
+
+def test_a_note_that_fails_is_made_again(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Else the file would stay for ever, should the node die before anything changes."""
+    note = failing(watched.record.write_soft_locks, errno.ENOSPC, 5)
+    monkeypatch.setattr(watched.record, "write_soft_locks", note)
+
+    async def main() -> None:
+        async with watched.running():
+            await until(lambda: watched.noted() == ["x.lock"])
+            await until(lambda: not watched.locks._is_behind)
+
+    trio.run(main)
+    assert failures(caplog) == 1
+
+
+def test_a_file_that_cannot_be_looked_at_is_noted_later(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And stays on record should it happen afterwards."""
+    monkeypatch.setattr(Mark, "of", failing(Mark.of, errno.EIO, 5))
+
+    async def main() -> None:
+        async with watched.running():
+            await until(lambda: watched.noted() == ["x.lock"])
+            monkeypatch.setattr(Mark, "of", failing(Mark.of, errno.EIO, 1 << 30))
+            (watched.record.path / "softlocks").unlink()
+            watched.locks.joined("n")
+            await until(lambda: watched.noted() == ["x.lock"])
+
+    trio.run(main)
+
+
+def test_a_removal_that_fails_halfway_gives_the_file_its_name_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, directory = tmp_path / "x.lock", os.open(tmp_path, os.O_PATH)
+    file.write_bytes(b"1")
+    fd = os.open(file, os.O_PATH)
+    try:
+        mark = Mark.of(fd)
+        with monkeypatch.context() as patch:
+            patch.setattr(backing_module, "unlink", failing(backing_module.unlink, errno.EIO, 1))
+            with pytest.raises(OSError, match="Input/output"):
+                softlocks.remove_if_same(directory, b"x.lock", mark, b".hidden")
+        assert os.listdir(tmp_path) == ["x.lock"]
+        assert softlocks.remove_if_same(directory, b"x.lock", mark, b".hidden")
+        assert os.listdir(tmp_path) == []
+    finally:
+        os.close(fd)
+        os.close(directory)
+
+
+def test_another_node_may_be_quicker_to_remove_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, directory = tmp_path / "x.lock", os.open(tmp_path, os.O_PATH)
+    file.touch()
+    fd = os.open(file, os.O_PATH)
+    try:
+        mark = Mark.of(fd)
+        monkeypatch.setattr(backing_module, "rename", failing(backing_module.rename, errno.ENOENT, 1))
+        assert not softlocks.remove_if_same(directory, b"x.lock", mark, b".hidden")
+    finally:
+        os.close(fd)
+        os.close(directory)
