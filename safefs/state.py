@@ -431,6 +431,7 @@ class DaemonRecord:
         self._beating = threading.Lock()
         self._noted: set[bytes] = set()
         self._journal = self._make()
+        self._is_cut = False  # its last line, where the disk was full
         self._is_over = False
         self.beat()
 
@@ -505,7 +506,11 @@ class DaemonRecord:
         self._replace(SOFT_LOCKS, json.dumps(data), durable=True)
 
     def _append(self, entry: dict[str, Any]) -> None:
-        os.write(self._journal, json.dumps(entry).encode("ascii") + b"\n")
+        """OSError (ENOSPC) where it is not there as a whole; what comes next does not continue it."""
+        line = b"\n" * self._is_cut + json.dumps(entry).encode("ascii") + b"\n"
+        self._is_cut = os.write(self._journal, line) < len(line)
+        if self._is_cut:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def remove(self) -> None:
         """An orderly end: nothing is left to find."""

@@ -502,6 +502,19 @@ def test_a_damaged_journal_counts_for_what_it_says_and_is_kept(node: Node, line:
     }
 
 
+def test_a_line_for_which_the_disk_has_no_space_is_refused(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it was to announce does not happen, and the next line counts."""
+    write, writer = os.write, Caller(os.getuid(), os.getgid())
+    with monkeypatch.context() as full:
+        full.setattr(os, "write", lambda fd, data: write(fd, data[:9]))
+        for name in (b"one", b"two"):
+            with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+                node.record.note_directory(name, writer)
+    node.record.note_directory(b"two", writer)
+    found, is_whole = _read_journal(node.record.path / "journal")
+    assert [entry["directory"] for entry in found] == ["two"] and not is_whole
+
+
 @pytest.mark.parametrize("damaged", [NOT_ASCII, b"{", b"3", b'{"node": "n"}', b'{"node": "n", "locks": [3]}'])
 def test_a_damaged_list_of_lock_files_is_kept(node: Node, damaged: bytes) -> None:
     (node.other(DEAD_HERE, {"directory": ""}) / SOFT_LOCKS).write_bytes(damaged)
