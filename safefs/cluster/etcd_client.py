@@ -43,7 +43,7 @@ NOT_LET_IN = {
 }
 
 # What a connection that is lost, or talks nonsense, comes out as.
-LOST = (OSError, trio.BrokenResourceError, h11.ProtocolError, ValueError)
+LOST = (OSError, trio.BrokenResourceError, trio.ClosedResourceError, h11.ProtocolError, ValueError)
 
 Answer = dict[str, Any]
 T = TypeVar("T")
@@ -304,10 +304,10 @@ class EtcdClient:
         """An endpoint failed: others are asked first, and none of its connections is used again."""
         if self._endpoints()[0] == endpoint:
             self._first = (self._first + 1) % len(self._access.endpoints)
-        kept, self._idle = self._idle, [other for other in self._idle if other.endpoint != endpoint]
-        for connection in kept:
-            if connection not in self._idle:
-                await connection.aclose()
+        failed = [connection for connection in self._idle if connection.endpoint == endpoint]
+        self._idle = [connection for connection in self._idle if connection.endpoint != endpoint]
+        for connection in failed:  # each close lets others run, who take connections out of `_idle`
+            await connection.aclose()
 
     async def _ask_members(self, ask: Callable[[Endpoint], Awaitable[T]], *, changes: bool) -> T:
         """The answer of the first endpoint that gives one."""

@@ -194,6 +194,45 @@ def test_kept_connections_that_are_dead(three: Etcd) -> None:
     trio.run(main)
 
 
+def test_a_member_that_fails_costs_no_connection_to_another(three: Etcd, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While those to it are closed, others are asked through the connections that are kept to them."""
+
+    async def main() -> None:
+        node = etcd_node(access_of(three), PREFIX)
+        await node.join()
+        client, (bad, good, _) = node._client, access_of(three).endpoints
+        monkeypatch.setattr(client, "_idle", [await client._connect(endpoint) for endpoint in (bad, good)])
+        failed, kept = client._idle
+        close, taken = failed.aclose, []
+
+        async def close_meanwhile() -> None:
+            taken.append(await client._take(good))
+            await close()
+
+        monkeypatch.setattr(failed, "aclose", close_meanwhile)
+        await client._pass_over(bad)
+        assert taken == [kept] and client._idle == []
+        assert await kept.send("/v3/maintenance/status", b"{}", {}) == 200
+        await kept.aclose()
+
+    trio.run(main)
+
+
+def test_a_connection_that_is_closed_meanwhile_is_lost(secured: Etcd) -> None:
+    """By whomever: that no answer has come is all that whoever asked has to know."""
+
+    async def scenario(one: EtcdBackend, _: EtcdBackend) -> None:
+        stored = await one.swap("name", Stored(), held_by("a"))
+        assert stored is not None
+        for connection in one._client._idle:
+            await connection.aclose()
+        with pytest.raises(BackendError, match="the connection was lost"):
+            await one.swap("name", stored, held_by("b"))
+        assert await one.read("name") == stored
+
+    play(scenario, access_of(secured))
+
+
 def test_an_etcd_that_has_lost_its_data(tmp_path: Path) -> None:
     """Who notices first joins when the leases that etcd knew of are over for all: others may not have noticed yet."""
 
