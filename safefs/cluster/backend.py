@@ -111,7 +111,7 @@ class LockBackend(Protocol):
         """This node's name, which no other has had or will have; another one after each lost lease."""
 
     async def join(self) -> None:
-        """Become a node of the cluster, with a new name and a lease."""
+        """Become a node of the cluster, with a new name and a lease; with neither before it is done, or if it fails."""
 
     async def renew(self) -> None:
         """Renew the lease; LeaseLostError when it is over."""

@@ -90,16 +90,22 @@ class LeasefileBackend:
     # --------------------------------------------------------------- leases
 
     async def join(self) -> None:
-        """Become a node of the cluster, with a new name."""
+        """Become a node of the cluster, with a new name: it has it, and a lease, once nothing can fail any more."""
         if self._files is None:
             self._files = await self._call_own(self._open)
             self._housekeeping = Housekeeping(self._files, self._call, self.gone, self._sightings)
         assert self._housekeeping is not None
-        node, sent = secrets.token_hex(8), boottime()
+        node = secrets.token_hex(8)
         self._housekeeping.joins(node)
-        await self._call_own(self.files.join, node)
-        self.node, self._count, self._wanted = node, 0, []
+        sent, count = await self._enter(node)
+        self.node, self._count, self._wanted = node, count, []
         self._lease.renew(sent)
+
+    async def _enter(self, node: str) -> tuple[float, int]:
+        """Be there for the others under a name; what its lease has come to by then, and when that was sent."""
+        sent = boottime()
+        await self._call_own(self.files.join, node)
+        return sent, 0
 
     async def renew(self) -> None:
         """Renew the lease; LeaseLostError when others have ended it, or it is over by this node's own clock."""

@@ -222,18 +222,22 @@ class NativeBackend(LeasefileBackend):
         self._locked = LockedFiles(site.root, site.identity, site.has_died, site.terms, self._client)
         return self._locked
 
-    async def join(self) -> None:
-        """Become a node; BackendError where another one lives whose lock is not seen here."""
-        await super().join()
+    async def _enter(self, node: str) -> tuple[float, int]:
+        """BackendError where another one lives whose lock is not seen here."""
+        await super()._enter(node)
         witness = await self._contradiction()
         if witness:
             host = (await self.process_of(witness)).get("host", "an unknown host")
-            await self.leave()
+            await self._call_own(self.files.end, node, "0")
             raise BackendError(
                 f"locks do not exclude here: node {witness} on {host} renews its lease, and its lock looks free; are"
                 " both filesystems mounted with the same options?"
             )
-        await self.renew()
+        # That can have taken longer than a lease, and others may have ended it.
+        sent = boottime()
+        if not await self._call_own(self._locked.keeps_its_lock) or not await self._call_own(self.files.renew, node, 0):
+            raise BackendError("the lease of this node was over before it had looked around")
+        return sent, 1
 
     async def _contradiction(self) -> str:
         """A node that lives and whose lock looks free; empty when there is none."""

@@ -202,12 +202,92 @@ def test_who_does_not_see_the_lock_of_a_node_that_lives_takes_no_part(
             if renews:
                 with pytest.raises(BackendError, match=f"locks do not exclude here: node {one.node}"):
                     await two.join()
-                assert await one.gone([two.node]) == {two.node}
+                assert not two.node and two.lease_ends() < trio.current_time()
+                (refused,) = {*one.files.nodes()} - {one.node}
+                assert await one.gone([refused]) == {refused}
             else:
                 await two.join()
             nursery.cancel_scope.cancel()
 
     trio.run(scenario, clock=without_threads(monkeypatch))
+
+
+def look_around_with(monkeypatch: pytest.MonkeyPatch, meanwhile: Callable[[str], object]) -> None:
+    """There is always one node that looks free, and does not renew; `meanwhile` is told the name of who looks."""
+
+    def unlocked(files: module.LockedFiles, _nodes: Sequence[str]) -> dict[str, str]:
+        meanwhile(files.node)
+        return {"another": "0"}
+
+    monkeypatch.setattr(module.LockedFiles, "unlocked", unlocked)
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_who_still_looks_around_has_no_lease(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+    """Nor a new name: what he were given under one that he does not keep would stay with him, and be another's."""
+
+    async def scenario() -> None:
+        node = native(tmp_path, SHORT)
+        await node.join()
+        lost, seen = node.node, list[tuple[str, bool]]()
+        await trio.sleep(SHORT.gone_seconds)
+
+        def look(_node: str) -> None:
+            seen.append((node.node, trio.current_time() < node.lease_ends()))
+            if fails and len(seen) > module.LOOKS:
+                raise BackendError("no answer")
+
+        look_around_with(monkeypatch, look)
+        with pytest.raises(BackendError, match="no answer") if fails else nullcontext():
+            await node.join()
+        assert seen == [(lost, False)] * (module.LOOKS + 1)
+        if fails:
+            assert node.node == lost and node.lease_ends() < trio.current_time()
+        else:
+            assert node.node != lost and node.lease_ends() == trio.current_time() + SHORT.lease_seconds
+            await node.renew()
+
+    trio.run(scenario, clock=without_threads(monkeypatch))
+
+
+@pytest.mark.parametrize("what", ["its lock is taken away", "others end it"])
+def test_a_lease_that_is_lost_before_it_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """Nothing was held under it: it is tried again."""
+    first: list[str] = []
+
+    async def scenario() -> None:
+        node = native(tmp_path, SHORT)
+
+        def lose(name: str) -> None:
+            first.append(name)
+            if name != first[0]:
+                return
+            if what == "others end it":
+                node.files.end(name, "0")
+            else:
+                module.unlock(node._locked._alive, 0)
+
+        look_around_with(monkeypatch, lose)
+        with pytest.raises(BackendError, match="was over before"):
+            await node.join()
+        assert not node.node and node.lease_ends() < trio.current_time()
+        await node.join()
+        assert node.node not in ("", first[0])
+        await node.renew()
+
+    trio.run(scenario, clock=without_threads(monkeypatch))
+
+
+def test_a_lease_counts_from_when_a_slow_look_around_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        node = native(tmp_path, SHORT)
+        look_around_with(monkeypatch, lambda _name: None)
+        began = trio.current_time()
+        await node.join()
+        assert began + SHORT.lease_seconds < trio.current_time() < node.lease_ends()
+        await node.renew()
+
+    trio.run(scenario, clock=without_threads(monkeypatch, SHORT.lease_seconds / module.LOOKS))
 
 
 def test_who_joins_looks_at_some_of_the_others_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
