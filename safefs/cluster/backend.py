@@ -153,7 +153,7 @@ class LockBackend(Protocol):
         """What another node has left, which is removed; None where there is nothing yet."""
 
     async def gone(self, nodes: Iterable[str]) -> set[str]:
-        """Those of the nodes that have lost their leases."""
+        """Those of the nodes that have lost their leases; for a node that has one, others may get BackendError."""
 
     async def tidy_up(self) -> None:
         """Remove some of what nodes have left that are gone.  Called now and then."""

@@ -8,7 +8,8 @@
     PREFIX/answer/NODE/NAME   what a node has answered to a question, until it is taken
 
 A swap is a transaction that also asks whether the node's own key is still there: a node that has lost its lease cannot
-change a record, whatever its clock says.
+change a record, whatever its clock says.  So is a look whether others are gone: of those that are in another etcd than
+this node nobody knows anything there.
 
 etcd's own cluster_id does not tell two of them apart: it is made of URLs and a token, which are the same by default.
 """
@@ -48,6 +49,8 @@ ENDED_SECONDS = 3600  # how long it is remembered that a node has ended
 MOST_MISSING = 10_000  # nodes of which it is remembered since when they have no key
 ENTRIES_AT_ONCE = 1000  # in one answer
 NODES_AT_ONCE = 50  # in one question: etcd takes 128 operations in a transaction, if it has not been told otherwise
+
+NOT_THERE = "the lease of this node has ended in etcd, or what answers is another etcd"
 
 
 class EtcdBackend:
@@ -213,9 +216,16 @@ class EtcdBackend:
         """Of each node: whether it is known to have ended, and what it has on record as long as its lease holds."""
         keys = [self._key(kind, node) for node in nodes for kind in ("ended", "nodes")]
         looks = [{"request_range": {"key": encode(key)}} for key in keys]
-        answer = await self._client.call("/v3/kv/txn", {"success": looks}, changes=False)
+        request = {"compare": [self._is_there(self.node)], "success": looks}
+        answer = await self._client.call("/v3/kv/txn", request, changes=False)
+        if not answer.get("succeeded"):
+            raise BackendError(NOT_THERE)
         found = [_value(response["response_range"].get("kvs", [])) for response in answer["responses"]]
         return [(over is not None, value) for over, value in zip(found[::2], found[1::2], strict=True)]
+
+    def _is_there(self, node: str) -> dict[str, str]:
+        """To compare in a transaction: a node's lease holds, in this etcd."""
+        return {"key": encode(self._key("nodes", node)), "target": "VERSION", "result": "GREATER", "version": "0"}
 
     async def _is_gone(self, node: str, value: bytes | None) -> bool:
         if value is not None:
@@ -251,7 +261,7 @@ class EtcdBackend:
         return [decode(entry["key"])[len(prefix) :].decode("utf-8", "replace") for entry in entries]
 
     async def swap(self, name: str, old: Stored, new: NameRecord) -> Stored | None:
-        key, mine = encode(self._key("names", name)), encode(self._key("nodes", self.node))
+        key, mine = encode(self._key("names", name)), self._is_there(self.node)
         value = encode(json.dumps(new.to_json()).encode())
         change: dict[str, Any] = {"request_put": {"key": key, "value": value}}
         if not new:
@@ -261,17 +271,17 @@ class EtcdBackend:
             {
                 "compare": [
                     {"key": key, "target": "MOD", "result": "EQUAL", "mod_revision": str(old.version)},
-                    {"key": mine, "target": "VERSION", "result": "GREATER", "version": "0"},
+                    mine,
                 ],
                 "success": [change],
-                "failure": [{"request_range": {"key": mine}}],
+                "failure": [{"request_range": {"key": mine["key"]}}],
             },
         )
         revision = answer["header"]["revision"]
         if answer.get("succeeded"):
             return Stored(int(revision) if new else 0, new, revision)
         if not answer["responses"][0]["response_range"].get("kvs"):
-            raise BackendError("the lease of this node has ended in etcd")
+            raise BackendError(NOT_THERE)
         return None
 
     async def tidy_up(self) -> None:
@@ -312,9 +322,8 @@ class EtcdBackend:
     async def notify(self, node: str, name: str) -> None:
         """Only while the node is there: nobody else would clear it away before this node's own lease ends."""
         put = {"key": encode(self._key("wanted", node, name)), "lease": self._lease_id}
-        there = {"key": encode(self._key("nodes", node)), "target": "VERSION", "result": "GREATER", "version": "0"}
-        # Twice is as good as once.
-        await self._client.call("/v3/kv/txn", {"compare": [there], "success": [{"request_put": put}]}, changes=False)
+        request = {"compare": [self._is_there(node)], "success": [{"request_put": put}]}
+        await self._client.call("/v3/kv/txn", request, changes=False)  # twice is as good as once
 
     def expect_notices(self) -> None:
         """They are told."""

@@ -348,6 +348,27 @@ def test_an_etcd_that_is_started_without_its_data_while_a_node_joins(tmp_path: P
         trio.run(main)
 
 
+def test_an_etcd_that_this_node_is_not_in_says_nothing_of_others(tmp_path: Path) -> None:
+    """One that is among the endpoints and answers while the members are away: it has a key of nobody."""
+
+    async def scenario(one: EtcdBackend, two: EtcdBackend) -> None:
+        server.kill()
+        end = trio.current_time() + 3 * CALM.delay_seconds
+        while trio.current_time() < end:
+            with pytest.raises(BackendError, match="another etcd"):
+                await one.gone([two.node])
+            await trio.sleep(0.05)
+        server.restart()
+        server.leader()
+        stranger.kill()
+        assert await one.gone([two.node]) == set()
+        await two.renew()
+
+    (tmp_path / "another").mkdir()
+    with etcd(tmp_path) as server, etcd(tmp_path / "another") as stranger:
+        play(scenario, Access(access_of(server).endpoints + access_of(stranger).endpoints))
+
+
 def test_a_node_can_leave_an_etcd_without_space(tmp_path: Path) -> None:
     """Nothing more can be written there, but others need not wait for the lease."""
 
