@@ -186,16 +186,17 @@ class Names:
 
     async def run(self) -> None:
         """Serve until cancelled; from then on this node has no locks: its keeper, cancelled as well, leaves them."""
-        try:
-            async with trio.open_nursery() as nursery:
-                self._nursery = nursery
-                for name in self._names.values():
-                    self._wake(name)
-                nursery.start_soon(self._heed)
-                nursery.start_soon(self._tidy)
-                nursery.start_soon(self._sweep.run, self.lease_holds)
-        finally:
-            self._nursery, self._is_over = None, True
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            for name in self._names.values():
+                self._wake(name)
+            nursery.start_soon(self._heed)
+            nursery.start_soon(self._tidy)
+            nursery.start_soon(self._sweep.run, self.lease_holds)
+            try:
+                await trio.sleep_forever()
+            finally:  # within the nursery, which is closed later: it takes no tasks then
+                self._nursery, self._is_over = None, True
 
     async def _heed(self) -> None:
         """Names that others want are given back."""
@@ -207,8 +208,9 @@ class Names:
                 await trio.sleep(RETRY_SECONDS[1])
                 continue
             self.problems.over(NOTICES)
+            if self._nursery is None:
+                return
             if key.startswith(QUESTION):
-                assert self._nursery is not None
                 self._nursery.start_soon(self._answers.give, key.removeprefix(QUESTION), self._served())
             elif self._has_lease_to_serve():
                 # Also one that this node does not know of: a swap may have been carried out long after it was given up.

@@ -1147,6 +1147,28 @@ def test_what_is_asked_when_it_is_over() -> None:
     trio.run(main)
 
 
+@pytest.mark.parametrize("turns", range(6))
+def test_what_is_asked_while_it_ends(turns: int) -> None:
+    """So many turns of the loop after the end has begun: by publishes that are given up at the same time."""
+
+    async def unlock_late(node: Node) -> None:
+        for _ in range(turns):
+            await trio.lowlevel.cancel_shielded_checkpoint()
+        node.submit("other", Release(Kind.FLOCK, Owner("node", 1), 0, OFFSET_MAX))
+
+    async def main() -> None:
+        for _ in range(20):  # in one turn trio lets them run in any order
+            node = Node("node", MemoryBackend(MemoryCluster(), "node"))
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(node.names.run)
+                await node.acquire("name", 1, Mode.EXCLUSIVE)
+                nursery.start_soon(unlock_late, node)
+                nursery.cancel_scope.cancel()
+            assert not node.names.lease_holds()
+
+    trio.run(main)
+
+
 async def lost(*_: object) -> Stored | None:
     raise BackendError("no answer")
 
