@@ -1,7 +1,8 @@
 """One mount from start to end: wiring, signals, status, and an orderly shutdown.
 
 Order of the end: no new writers; publishes on their way are finished (at most `drain` seconds); what is still being
-written goes to quarantine; the mount is taken away; the record of this daemon is removed.
+written goes to quarantine; the mount is taken away; the record of this daemon is removed; its locks are free, at once
+if nothing is on its way to the backing any more.
 """
 
 from __future__ import annotations
@@ -247,6 +248,7 @@ class Daemon:
         names, terms = Names(backend), Terms(settings.lease_seconds)
         keeper = Keeper(backend, terms, self._on_joined, self._on_lost, names.problems)
         keeper.before_rejoin = self._agree_again
+        keeper.may_leave = lambda: not self.backing.workers.busy
         return names, keeper
 
     async def _agree_again(self) -> None:
@@ -359,8 +361,8 @@ class Daemon:
                     self.serving = False
                     with trio.CancelScope(shield=True):
                         await self._end(closing)
-                requests.cancel_scope.cancel()
-            helpers.cancel_scope.cancel()
+                # With the requests: a publish that is given up lets go of its locks, and others must not hear of it.
+                helpers.cancel_scope.cancel()
 
     async def _join(self, helpers: trio.Nursery, names: Names, keeper: Keeper) -> None:
         seconds = JOIN_SECONDS + watch_seconds(self.settings.lease_seconds)
@@ -497,6 +499,8 @@ class Daemon:
         await self.backing.run(SERVICE, self.events.write)
         with suppress(OSError):
             await self.backing.run(SERVICE, self.record.remove)
+        with trio.move_on_after(CLOSING_SECONDS):
+            await self.backing.workers.quiet()  # else this node could not leave its locks (Keeper.may_leave)
         log.info("unmounted %s", self.settings.mountpoint)
 
     # --------------------------------------------------------------- status

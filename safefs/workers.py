@@ -71,6 +71,7 @@ class Workers:
     def __init__(self, max_threads: int) -> None:
         self._free = max_threads
         self._waiting = trio.lowlevel.ParkingLot()
+        self._quiet = trio.lowlevel.ParkingLot()
         self.busy = 0
         self.idle: list[_Thread] = []
 
@@ -93,8 +94,15 @@ class Workers:
         result: T = await trio.lowlevel.wait_task_rescheduled(call.abandon)
         return result
 
+    async def quiet(self) -> None:
+        """Until no call is on its way, those included that were cancelled."""
+        while self.busy:
+            await self._quiet.park()
+
     def _leave(self) -> None:
         self.busy -= 1
+        if not self.busy:
+            self._quiet.unpark_all()
         if self._waiting:
             self._waiting.unpark()
         else:

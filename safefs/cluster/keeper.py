@@ -39,6 +39,8 @@ class Keeper:
         self._on_lost = on_lost
         self._problems = problems or Problems()
         self.before_rejoin: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint  # BackendError: not now
+        # Whether nothing is on its way any more that was begun under the lease: else it ends by itself.
+        self.may_leave: Callable[[], bool] = lambda: True
         self.problem: BackendError | None = None  # why there is no lease; None: no attempt to get one has failed
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -53,8 +55,11 @@ class Keeper:
                 self._on_lost(reason)
                 await self._join()
         finally:
-            with trio.move_on_after(RETRY_SECONDS[1], shield=True):
-                await self._leave()
+            if self.may_leave():
+                with trio.move_on_after(RETRY_SECONDS[1], shield=True):
+                    await self._leave()
+            else:
+                log.warning("the backing has not answered everything: others wait until this node's lease is over")
 
     async def _join(self, *, is_first: bool = False) -> None:
         pause, longest = RETRY_SECONDS

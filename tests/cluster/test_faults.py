@@ -18,12 +18,13 @@ from pathlib import Path
 import pytest
 
 from safefs.lease import DELAY_SECONDS
-from tests.cluster.conftest import CALM_LEASE, LEASE_SECONDS, Cluster
+from tests.cluster.conftest import CALM_LEASE, LAB, LEASE_SECONDS, Cluster
 from tests.cluster.counting import Count
 from tests.cluster.hosts import LOST, Node
 from tests.mount.actors import Actor
-from tests.mount.lockers import BLOCK, TRY, opened
+from tests.mount.lockers import BLOCK, TRY, opened, waits
 from tests.mount.places import content
+from tests.mount.test_daemon import hanging_underlay
 from tests.support.mounting import status, wait_until
 
 GONE_SECONDS = LEASE_SECONDS + DELAY_SECONDS
@@ -92,6 +93,32 @@ def test_a_killed_daemon(cluster: Cluster, count: Count) -> None:
         assert count.goes_on(others, RECOVERY_SECONDS)
         victim.start()
         assert count.goes_on(nodes, RECOVERY_SECONDS)
+
+
+@pytest.mark.skipif(LAB is not None, reason="it is about a backing of its own, which hangs")
+@pytest.mark.parametrize("hangs", [True, False])
+def test_a_daemon_that_ends_while_a_publish_hangs(cluster: Cluster, parties: Make, tmp_path: Path, hangs: bool) -> None:
+    """It may come to pass yet: others have the lock when its lease is over, and not with the end of the daemon."""
+    with hanging_underlay(cluster.backing, tmp_path / "source") as underlay:
+        cluster.options += ",drain_seconds=1"
+        one, two = cluster.make(2)
+        writer, other = parties(), parties()
+        opened(writer, one / "slow" / "file", os.O_RDWR)
+        opened(other, two / "slow" / "file", os.O_RDWR)
+        writer(f"{BLOCK['fcntl']}; os.pwrite(fd, b'written', 0)")
+        other.start(BLOCK["fcntl"])
+        assert waits(other)
+        if hangs:
+            one.mount.expect_log("gave up waiting")
+            underlay.send_signal(signal.SIGSTOP)
+            writer.start("os.close(fd)")
+            assert waits(writer)
+        one.mount.process.send_signal(signal.SIGTERM)
+        one.mount.process.wait(SECONDS)
+        began = time.monotonic()
+        underlay.send_signal(signal.SIGCONT)
+        other.result(SECONDS)
+        assert (time.monotonic() - began > DELAY_SECONDS) == hangs
 
 
 def test_a_daemon_that_is_frozen_for_longer_than_its_lease(cluster: Cluster, count: Count) -> None:

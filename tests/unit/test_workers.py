@@ -88,6 +88,25 @@ def test_a_call_that_is_abandoned_keeps_its_place_until_it_ends() -> None:
     run(main)
 
 
+def test_it_is_quiet_once_abandoned_calls_have_ended_too() -> None:
+    async def main() -> None:
+        threads, held = Workers(2), Held()
+        await threads.quiet()
+        with trio.move_on_after(0.05):
+            await threads.run(held, 1)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(threads.run, held, 2)
+            await wait_all_tasks_blocked()
+            with trio.move_on_after(0.05) as scope:
+                await threads.quiet()
+            assert scope.cancelled_caught
+            held.end.set()
+            await threads.quiet()
+            assert threads.busy == 0
+
+    run(main)
+
+
 def test_who_gives_up_waiting_takes_nobodys_place() -> None:
     async def main() -> None:
         threads, held = Workers(1), Held()
