@@ -166,6 +166,8 @@ class Closing:
         `all_closed` says that the mount is gone, so that nothing can be open; the kernel drops RELEASEs then.
         """
         for draft in self.fs.drafts:
+            async with draft.gate.passing():
+                pass  # what a close is publishing now
             if not draft.pending:
                 continue
             if draft.flushed and (all_closed or not draft.writers):
