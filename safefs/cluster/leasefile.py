@@ -69,7 +69,7 @@ class LeasefileBackend:
         self._lease = OwnLease(site.terms)
         self._files: Files | None = None
         self._housekeeping: Housekeeping | None = None
-        self._damaged: dict[str, set[str]] = {}  # records, by their ids, and the nodes that could be on them
+        self._damaged: dict[str, set[str]] = {}  # records that were seen, and the nodes that could be on them
         self._count = 0
         self._wanted: list[str] = []
         self._used = float("-inf")  # when a name that is delegated to this node was used last
@@ -156,22 +156,19 @@ class LeasefileBackend:
             return await self._call(self._read, name)
         except DamagedError as error:
             damaged = error.stored
-            if not await self._are_gone(name, damaged, before):
+            if not await self._are_gone(damaged, before):
                 raise
         log.warning("the record of %r was damaged; all are gone who could be on it", name)
         return replace(damaged, record=NameRecord(broken=(self.node,)))  # what this node has of it is lost
 
-    async def _are_gone(self, name: str, damaged: Stored, before: float) -> bool:
+    async def _are_gone(self, damaged: Stored, before: float) -> bool:
         """Those who were there when this node first saw the damage: it never changes, so nobody comes to it later."""
-        if damaged.token not in self._damaged and len(self._damaged) >= MOST_DAMAGED:
+        key = f"damaged/{damaged.token}"
+        if key not in self._damaged and len(self._damaged) >= MOST_DAMAGED:
+            self._sightings.forget(set(self._damaged))
             self._damaged.clear()
-        others = self._damaged.setdefault(damaged.token, set(damaged.record.broken) - {self.node})
-        key = f"names/{directory_of(name)}"
-        if not self._sightings.see(key, damaged.token, before, boottime()) or others - await self.gone(others):
-            return False
-        self._sightings.forget({key})
-        del self._damaged[damaged.token]
-        return True
+        others = self._damaged.setdefault(key, set(damaged.record.broken) - {self.node})
+        return self._sightings.see(key, damaged.token, before, boottime()) and not others - await self.gone(others)
 
     def _read(self, name: str) -> Stored:
         """Not an older record than this node has seen or written: what is missing there would be taken for granted."""

@@ -57,7 +57,7 @@ class Names:
     def __init__(self, backend: LockBackend) -> None:
         self._backend = backend
         self._answers = Answers(backend)
-        self._sweep = Sweep(backend, lambda key: key in self._names, self._gone)
+        self._sweep = Sweep(backend, lambda key: key in self._names, self._gone, self._hear)
         self.problems = Problems()
         self.resolve: Resolve = lambda _ticket, _held: False
         self.take_back: TakeBack = lambda _key, _locks: None
@@ -212,11 +212,18 @@ class Names:
                 return
             if key.startswith(QUESTION):
                 self._nursery.start_soon(self._answers.give, key.removeprefix(QUESTION), self._served())
-            elif self._has_lease_to_serve():
-                # Also one that this node does not know of: a swap may have been carried out long after it was given up.
-                name = self._names.setdefault(key, Name(key, used=boottime()))
-                name.asked = True
-                self._wake(name)
+            else:
+                self._hear(key)
+
+    def _hear(self, key: str) -> None:
+        """Something is on record that this node has to see.
+
+        Also of a name that it does not know of: a swap may have been carried out long after it was given up.
+        """
+        if self._has_lease_to_serve():
+            name = self._names.setdefault(key, Name(key, used=boottime()))
+            name.asked = True
+            self._wake(name)
 
     async def _tidy(self) -> None:
         """Names that are not used any more leave no record behind, and nodes that are gone nothing else."""

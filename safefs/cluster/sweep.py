@@ -21,14 +21,20 @@ SWEPT_AT_ONCE = 10  # records
 
 
 class Sweep:
-    """One node's part in it: of the names that it does not know of itself."""
+    """One node's part in it: of the names that it does not work on itself."""
 
     def __init__(
-        self, backend: LockBackend, knows: Callable[[str], bool], gone: Callable[[set[str]], Awaitable[set[str]]]
+        self,
+        backend: LockBackend,
+        knows: Callable[[str], bool],
+        gone: Callable[[set[str]], Awaitable[set[str]]],
+        hear: Callable[[str], None],
     ) -> None:
+        """`hear` is told of names of which this node has to hear that what it held is broken."""
         self._backend = backend
         self._knows = knows
         self._gone = gone
+        self._hear = hear
 
     async def run(self, may_act: Callable[[], bool]) -> None:
         """Until cancelled; only while this node has a lease."""
@@ -53,8 +59,11 @@ class Sweep:
 
     async def _free(self, key: str) -> None:
         stored = await self._backend.read(key)
+        if self._backend.node in stored.record.broken:
+            self._hear(key)  # it may have got another lock since, as only the one who works on the name can tell
+            return
         gone = await self._gone(stored.record.nodes())
-        left = stored.record.without(gone).heeded(self._backend.node)  # it knows of no lock of its own there
+        left = stored.record.without(gone)
         if left != stored.record and not self._knows(key):
             swapped = await self._backend.swap(key, stored, left)
             if swapped is not None and not swapped.record:

@@ -915,6 +915,7 @@ def test_a_record_that_is_damaged(damage: str, tmp_path: Path, monkeypatch: pyte
         await one.renew()
         found = await one.read("name")
         assert found.record == NameRecord(broken=(one.node,))
+        assert await one.read("name") == found
         assert await one.swap("name", found, held_by("a"))
         assert (await one.read("name")).record == held_by("a")
 

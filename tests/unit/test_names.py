@@ -676,6 +676,41 @@ def test_a_node_hears_that_what_it_held_is_broken(share: float, breaker: int) ->
     play(scenario, lambda cluster, node: Faulty(cluster, node, chance, share))
 
 
+async def share(one: Node, two: Node) -> None:
+    """A lock of the first on a name that is shared, of which it knows nothing any more."""
+    for node in (two, one):
+        assert await node.acquire("name", 1, Mode.SHARED)
+    await two.release("name", 1)
+    await trio.sleep(1)
+    assert (await two.backend.read("name")).record.locks.holders() == {Owner(one.name, 1)}
+    assert not one.names._names and not two.names._names
+
+
+async def break_on_record(node: Node) -> None:
+    """As somebody does who dies before he has told anybody."""
+    stored = await node.backend.read("name")
+    assert await node.backend.swap("name", stored, NameRecord().broke(stored.record.locks.nodes()))
+
+
+def test_a_node_whose_sweep_finds_that_its_lock_is_broken_hears_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It works on the name no more: its lock is on record."""
+
+    async def lose(_backend: MemoryBackend, _node: str, _name: str) -> None:
+        await trio.lowlevel.checkpoint()
+
+    async def scenario(nodes: list[Node]) -> None:
+        holder, other, _ = nodes
+        heard = list[str]()
+        holder.names.broken = lambda key, locks: None if locks else heard.append(key)
+        await share(holder, other)
+        monkeypatch.setattr(MemoryBackend, "notify", lose)
+        await break_on_record(other)
+        await trio.sleep(20 * SWEEP_SECONDS)
+        assert heard == ["name"] and not (await other.backend.read("name")).record
+
+    play(scenario, CountingPolls)
+
+
 class Damaged(MemoryBackend):
     """What is on record without a lock cannot be read."""
 
