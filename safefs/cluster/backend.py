@@ -140,8 +140,8 @@ class LockBackend(Protocol):
     def expect_notices(self) -> None:
         """A name that is delegated to this node has been used; so others may want it, too.  Called again and again."""
 
-    def rest(self) -> None:
-        """No name is delegated to this node: until one is used, notices may take their time."""
+    def rest(self, rests: bool) -> None:
+        """Whether this node has nothing that others can want or break: until it has, notices may take their time."""
 
     async def next_notice(self) -> str:
         """The next name of ours that somebody wants; waiting for it goes on when this node joins anew."""

@@ -328,7 +328,8 @@ class EtcdBackend:
     def expect_notices(self) -> None:
         """They are told."""
 
-    rest = expect_notices
+    def rest(self, rests: bool) -> None:
+        """There is nothing to rest from."""
 
     async def next_notice(self) -> str:
         while True:

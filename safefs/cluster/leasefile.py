@@ -73,7 +73,7 @@ class LeasefileBackend:
         self._count = 0
         self._wanted: list[str] = []
         self._used = float("-inf")  # when a name that is delegated to this node was used last
-        self._rests = False  # there is none
+        self._rests = False  # there is none, and nothing else that others can want or break
         self._uses = site.uses()  # as counted when it was last looked for notices
         self._expecting = trio.Event()  # one has been used since it was last looked for notices
         self.node = ""
@@ -231,8 +231,10 @@ class LeasefileBackend:
         self._used, self._rests = trio.current_time(), False
         self._expecting.set()
 
-    def rest(self) -> None:
-        self._rests = True
+    def rest(self, rests: bool) -> None:
+        if self._rests and not rests:
+            self._expecting.set()
+        self._rests = rests
 
     async def next_notice(self) -> str:
         while not self._wanted:

@@ -63,6 +63,7 @@ class Names:
         self.take_back: TakeBack = lambda _key, _locks: None
         self.broken: Broken = lambda _key, _locks: None
         self._names: dict[str, Name] = {}
+        self._on_record: set[str] = set()  # names that are shared, with locks of this node when they were seen last
         self._looked: dict[str, float] = {}  # when it was asked last whether a node is still there
         self._lost: dict[str, None] = {}  # nodes that are known to be gone
         self._followed = 0  # names that are followed, for whatever reason
@@ -174,6 +175,7 @@ class Names:
     def lose(self) -> None:
         """The lease is over: nothing of what this node held, or waited for, counts any more."""
         names, self._names = self._names, {}
+        self._on_record.clear()
         self._lost_as = self._backend.node
         for name in names.values():
             self.problems.over(name.key, is_known=True)
@@ -237,8 +239,7 @@ class Names:
                 if boottime() - name.used > IDLE_SECONDS:
                     self._put_away(name)
             self.problems.over(NOTICES, unless_within=CALM_SECONDS)  # notices that do not fail need not come
-            if not self._names:
-                self._backend.rest()
+            self._backend.rest(not (self._names or self._on_record))
 
     def _put_away(self, name: Name) -> None:
         if name.mine is not None and self._mine(name):
@@ -312,9 +313,22 @@ class Names:
 
     def _forget(self, name: Name) -> None:
         """Where there is nothing more to do; but empty records that are there are remembered until they are removed."""
+        if self._names.get(name.key) is not name:
+            return
+        self._note_locks(name)
         is_remembered = name.stored is not None and name.stored.version and not name.stored.record
-        if name.mine is None and not name.has_work and not is_remembered and self._names.get(name.key) is name:
+        if name.mine is None and not name.has_work and not is_remembered:
             del self._names[name.key]
+
+    def _note_locks(self, name: Name) -> None:
+        """Only this node puts locks of its own on record; others can break them, and then it is to hear of it soon."""
+        if name.stored is None:
+            return
+        if self._backend.node in name.stored.record.locks.nodes():
+            self._on_record.add(name.key)
+            self._backend.rest(False)
+        else:
+            self._on_record.discard(name.key)
 
     def _follower(self, name: Name) -> Follower:
         if name.follower is None:

@@ -837,7 +837,7 @@ def test_who_has_no_names_looks_for_notices_now_and_then(tmp_path: Path, monkeyp
 
     async def scenario(listener: Listener) -> None:
         await trio.sleep(100)
-        listener.backend.rest()
+        listener.backend.rest(True)
         listener.looks.clear()
         await trio.sleep(100)
         assert 18 <= len(listener.looks) <= 22
@@ -845,6 +845,22 @@ def test_who_has_no_names_looks_for_notices_now_and_then(tmp_path: Path, monkeyp
         await listener.backend.notify(listener.backend.node, "name")
         await trio.sleep(0.03)
         assert len(listener.heard) == 1
+
+    listening(tmp_path, monkeypatch, scenario)
+
+
+def test_who_rests_no_more_hears_within_half_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where no name is used, from that moment on."""
+
+    async def scenario(listener: Listener) -> None:
+        for step in range(10):
+            listener.backend.rest(True)
+            await trio.sleep(100 + step / 2)
+            listener.backend.rest(False)
+            sent = trio.current_time()
+            await listener.backend.notify(listener.backend.node, "name")
+            await trio.sleep(2)
+            assert listener.heard[-1] - sent <= 0.53
 
     listening(tmp_path, monkeypatch, scenario)
 

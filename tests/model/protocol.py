@@ -96,7 +96,8 @@ class Backend:
     def expect_notices(self) -> None:
         pass
 
-    rest = expect_notices
+    def rest(self, rests: bool) -> None:
+        pass
 
     async def notify(self, node: str, name: str) -> None:
         await ask("notify", node)

@@ -16,7 +16,7 @@ import trio.testing
 
 from safefs.cluster import names as module
 from safefs.cluster.backend import BackendError, DamagedError, Stored, UnreadableError
-from safefs.cluster.names import GIVE_BACK_SECONDS, LOOK_SECONDS, Names
+from safefs.cluster.names import GIVE_BACK_SECONDS, IDLE_SECONDS, LOOK_SECONDS, Names
 from safefs.cluster.problems import MOST_LINES
 from safefs.cluster.record import (
     FORMAT,
@@ -709,6 +709,43 @@ def test_a_node_whose_sweep_finds_that_its_lock_is_broken_hears_it(monkeypatch: 
         assert heard == ["name"] and not (await other.backend.read("name")).record
 
     play(scenario, CountingPolls)
+
+
+class Resting(CountingPolls):
+    """Knows whether it need not look for notices soon."""
+
+    rests = False
+
+    def rest(self, rests: bool) -> None:
+        self.rests = rests
+
+
+def test_who_has_a_lock_on_a_shared_name_does_not_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be broken, and that is said by a notice."""
+    monkeypatch.setattr(module, "boottime", trio.current_time)
+
+    async def scenario(nodes: list[Node]) -> None:
+        holder, other, idle = nodes
+
+        def resting() -> list[bool]:
+            assert all(isinstance(node.backend, Resting) for node in nodes)
+            return [node.backend.rests for node in nodes]  # type: ignore[attr-defined]
+
+        await share(holder, other)
+        await trio.sleep(3 * IDLE_SECONDS)
+        assert resting() == [False, True, True]
+        assert await other.acquire("name", 1, Mode.SHARED)
+        await trio.sleep(0.1)
+        assert resting() == [False, False, True]
+        await holder.release("name", 1)
+        await trio.sleep(3 * IDLE_SECONDS)
+        assert resting() == [True, False, True]
+        await break_on_record(idle)
+        await other.backend.notify(other.name, "name")
+        await trio.sleep(3 * IDLE_SECONDS)
+        assert resting() == [True, True, True]
+
+    play(scenario, Resting)
 
 
 class Damaged(MemoryBackend):
