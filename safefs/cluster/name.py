@@ -73,7 +73,7 @@ class Name:
     follower: Follower | None = None
     asked: bool = False  # somebody else wants the name of this node
     gone: set[str] = field(default_factory=set)  # nodes that have lost their leases
-    telling: bool = False  # other nodes, that what they held is broken
+    telling: bool = False  # other nodes, that what they held is broken, until they have seen it
     pending: list[Pending] = field(default_factory=list)
     waits: dict[int, Queued] = field(default_factory=dict)  # requests of ours in the queue on record, by ticket
     poke: trio.Event = field(default_factory=trio.Event)

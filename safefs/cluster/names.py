@@ -385,10 +385,10 @@ class Names:
             name.asked, name.waits = bool(record.wanted), {}
             return
         name.taking = None
-        name.telling = name.telling and bool(record.broken)
         if node in record.broken:
             self.broken(name.key, record.locks)
             record = record.heeded(node)
+        name.telling = bool(record.broken)  # whoever broke it may be gone
         if name.gone:
             record, name.gone = record.without(name.gone), set()
         else:
@@ -435,7 +435,6 @@ class Names:
             raise error
         for pending in clearing:
             pending.cleared = True
-        name.telling = True
         return error.stored
 
     async def _share(self, name: Name, stored: Stored, record: NameRecord) -> None:

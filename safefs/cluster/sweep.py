@@ -68,3 +68,5 @@ class Sweep:
             swapped = await self._backend.swap(key, stored, left)
             if swapped is not None and not swapped.record:
                 await self._backend.discard(key, swapped)
+        for node in left.broken:
+            await self._backend.notify(node, key)  # whoever broke it may be gone

@@ -711,6 +711,30 @@ def test_a_node_whose_sweep_finds_that_its_lock_is_broken_hears_it(monkeypatch: 
     play(scenario, CountingPolls)
 
 
+@pytest.mark.parametrize("locks", [True, False])
+def test_whoever_finds_that_a_lock_is_broken_tells_its_node(locks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one who broke it is gone: soon where another locks the name, and else by the sweep of any node."""
+
+    async def scenario(nodes: list[Node]) -> None:
+        holder, breaker, other = nodes
+        heard = list[float]()
+        holder.names.broken = lambda _key, _locks: heard.append(trio.current_time())
+        monkeypatch.setattr(holder.names._sweep, "_knows", lambda _key: True)
+        await share(holder, breaker)
+        await break_on_record(breaker)
+        await breaker.backend.leave()
+        assert not heard
+        if locks:
+            assert await other.acquire("name", 1, Mode.EXCLUSIVE)
+        await trio.sleep(LOOK_SECONDS if locks else 2 * SWEEP_SECONDS)
+        assert len(heard) == 1
+        told = calls_of(other).count("notify")
+        await trio.sleep(HOURS / 2)
+        assert len(heard) == 1 and calls_of(other).count("notify") == told == 1
+
+    play(scenario, CountingPolls)
+
+
 class Resting(CountingPolls):
     """Knows whether it need not look for notices soon."""
 
