@@ -228,14 +228,14 @@ class Files:
             self._bury(home)
 
     def leftovers(self, name: str) -> tuple[str, ...]:
-        """Data in a name's directory where there is nothing else: neither a state nor the mark that it is over."""
+        """What is in a name's directory where there is neither a state nor the mark that it is over."""
         for look in range(2):
-            data = sorted(self.listed(self.path("names", directory_of(name))))
-            if not all(entry.startswith(DATA) for entry in data):
+            found = sorted(self.listed(self.path("names", directory_of(name))))
+            if any(STATE.fullmatch(entry) or entry.startswith(GONE) for entry in found):
                 return ()
-            if data and not look:
+            if found and not look:
                 self.refresh(name)  # a listing that a client remembers is none
-        return tuple(data)
+        return tuple(found)
 
     def remove_leftovers(self, name: str, data: Iterable[str]) -> None:
         """The directory goes with them, unless there is anything else in it."""
@@ -270,14 +270,15 @@ class Files:
             os.unlink(path)
 
     def _bury(self, home: str) -> None:
-        """Empty and remove a name's directory if it is over.
+        """Empty and remove a name's directory if it is over, or has nothing in it but what a node left that died.
 
         Another may do the same, and a third make a new one in its place, at any moment.  So only such entries are
         removed as were listed together with the state that it is over: no other directory has entries of these names.
         """
         with suppress(OSError):
             entries = os.listdir(home)
-            if any(entry.startswith(GONE) for entry in entries):
+            is_over = any(entry.startswith(GONE) for entry in entries)
+            if is_over or all(entry.startswith(LOOK) for entry in entries):
                 self._empty(home, [entry for entry in entries if not STATE.fullmatch(entry)])
 
     def clear(self, directory: str) -> None:

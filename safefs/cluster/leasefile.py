@@ -23,7 +23,7 @@ from safefs.cluster.backend import (
     plainly,
 )
 from safefs.cluster.calls import Call, Calls, batches
-from safefs.cluster.files import ENDED, Files, directory_of
+from safefs.cluster.files import DATA, ENDED, Files, directory_of
 from safefs.cluster.housekeeping import Housekeeping
 from safefs.cluster.record import NameRecord
 from safefs.lease import OwnLease, Sightings, Terms, boottime
@@ -185,11 +185,14 @@ class LeasefileBackend:
 
     async def _clear_leftovers(self, name: str, before: float) -> None:
         """A name's directory cannot be made: BackendError as long as it may be that of a node that is just slow."""
-        data, key = await self._call(self.files.leftovers, name), f"names/{directory_of(name)}"
-        if not data:
+        left, key = await self._call(self.files.leftovers, name), f"names/{directory_of(name)}"
+        foreign = next((entry for entry in left if not entry.startswith(DATA)), None)
+        if not left:
             self._sightings.forget({key})
-        elif self._sightings.see(key, data, before, boottime()):
-            await self._call(self.files.remove_leftovers, name, data)
+        elif foreign is not None:
+            raise BackendError(f"{self._site.root}: {key}/{foreign} is nothing of safefs, and has to be removed")
+        elif self._sightings.see(key, left, before, boottime()):
+            await self._call(self.files.remove_leftovers, name, left)
             self._sightings.forget({key})
         else:
             what = f"{key} holds data without a state; should it stay so, they are removed"

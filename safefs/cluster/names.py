@@ -409,15 +409,17 @@ class Names:
 
     async def _look(self, name: Name) -> Stored:
         """The record, read again where what is known of it may not be the latest."""
+        replaced, name.replaced = name.replaced, None
         if name.asked:
             name.stored, name.asked = None, False  # somebody has put it on record that he wants the name
-        elif name.replaced is not None and name.follower is not None:
-            name.stored = await self._pause(name, name.replaced, LOOK_SECONDS)  # it is about to be told
-        name.replaced = None
+        elif replaced is not None and name.follower is not None:
+            name.stored = await self._pause(name, replaced, LOOK_SECONDS)  # it is about to be told
         try:
             stored = name.stored or await self._backend.read(name.key)
         except UnreadableError as error:
             stored = self._cleared(name, error)
+        if replaced is not None and stored.version == replaced.version:
+            await trio.sleep(RETRY_SECONDS[0])  # what is in the way of a swap is nothing that can be read
         self._require_lease(name)
         name.stored = stored
         return stored

@@ -10,6 +10,7 @@ import secrets
 import threading
 import time
 from collections.abc import Awaitable, Callable, Container, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -573,11 +574,10 @@ def test_a_rename_that_comes_late_finds_no_other_empty_record(tmp_path: Path, mo
 async def taken(backend: LockBackend, name: str) -> Stored:
     """A record that somebody makes, whatever stands in the way at first."""
     while True:
-        try:
+        with suppress(BackendError):
             if (stored := await backend.swap(name, Stored(), held_by("b"))) is not None:
                 return stored
-        except BackendError:
-            await trio.sleep(0.01)
+        await trio.sleep(0.01)
 
 
 @pytest.mark.parametrize("native_too", [False, True])
@@ -602,7 +602,7 @@ def test_what_a_dead_node_left_of_a_removed_name_does_not_stay_in_the_way(
     trio.run(scenario, clock=without_threads(monkeypatch))
 
 
-@pytest.mark.parametrize("beside", ["3~live", "3~none", "gone~1"])
+@pytest.mark.parametrize("beside", ["3~1e", "3~none", "gone~1"])
 def test_data_beside_which_there_is_anything_else_are_left_alone(beside: str, tmp_path: Path) -> None:
     """Also where it was not listed at first, and where the data change all the time."""
 
@@ -618,6 +618,48 @@ def test_data_beside_which_there_is_anything_else_are_left_alone(beside: str, tm
         assert one.files.leftovers("name") == ()
         one.files.remove_leftovers("name", ("data~other",))
         assert sorted(path.name for path in home.iterdir()) == sorted([beside, "data~live"])
+
+    trio.run(scenario)
+
+
+@pytest.mark.parametrize("left", [["look~dead"], ["look~dead", "look~late"], ["data~dead", "look~dead"]])
+def test_what_a_dead_node_left_in_a_names_directory_goes(
+    left: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It had just had its client look anew."""
+
+    async def scenario() -> None:
+        one = leasefile(tmp_path, terms=SHORT)
+        await one.join()
+        home = tmp_path / "names" / files_module.directory_of("name")
+        home.mkdir()
+        for entry in left:
+            (home / entry).touch()
+        with trio.fail_after(2 * SHORT.gone_seconds):
+            stored = await taken(one, "name")
+        assert sorted(path.name for path in home.iterdir()) == [f"1~{stored.token}", f"data~{stored.token}"]
+
+    trio.run(scenario, clock=without_threads(monkeypatch))
+
+
+@pytest.mark.parametrize("foreign", [".nfs000012", ".fuse_hidden01", "@eaDir"])
+def test_what_is_nothing_of_ours_in_a_names_directory_is_named(foreign: str, tmp_path: Path) -> None:
+    """And left alone.  When it is gone the name can be locked."""
+
+    async def scenario() -> None:
+        one = leasefile(tmp_path)
+        await one.join()
+        home = tmp_path / "names" / files_module.directory_of("name")
+        home.mkdir()
+        for entry in (foreign, "data~dead", "look~dead"):
+            (home / entry).touch()
+        for _ in range(3):
+            with pytest.raises(BackendError, match=f"{home.name}/{foreign} is nothing of safefs"):
+                await one.swap("name", Stored(), held_by("a"))
+        assert (home / foreign).exists()
+        for path in home.iterdir():
+            path.unlink()
+        assert await taken(one, "name")
 
     trio.run(scenario)
 

@@ -16,7 +16,7 @@ import trio.testing
 
 from safefs.cluster import names as module
 from safefs.cluster.backend import BackendError, DamagedError, Stored, UnreadableError
-from safefs.cluster.names import GIVE_BACK_SECONDS, IDLE_SECONDS, LOOK_SECONDS, Names
+from safefs.cluster.names import GIVE_BACK_SECONDS, IDLE_SECONDS, LOOK_SECONDS, RETRY_SECONDS, Names
 from safefs.cluster.problems import MOST_LINES
 from safefs.cluster.record import (
     FORMAT,
@@ -733,6 +733,25 @@ def test_whoever_finds_that_a_lock_is_broken_tells_its_node(locks: bool, monkeyp
         assert len(heard) == 1 and calls_of(other).count("notify") == told == 1
 
     play(scenario, CountingPolls)
+
+
+def test_a_swap_that_nothing_is_seen_in_the_way_of_is_not_tried_again_at_once() -> None:
+    """As where a directory holds what is no record: it would be tried for ever, and nothing else done."""
+
+    class Blocked(CountingPolls):
+        async def swap(self, name: str, old: Stored, new: NameRecord) -> Stored | None:
+            await trio.lowlevel.checkpoint()
+            self.calls.append("swap")
+            assert self.calls.count("swap") <= 10 / RETRY_SECONDS[0] + 1
+            return None
+
+    async def scenario(nodes: list[Node]) -> None:
+        with trio.move_on_after(10) as scope:
+            await nodes[0].acquire("name", 1, Mode.EXCLUSIVE)
+        assert scope.cancelled_caught
+        assert calls_of(nodes[0]).count("swap") > 20
+
+    play(scenario, Blocked)
 
 
 class Resting(CountingPolls):
