@@ -78,11 +78,13 @@ class DamagedError(UnreadableError):
     """A record is not what was written, by this or another version: by the end of a machine, or of its disk.
 
     `stored` is what an operator can put into its place: all who could be on it hear that what they had is broken.
+    `may_pass`: it may be readable at another time, or for another node, so nobody else puts anything there.
     """
 
-    def __init__(self, text: str, stored: Stored) -> None:
+    def __init__(self, text: str, stored: Stored, *, may_pass: bool = False) -> None:
         super().__init__(text)
         self.stored = stored
+        self.may_pass = may_pass
 
 
 class Follower(Protocol):

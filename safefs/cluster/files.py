@@ -39,6 +39,7 @@ from safefs.cluster.record import ForeignRecordError, NameRecord
 MOST_PROCESSES = 10_000  # that are remembered
 MOST_DAMAGED = 100  # records whose names are
 LIST_ATTEMPTS = 5  # a listing can miss a file that is renamed meanwhile
+LOST = (errno.EIO, errno.EUCLEAN, errno.EBADMSG)  # what a filesystem says of bytes that it has no more
 
 STATE = re.compile(r"(\d+)~([0-9a-f]+|none[0-9a-f]*)")
 NONE = "none"  # how the id of an empty record begins: a rename that comes late must not find another one in its place
@@ -51,6 +52,11 @@ ANSWER = "answer~"
 def directory_of(name: str) -> str:
     """A name's directory: names can be longer than a file name."""
     return hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:32]
+
+
+def _latest(entries: Iterable[str]) -> tuple[int, str] | None:
+    """Version and id of the state that counts in a name's directory."""
+    return max(((int(found[1]), found[2]) for entry in entries if (found := STATE.fullmatch(entry))), default=None)
 
 
 def _touch(path: str) -> None:
@@ -109,13 +115,13 @@ class Files:
                 self._require_place()
                 continue
             is_missing = False
-            states = [(int(found[1]), found[2]) for entry in entries if (found := STATE.fullmatch(entry))]
-            if states:
-                return max(states)
+            if (state := _latest(entries)) is not None:
+                return state
         return None
 
     def read(self, name: str) -> Stored:
         """DamagedError where the data of a record are none, UnreadableError where they are another version's."""
+        seen = set[tuple[int, str]]()
         for _ in range(LIST_ATTEMPTS):
             state = self._state(name)
             if state is None:
@@ -123,31 +129,43 @@ class Files:
             version, token = state
             if token.startswith(NONE):
                 return Stored(version, token=token)
-            home = self.path("names", directory_of(name))
-            what = f"{home}: the record of {name!r} cannot be read"
             try:
-                with open(f"{home}/{DATA}{token}", encoding="utf-8") as file:
-                    data = json.load(file)
-                if data["name"] == name:
-                    return Stored(version, NameRecord.from_json(data["record"]), token)
-            except FileNotFoundError:
+                return self._read_data(name, version, token)
+            except FileNotFoundError as error:
+                missing = error
+                seen.add(state)
                 self.refresh(name)  # it has been replaced, just now or behind a cached listing
-                continue
-            except ForeignRecordError as error:
-                raise UnreadableError(f"{what}: {error}") from None
-            except (ValueError, KeyError, TypeError) as error:
-                self._remember_damaged(home, name)
-                raise DamagedError(
-                    f"{what}: {error}", Stored(version, NameRecord(broken=tuple(self.nodes())), token)
-                ) from None
-            raise UnreadableError(f"{what}: it is about another name")
-        raise OSError(errno.EAGAIN, "the record of a name changes faster than it can be read")
+        if len(seen) > 1:
+            raise OSError(errno.EAGAIN, "the record of a name changes faster than it can be read")
+        raise self._damage(name, version, token, missing)  # a state goes before its data
 
-    def _remember_damaged(self, home: str, name: str) -> None:
-        """Its record does not tell the name any more."""
+    def _read_data(self, name: str, version: int, token: str) -> Stored:
+        path = self.path("names", directory_of(name), DATA + token)
+        try:
+            with open(path, encoding="utf-8") as file:
+                data = json.load(file)
+            if data["name"] == name:
+                return Stored(version, NameRecord.from_json(data["record"]), token)
+        except ForeignRecordError as error:
+            raise UnreadableError(self._unreadable(name, error)) from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise self._damage(name, version, token, error) from None
+        except OSError as error:
+            if error.errno not in LOST:
+                raise
+            raise self._damage(name, version, token, error, may_pass=True) from None
+        raise UnreadableError(self._unreadable(name, "it is about another name"))
+
+    def _unreadable(self, name: str, why: object) -> str:
+        return f"{self.path('names', directory_of(name))}: the record of {name!r} cannot be read: {why}"
+
+    def _damage(self, name: str, version: int, token: str, why: Exception, *, may_pass: bool = False) -> DamagedError:
+        """The name is remembered: its record does not tell it any more."""
         if len(self._damaged) >= MOST_DAMAGED:
             self._damaged.clear()
-        self._damaged[home] = name
+        self._damaged[self.path("names", directory_of(name))] = name
+        stored = Stored(version, NameRecord(broken=tuple(self.nodes())), token)
+        return DamagedError(self._unreadable(name, why), stored, may_pass=may_pass)
 
     def read_later(self, name: str, version: int) -> Stored | None:
         """The record if it is not of that version any more."""
@@ -377,25 +395,29 @@ class Files:
         """What a directory is about.
 
         Data that are listed can be gone, and what came in their place is not in a listing that a client remembers.
-        Of several data some can be on their way to the disk; so only where none can be read they are damaged.
+        Of several data some can be on their way to the disk; so they are damaged, or missing, only where none can be
+        read as long as the record is the same.
         """
-        damaged = False
+        seen = set[tuple[int, str] | None]()
         for attempt in range(LIST_ATTEMPTS):
             if attempt:
                 self.look_anew(home)
-            data = [entry for entry in self.listed(home) if entry.startswith(DATA)]
+            entries = self.listed(home)
+            state = _latest(entries)
+            data = {entry for entry in entries if entry.startswith(DATA)}
+            if state is not None and not state[1].startswith(NONE):
+                data.add(DATA + state[1])
             if attempt and not data:
                 return None
-            damaged = bool(data)
             for entry in data:
                 try:
                     with open(f"{home}/{entry}", encoding="utf-8") as file:
                         return str(json.load(file)["name"])
-                except OSError:
-                    damaged = False
-                except (ValueError, KeyError, TypeError):
+                except (OSError, ValueError, KeyError, TypeError):
                     pass
-        return self._damaged.get(home, NAMELESS + home) if damaged else None
+            if attempt:
+                seen.add(state)
+        return self._damaged.get(home, NAMELESS + home) if len(seen) == 1 else None
 
     @staticmethod
     def listed(directory: str) -> list[str]:

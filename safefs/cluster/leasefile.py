@@ -156,7 +156,7 @@ class LeasefileBackend:
             return await self._call(self._read, name)
         except DamagedError as error:
             damaged = error.stored
-            if not await self._are_gone(damaged, before):
+            if error.may_pass or not await self._are_gone(damaged, before):
                 raise
         log.warning("the record of %r was damaged; all are gone who could be on it", name)
         return replace(damaged, record=NameRecord(broken=(self.node,)))  # what this node has of it is lost

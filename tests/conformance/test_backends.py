@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import threading
@@ -14,6 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TextIO
 
 import pytest
 import trio
@@ -976,6 +978,68 @@ def test_a_record_that_is_damaged(damage: str, tmp_path: Path, monkeypatch: pyte
         assert await one.read("name") == found
         assert await one.swap("name", found, held_by("a"))
         assert (await one.read("name")).record == held_by("a")
+
+    trio.run(scenario, clock=without_threads(monkeypatch))
+
+
+def unreadable(monkeypatch: pytest.MonkeyPatch, data: Path, number: int) -> None:
+    """Have a file fail when it is opened."""
+
+    def fail(path: str, mode: str = "r", **options: str) -> TextIO:
+        if path == str(data):
+            raise OSError(number, os.strerror(number), path)
+        return open(path, mode, **options)  # type: ignore[call-overload, no-any-return]
+
+    monkeypatch.setattr(files_module, "open", fail, raising=False)
+
+
+def test_a_record_whose_data_are_missing_is_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a repair of the filesystem: it stays so, and is nobody's once all are gone that could be on it."""
+
+    async def scenario() -> None:
+        one, two = leasefile(tmp_path, terms=SHORT), leasefile(tmp_path, terms=SHORT)
+        await two.join()
+        assert await two.swap("name", Stored(), held_by(two.node))
+        (data,) = (tmp_path / "names").glob("*/data~*")
+        data.unlink()
+        await one.join()
+        with pytest.raises(DamagedError, match="cannot be read") as caught:
+            await one.read("name")
+        assert set(caught.value.stored.record.broken) == {one.node, two.node}
+        assert await one.all_names() == ["name"]
+        assert await two.all_names() == [f"{NAMELESS}{data.parent}"]
+        await two.leave()
+        await trio.sleep(SHORT.gone_seconds)
+        await one.join()
+        assert (await one.read("name")).record.broken == (one.node,)
+
+    trio.run(scenario, clock=without_threads(monkeypatch))
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EUCLEAN, errno.EACCES])
+def test_a_record_that_the_disk_has_lost_is_for_an_operator_alone(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another node may still read it, or this one later.  What is only not allowed is not lost."""
+
+    async def scenario() -> None:
+        one, two = leasefile(tmp_path, terms=SHORT), leasefile(tmp_path, terms=SHORT)
+        await two.join()
+        assert await two.swap("name", Stored(), held_by(two.node))
+        (data,) = (tmp_path / "names").glob("*/data~*")
+        await two.leave()
+        await one.join()
+        unreadable(monkeypatch, data, number)
+        for _ in range(3):
+            with pytest.raises((BackendError, OSError), match=os.strerror(number)) as caught:
+                await one.read("name")
+            await trio.sleep(2 * SHORT.gone_seconds)
+            await one.join()
+        assert isinstance(caught.value, DamagedError) == (number != errno.EACCES)
+        assert len(await one.all_names()) == 1
+        if isinstance(caught.value, DamagedError):
+            stored = await one.swap("name", caught.value.stored, held_by("a"))
+            assert stored is not None and await one.read("name") == stored
 
     trio.run(scenario, clock=without_threads(monkeypatch))
 
