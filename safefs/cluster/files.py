@@ -197,6 +197,9 @@ class Files:
             self._write(home, name, stored)
         except FileNotFoundError:
             return None  # the record was empty, and its directory is removed
+        except OSError:
+            self._remove(f"{home}/{DATA}{token}")  # they do not count, and whoever waits tries again and again
+            raise
         try:
             os.rename(f"{home}/{old.version}~{old.token}", f"{home}/{stored.version}~{token}")
         except FileNotFoundError:

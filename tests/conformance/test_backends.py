@@ -1097,6 +1097,33 @@ def test_a_record_is_on_the_disk_before_it_counts(tmp_path: Path, monkeypatch: p
     trio.run(scenario)
 
 
+def everything_in(directory: Path) -> list[Path]:
+    return sorted(directory.rglob("*"))
+
+
+def test_a_record_for_which_there_is_no_space_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is tried again and again, by all who wait."""
+
+    def fail(_fd: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    async def scenario() -> None:
+        one = leasefile(tmp_path)
+        await one.join()
+        first = await one.swap("name", Stored(), held_by("a"))
+        assert first is not None
+        before = everything_in(tmp_path)
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "fsync", fail)
+            for name, old in (("name", first), ("other", Stored())):
+                with pytest.raises(BackendError, match="No space"):
+                    await one.swap(name, old, held_by("b"))
+        assert everything_in(tmp_path) == before
+        assert await one.swap("name", first, held_by("b"))
+
+    trio.run(scenario)
+
+
 @pytest.mark.parametrize("appears", [False, True])
 def test_a_directory_that_is_not_mounted_is_not_one_without_records(
     appears: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
