@@ -41,6 +41,7 @@ MOST_DAMAGED = 100  # records whose names are
 LIST_ATTEMPTS = 5  # a listing can miss a file that is renamed meanwhile
 LOST = (errno.EIO, errno.EUCLEAN, errno.EBADMSG)  # what a filesystem says of bytes that it has no more
 
+NODE, HOME = re.compile(r"[0-9a-f]{16}"), re.compile(r"[0-9a-f]{32}")  # names of nodes, and of directories of names
 STATE = re.compile(r"(\d+)~([0-9a-f]+|none[0-9a-f]*)")
 NONE = "none"  # how the id of an empty record begins: a rename that comes late must not find another one in its place
 DATA, LOOK = "data~", "look~"  # how the names of a record's bytes begin, and of what is made to have a client look anew
@@ -381,14 +382,14 @@ class Files:
         return bool(identity) and self._has_died(identity)
 
     def nodes(self) -> list[str]:
-        """All that have left anything."""
-        return self.listed(self.path("nodes"))
+        """All that have left anything; what else is there (.DS_Store, say) is nothing of ours."""
+        return [entry for entry in self.listed(self.path("nodes")) if NODE.fullmatch(entry)]
 
     def homes(self) -> list[str]:
-        """The directories of all names of which anything is on record."""
+        """The directories of all names of which anything is on record; what else is there is nothing of ours."""
         home = self.path("names")
         self.look_anew(home)
-        return [f"{home}/{directory}" for directory in self.listed(home)]
+        return [f"{home}/{entry}" for entry in self.listed(home) if HOME.fullmatch(entry)]
 
     def names_of(self, homes: Iterable[str]) -> list[str]:
         """What these directories are about, where they are still there."""

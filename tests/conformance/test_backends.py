@@ -477,8 +477,8 @@ def test_nodes_that_never_come_back_leave_no_files(tmp_path: Path, monkeypatch: 
         await lives.join()
         dead = files_module.Files(str(tmp_path), {}, lambda _identity: False)
         for number in range(2 * housekeeping.LOOKED_AT_ONCE):
-            dead.join(f"dead{number}")
-        (nodes / "dead1" / "0").unlink()
+            dead.join(f"dead{number:012}")
+        (nodes / "dead000000000001" / "0").unlink()
         (tmp_path / "new" / "aa").mkdir()
         (tmp_path / "new" / "aa" / "data~aa").touch()
         with trio.fail_after(SECONDS):
@@ -1176,6 +1176,27 @@ def test_a_node_that_was_listed_while_it_was_being_made(tmp_path: Path, monkeypa
     monkeypatch.setattr(os, "listdir", lambda path: kept.get(path) or real_list(path))
     monkeypatch.setattr(mine, "look_anew", look_anew)
     assert mine.heartbeat("node") == "0"
+
+
+@pytest.mark.parametrize("foreign", [".DS_Store", ".nfs0123456789abcdef", "0123"])
+@pytest.mark.parametrize("native_too", [False, True])
+def test_what_others_put_beside_nodes_and_names_is_none(native_too: bool, foreign: str, tmp_path: Path) -> None:
+    """All the rest is looked at and tidied up as without it."""
+
+    async def scenario() -> None:
+        other = leasefile(tmp_path, "other")
+        await other.join()
+        assert await other.swap("name", Stored(), held_by("a"))
+        for part in ("nodes", "names", "new"):
+            (tmp_path / part / foreign).write_text("not ours")
+        one = native(tmp_path) if native_too else leasefile(tmp_path, "one", {"other"})
+        await one.join()
+        await one.tidy_up()
+        assert native_too or await one.gone([other.node]) == {other.node}
+        assert await one.all_names() == ["name"] == await one.some_names(10)
+        assert sorted(one.files.nodes()) == sorted([one.node, other.node])
+
+    trio.run(scenario)
 
 
 @pytest.mark.parametrize("native_too", [False, True])

@@ -295,7 +295,7 @@ def test_who_joins_looks_at_some_of_the_others_at_a_time(tmp_path: Path, monkeyp
     others = files_module.Files(str(tmp_path), {}, lambda _identity: False)
     crowd = 2 * AT_ONCE + 1
     for number in range(crowd):
-        others.join(f"dead{number}")
+        others.join(f"dead{number:012}")
     unlocked, looked = module.LockedFiles.unlocked, list[int]()
 
     def counted(files: module.LockedFiles, nodes: Sequence[str]) -> dict[str, str]:
