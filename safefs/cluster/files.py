@@ -204,7 +204,9 @@ class Files:
         try:
             os.rename(f"{home}/{old.version}~{old.token}", f"{home}/{stored.version}~{token}")
         except FileNotFoundError:
-            # Of another's rename, or of our own whose answer was lost and that the client has repeated.
+            # Of another's rename, or of our own whose answer was lost and that the client has repeated.  Another
+            # thread may have had the directory listed before that.
+            self.refresh(name)
             if self._state(name) != (stored.version, token):
                 self._remove(f"{home}/{DATA}{token}")
                 return None

@@ -203,12 +203,19 @@ class Search:
         if "away" in self._kinds:
             actors = [each._replace(none=not now or (each.none and bool(each.answers))) for each in actors]
         if "stale" in self._kinds:
-            actors = [self._remember(each, number == at, state, tree, call) for number, each in enumerate(actors)]
+            carried_out = answer[0] == "value"
+            actors = [
+                self._remember(each, number == at and carried_out, state, tree, call)
+                for number, each in enumerate(actors)
+            ]
         return State(tree, tuple(actors), state.faults, wrong or said)
 
     @staticmethod
     def _remember(actor: Actor, its_own: bool, state: State, tree: Tree, call: Call) -> Actor:
-        """Who has made or renamed something in a directory is not given listings from before that."""
+        """Who has made or renamed something in a directory is not given listings from before that.
+
+        But where he was not told that it was done, he may have been given one in between.
+        """
         if its_own and call[-1].startswith(HOME) and call[0] in ("create", "rename"):
             return actor._replace(past=frozenset())
         kind, listing = carry_out(state.tree, ("listdir", HOME))[1]
@@ -291,6 +298,13 @@ def test_control_whatever_is_missing_is_not_there(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(Files, "_require_place", lambda _files: None)
     with pytest.raises(Violation, match="no record"):
         search("ab", 1, ("away",))
+
+
+def test_control_who_does_not_look_anew_after_a_rename_whose_answer_was_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And takes the data for those of a state that was never there."""
+    monkeypatch.setattr(Files, "refresh", lambda _files, _name: None)
+    with pytest.raises(Violation, match="lost its data"):
+        search("ab", 2, ("lost", "stale"))
 
 
 def test_control_whoever_empties_a_directory_empties_what_is_there_now(monkeypatch: pytest.MonkeyPatch) -> None:
