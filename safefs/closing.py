@@ -160,22 +160,38 @@ class Closing:
         except SafefsError as error:
             log.info("a late publish of %r was refused: %s", draft.name, error.message)
 
-    async def settle_all(self, *, all_closed: bool) -> None:
-        """The daemon ends: what was closed is published, what is still being written is kept.
+    def settle_all(self, *, all_closed: bool) -> trio.Event:
+        """The daemon ends: what was closed is published, what is still being written is kept; what to wait for.
 
-        `all_closed` says that the mount is gone, so that nothing can be open; the kernel drops RELEASEs then.
+        `all_closed` says that the mount is gone, so that nothing can be open; the kernel drops RELEASEs then.  Who does
+        not wait any longer does not end it: a publish that is given up lets go of its locks, and may come to pass yet.
         """
+        done = trio.Event()
+        self._nursery.start_soon(self._settle_all, all_closed, done)
+        return done
+
+    async def _settle_all(self, all_closed: bool, done: trio.Event) -> None:
+        being_published = list[Draft]()
         for draft in self.fs.drafts:
-            async with draft.gate.passing():
-                pass  # what a close is publishing now
-            if not draft.pending:
-                continue
-            if draft.flushed and (all_closed or not draft.writers):
-                await self.settle(draft)
-            elif draft.name_class is NameClass.PARTIAL:
-                await self.fs.publisher.end_killed(draft)
+            if draft.gate.is_closed:
+                being_published.append(draft)
             else:
-                await self.fs.publisher.refuse(draft, "safefs was stopped before its writer closed it", errno.EIO)
+                await self._settle_at_end(draft, all_closed=all_closed)
+        for draft in being_published:
+            async with draft.gate.passing():
+                pass
+            await self._settle_at_end(draft, all_closed=all_closed)
+        done.set()
+
+    async def _settle_at_end(self, draft: Draft, *, all_closed: bool) -> None:
+        if not draft.pending:
+            return
+        if draft.flushed and (all_closed or not draft.writers):
+            await self.settle(draft)
+        elif draft.name_class is NameClass.PARTIAL:
+            await self.fs.publisher.end_killed(draft)
+        else:
+            await self.fs.publisher.refuse(draft, "safefs was stopped before its writer closed it", errno.EIO)
 
     # -------------------------------------- writers that are not seen (passthrough)
 

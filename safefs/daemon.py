@@ -478,7 +478,7 @@ class Daemon:
         self.fs.accepting = False
         with trio.move_on_after(self.settings.drain_seconds) as scope:
             await self.fs.ordering.wait_process(None)
-            await closing.settle_all(all_closed=all_closed)
+            await closing.settle_all(all_closed=all_closed).wait()
         if scope.cancelled_caught:
             log.error("gave up waiting for the backing after %g s of shutdown", self.settings.drain_seconds)
 
@@ -497,10 +497,10 @@ class Daemon:
             await self.names.give_back()
         pyfuse3.close(unmount=False)
         await self.backing.run(SERVICE, self.events.write)
-        with suppress(OSError):
-            await self.backing.run(SERVICE, self.record.remove)
         with trio.move_on_after(CLOSING_SECONDS):
             await self.backing.workers.quiet()  # else this node could not leave its locks (Keeper.may_leave)
+        with suppress(OSError):
+            await self.backing.run(SERVICE, self.record.remove)
         log.info("unmounted %s", self.settings.mountpoint)
 
     # --------------------------------------------------------------- status

@@ -32,6 +32,7 @@ MAX_PATIENCE_SECONDS = 3600.0
 MAX_KIN = 16
 # How long the RELEASE of a closed file is waited for, and so many times as long when there is a reason to.
 RELEASE_SECONDS, RELEASE_LOOKS = 0.02, 10
+BACKLOG_SECONDS = 0.002  # between looks whether what the kernel had to say has been received
 
 _FLOCK_MODES = {fcntl.LOCK_SH: Mode.SHARED, fcntl.LOCK_EX: Mode.EXCLUSIVE}
 
@@ -178,8 +179,7 @@ class Locking:
         """
         if self._endings:
             for ending in list(self._endings.get(self._key(wanted), ())):
-                self._has_closed(ending, tid)
-                await ending.done.wait()
+                await self._end(ending, tid)
         await self.fs.ordering.wait_name(*self._place(wanted.nodeid, wanted.handle))
 
     def unlock(self, wanted: Wanted) -> list[trio.Event]:
@@ -347,11 +347,15 @@ class Locking:
         self.locks.hold_on(ending.estate, handle.number, ending.file)
         return close
 
-    def _has_closed(self, ending: Ending, tid: int) -> None:
+    async def _end(self, ending: Ending, tid: int) -> None:
         """A thread asks for something, so it is in none of its closes any more: RELEASE has come, or will not."""
-        if tid and not self.fs.passthrough.requests_wait():
-            for close in [close for close in ending.closes if close.tid == tid and not close.may_publish()]:
-                self._over(close)
+        while own := [close for close in ending.closes if tid and close.tid == tid and not close.may_publish()]:
+            if not self.fs.passthrough.requests_wait():
+                for close in own:
+                    self._over(close)
+                break
+            await trio.sleep(BACKLOG_SECONDS)
+        await ending.done.wait()
 
     def _over(self, close: Close) -> None:
         """What came of a close is published, or it was not the last: the locks are free, but for other closes."""

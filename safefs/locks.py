@@ -161,6 +161,7 @@ class Estate:
 
     heir: Owner
     names: tuple[str, ...]
+    recorded: tuple[trio.Event, ...]  # what to wait for until that is so for all nodes
 
     def uses(self) -> list[Use]:
         return [(key, Kind.RECORD, self.heir) for key in self.names]
@@ -450,13 +451,14 @@ class Locks:
         lost = self._forget_closed(owner, file)
         if not lost:
             return None
-        heir = self._own_owner()
+        heir, events = self._own_owner(), []
         for key, kind, _ in lost:
             held = self._held[key, kind]
             held[heir] = held.pop(owner)
             held[heir].hand_over(owner, heir)
-            self._do(key, HandOver(kind, owner, heir))
-        estate = Estate(heir, tuple(key for key, _, _ in lost))
+            events.append(self._do(key, HandOver(kind, owner, heir)))
+        recorded = tuple(event for event in events if event is not None)
+        estate = Estate(heir, tuple(key for key, _, _ in lost), recorded)
         self.hold_on(estate, handle, file)
         return estate
 
@@ -475,7 +477,7 @@ class Locks:
     def _forget_closed(self, owner: Owner, file: int) -> list[Use]:
         """What a process holds of a file, and of no other by the same name, and loses by closing it.
 
-        Who has asked for something and has no answer yet will have it from after the close.
+        That goes for what is on record when the close is (which is over then): what is granted later it keeps.
         """
         lost = []
         for key in self._uses.names(owner, file):

@@ -205,6 +205,7 @@ class SoftLocks:
         self._nursery: trio.Nursery | None = None
         self._noting = False
         self._is_behind = False  # what should be on record is not
+        self._noted_in = 1  # as which record it was put down last (DaemonRecord.made)
         self._writing = trio.Lock()
         self._looks = trio.CapacityLimiter(4)  # threads that look at /proc
         self.node = ""  # this node's name in the cluster; empty: there is none
@@ -228,7 +229,7 @@ class SoftLocks:
         """Until cancelled: what failed is tried again."""
         while True:
             await trio.sleep(REPEAT_SECONDS)
-            if self._is_behind:
+            if self._is_behind or self._noted_in != self._record.made:
                 self._note_soon()
             for lock in [lock for lock in self._locks.values() if lock.due]:
                 await self._remove(lock, lock.due)
@@ -399,7 +400,7 @@ class SoftLocks:
 
     def _write(self, locks: list[SoftLock]) -> None:
         """Put them on record; OSError also where one is missing there for another reason than that it is gone."""
-        missing = None
+        missing, self._noted_in = None, self._record.made
         for lock in locks:
             try:
                 lock.entry = self._entry(lock)

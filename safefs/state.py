@@ -432,6 +432,7 @@ class DaemonRecord:
         self._noted: set[bytes] = set()
         self._journal = self._make()
         self._is_cut = False  # its last line, where the disk was full
+        self.made = 1  # how many times: others, who took this daemon for dead, have removed what was there before
         self._is_over = False
         self.beat()
 
@@ -464,6 +465,8 @@ class DaemonRecord:
             raise
         os.dup2(journal, self._journal, inheritable=False)  # others may be about to write to it
         os.close(journal)
+        self._is_cut = False
+        self.made += 1
         self._noted.clear()
         log.warning("others took this daemon for dead, and have settled what it left")
 
@@ -516,7 +519,8 @@ class DaemonRecord:
         """An orderly end: nothing is left to find."""
         with self._beating:
             self._is_over = True
-        os.close(self._journal)
+        journal, self._journal = self._journal, -1  # the number can be another file's in a moment
+        os.close(journal)
         replaced = (HEARTBEAT, SOFT_LOCKS, ETCD)
         for name in (*(f"{each}.new" for each in replaced), *replaced, JOURNAL, IDENTITY):
             (self.path / name).unlink(missing_ok=True)

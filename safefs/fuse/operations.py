@@ -366,6 +366,7 @@ class Operations(pyfuse3.Operations):
             finally:  # whoever gets the lock sees what was written under it
                 if handle.draft is not None and handle.draft.unpublished:
                     for close in self._locking.flushed_unpublished(nodeid, handle, owner, request.pid):
+                        unlocking += close.ending.estate.recorded
                         self._nursery.start_soon(self._locking.end_unless_released, close)
                 else:
                     unlocking = self._locking.flushed(nodeid, owner)

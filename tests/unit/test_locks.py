@@ -9,11 +9,14 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import trio
+import trio.testing
 
+from safefs.cluster.names import Names
 from safefs.cluster.record import Acquire, HandOver, Release, Step
-from safefs.locks import Alone, Estate, Locks
+from safefs.locks import Alone, Estate, Locks, Waiting
 from safefs.locktable import OFFSET_MAX, Kind, Lock, Mode, NameLocks, Owner
 from tests.support.lending import Extension
+from tests.support.memory_backend import MemoryBackend, MemoryCluster
 
 NAME, HANDLE = "1/x.lock", 7
 
@@ -353,27 +356,62 @@ def test_who_waits_for_what_is_held_on_is_in_no_ring(locks: Locks) -> None:
     assert waiting.held
 
 
-def test_a_request_on_its_way_is_not_ended_by_a_close() -> None:
-    """Other nodes answer it after the close, through the open file that was closed, too: it is held, and on record."""
+def test_what_is_held_on_is_so_for_other_nodes() -> None:
+    """The close waits for that, as for an unlock: what its process is granted afterwards is its own."""
     names = Shared("node")
     locks = Locks(names)
     locked(locks, 1, (0, 9))
     names.is_shared = True
-    asked = [
-        locks.acquire(NAME, Kind.RECORD, Lock(owner(1), Mode.EXCLUSIVE, 20, 29), handle, may_wait=True, file=1)
-        for handle in (1, 2)
-    ]
     estate = hand_over(locks, 1, 1)
+    assert len(estate.recorded) == 1 and not estate.recorded[0].is_set()
     locks.let_go(estate, 1)
-    for waiting in asked:
-        assert waiting is not None
-        locks.answer(waiting.wait.ticket, True)
-    assert held(locks, 0, 9, 20, 29) == [20, 29]
-    steps = names.steps[2:]
-    assert steps == [
+    assert names.steps == [
         HandOver(Kind.RECORD, owner(1), estate.heir),
         Release(Kind.RECORD, estate.heir, 0, OFFSET_MAX),
     ]
+
+
+def ask(locks: Locks, owner: Owner, first: int, last: int, handle: int) -> Waiting:
+    wanted = Lock(owner, Mode.EXCLUSIVE, first, last)
+    waiting = locks.acquire(NAME, Kind.RECORD, wanted, handle, may_wait=True, file=1)
+    assert waiting is not None
+    return waiting
+
+
+def test_what_another_node_unlocks_after_a_close_is_who_waits_for_its() -> None:
+    """Two threads: one waits for a range that another node has, and one closes the file meanwhile."""
+
+    async def main() -> None:
+        cluster, nodes = MemoryCluster(), []
+        async with trio.open_nursery() as nursery:
+            for name in ("one", "two"):
+                names = Names(MemoryBackend(cluster, name))
+                nodes.append(Locks(names))
+                names.resolve, names.broken = nodes[-1].answer, nodes[-1].broken
+                nursery.start_soon(names.run)
+            here, there = nodes
+            me, other = Owner("one", 1), Owner("two", 2)
+            for locks, who, first, handle in ((here, me, 0, 1), (there, other, 50, 5)):
+                waiting = ask(locks, who, first, first + 9, handle)
+                await waiting.settled.wait()
+                assert waiting.held
+            waits = ask(here, me, 50, 59, 2)
+            estate = here.hand_over(me, 1, 1)
+            assert estate is not None
+            for event in estate.recorded:
+                await event.wait()
+            there.release(NAME, Kind.RECORD, other, 50, 59)
+            await waits.settled.wait()
+            here.let_go(estate, 1)
+            await trio.testing.wait_all_tasks_blocked()
+            assert waits.held
+            again = [ask(there, other, first, first, 5) for first in (0, 59)]
+            await again[0].settled.wait()
+            await trio.sleep(60)
+            assert again[0].held and not again[1].settled.is_set()
+            nursery.cancel_scope.cancel()
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
 
 
 def test_a_close_that_ends_nothing_asks_no_other_node() -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar, cast
 
 import pytest
@@ -28,6 +30,7 @@ from safefs.state import DaemonRecord, StateDirectory
 
 T = TypeVar("T")
 NOBODY = 65534
+NO_RECORD = cast(DaemonRecord, SimpleNamespace(made=1))
 
 
 class SlowStore:
@@ -47,7 +50,7 @@ class SlowStore:
 def test_a_record_is_written_when_the_one_before_is_there(tmp_path: Path) -> None:
     """Both have the same name on their way: two at once lose one, and what is older can be the one that stays."""
     store = SlowStore()
-    locks = SoftLocks(cast(Backing, store), cast(DaemonRecord, None), EventLog(tmp_path, "w"))
+    locks = SoftLocks(cast(Backing, store), NO_RECORD, EventLog(tmp_path, "w"))
 
     async def main() -> None:
         async with trio.open_nursery() as nursery:
@@ -82,7 +85,7 @@ def test_it_ends_in_order_while_creators_live(tmp_path: Path, sleeper: subproces
     """Whichever of its tasks comes first, which trio leaves to chance."""
 
     async def main() -> None:
-        locks = SoftLocks(cast(Backing, SlowStore()), cast(DaemonRecord, None), EventLog(tmp_path, "w"))
+        locks = SoftLocks(cast(Backing, SlowStore()), NO_RECORD, EventLog(tmp_path, "w"))
         async with trio.open_nursery() as nursery:
             nursery.start_soon(locks.run)
             await trio.testing.wait_all_tasks_blocked()
@@ -109,7 +112,7 @@ def test_locks_that_have_outlived_their_creators_make_way(
 ) -> None:
     """They are there to be shown; those whose creators live stay, and there is no room for more of these."""
     monkeypatch.setattr(softlocks, "MAX_WATCHED", 2)
-    locks = SoftLocks(cast(Backing, SlowStore()), cast(DaemonRecord, None), EventLog(tmp_path, "w"))
+    locks = SoftLocks(cast(Backing, SlowStore()), NO_RECORD, EventLog(tmp_path, "w"))
     directory = Identity(1, 1)
 
     def make(name: bytes, process: subprocess.Popen[bytes]) -> None:
@@ -361,6 +364,19 @@ def test_a_note_that_fails_is_made_again(
 
     trio.run(main)
     assert failures(caplog) == 1
+
+
+def test_what_was_on_record_is_noted_in_a_new_one(watched: Watched) -> None:
+    """Others have taken the daemon for dead, and removed what they found."""
+
+    async def main() -> None:
+        async with watched.running():
+            await until(lambda: watched.noted() == ["x.lock"])
+            shutil.rmtree(watched.record.path)
+            watched.record.beat()
+            await until(lambda: watched.noted() == ["x.lock"])
+
+    trio.run(main)
 
 
 def test_a_file_that_cannot_be_looked_at_is_noted_later(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
