@@ -27,6 +27,7 @@ from typing import Any
 from safefs.locktable import Kind, Lock, NameLocks, Owner, Wait
 
 FORMAT = 2
+MOST_NEXT = 8  # nodes of which is found out at once whether they are gone
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,8 @@ class NameRecord:
     def in_the_way(self, node: str) -> set[str]:
         """The nodes that one that waits has to look after: were one of these gone it could wait for ever.
 
-        Of those who wait before it, the first is enough: when that one has had his turn, another is the first.
+        Of those who wait before it, the next are enough: as those get their turns, others are.  Not the first alone: to
+        find out that a node is gone takes its lease or more, which nodes that end together would cost one by one.
         """
         found = {self.delegate, *self.broken}
         for table in self.locks.tables.values():
@@ -136,7 +138,7 @@ class NameRecord:
             for at, wait in enumerate(table.waiting):
                 if wait.lock.owner.node == node:
                     before = [other.lock for other in table.waiting[:at] if other.lock.conflicts(wait.lock)]
-                    found.update(lock.owner.node for lock in before[:1])
+                    found.update(list(dict.fromkeys(lock.owner.node for lock in before))[:MOST_NEXT])
         return found - {"", node}
 
     # -------------------------------------------------------------- steps

@@ -1114,8 +1114,14 @@ def test_who_waits_looks_after_those_who_stand_in_his_way() -> None:
     modes = {"reader": Mode.SHARED, "first": Mode.EXCLUSIVE, "second": Mode.EXCLUSIVE, "me": Mode.SHARED}
     table.waiting = [Wait(1, Lock(Owner(node, 1), mode)) for node, mode in modes.items()]
     record = NameRecord(locks=locks, wanted=("late",), broken=("fenced",))
-    assert record.in_the_way("me") == {"holder", "first", "fenced"}
+    assert record.in_the_way("me") == {"holder", "first", "second", "fenced"}
     assert record.in_the_way("first") == {"holder", "fenced", "reader"}
+    others = [f"node{number}" for number in range(100)]
+    table.waiting = [Wait(1, Lock(Owner(node, 1), Mode.EXCLUSIVE)) for node in (*others, "me")]
+    assert record.in_the_way("me") == {"holder", "fenced", *others[:8]}
+    table.held, table.waiting = [], [Wait(number, Lock(Owner("one", 1), Mode.EXCLUSIVE)) for number in range(100)]
+    table.waiting += [Wait(1, Lock(Owner(node, 1), Mode.EXCLUSIVE)) for node in ("two", "me")]
+    assert record.in_the_way("me") == {"one", "two", "fenced"}  # nodes, not requests
     assert NameRecord("delegate", ("me", "other")).in_the_way("me") == {"delegate"}
 
 
