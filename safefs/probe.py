@@ -41,6 +41,7 @@ QUIET_SECONDS = 10.0  # who waits and is not seen to change his name for so long
 RACES, PEER_RACES = 20, 100
 MEETING = ".safefs-probe"
 PLACE = re.compile("[0-9a-f]+-[0-9a-f]+")  # of two who have met there
+OPEN = "open."  # before the errno of an open(2): a word is part of a file's name
 
 AGAIN = "run `safefs probe DIR --peer` on two nodes at once"
 
@@ -420,25 +421,11 @@ def _remove_all(directory: str, entries: Iterable[str]) -> None:
             shutil.rmtree(f"{directory}/{entry}", ignore_errors=True)
 
 
-def _flock(path: str) -> int:
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    return fd
-
-
-def _record(path: str) -> int:
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    return fd
-
-
-def _ofd(path: str) -> int:
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    fcntl.fcntl(fd, F_OFD_SETLK, _WRITE_LOCK)
-    return fd
-
-
-_LOCKS = {"flock": _flock, "fcntl": _record, "OFD": _ofd}
+_LOCKS: dict[str, Callable[[int], object]] = {
+    "flock": lambda fd: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB),
+    "fcntl": lambda fd: fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB),
+    "OFD": lambda fd: fcntl.fcntl(fd, F_OFD_SETLK, _WRITE_LOCK),
+}
 
 
 def probe_with_peer(directory: Path, mounted: Mounted) -> tuple[list[Finding], Verdict]:
@@ -484,34 +471,74 @@ def _introduced(meeting: Meeting, me: Client) -> tuple[Client, Client]:
 
 
 def _excludes(meeting: Meeting, kind: str) -> Finding:
-    """The first locks, the second tries."""
+    """The first locks and the second is refused; the first lets go and the second gets it.
+
+    Without the second half, who is refused whatever others do would count as kept out.
+    """
     path = f"{meeting.path}/lock.{kind}"
-    if meeting.first:
-        with _held(kind, path) as problem:
-            meeting.say(problem or "held")
-            answer = problem or meeting.hear()
-    else:
-        answer = meeting.hear()
-        if answer == "held":
-            with _held(kind, path) as problem:
-                answer = "granted" if not problem else "refused" if problem in ("EAGAIN", "EACCES") else problem
-            meeting.say(answer)
-    words = {"granted": "no: both got the lock", "refused": "yes"}
-    return Finding(f"{kind} excludes", words.get(answer, f"it fails with {answer}"), answer == "refused")
+    answer = _hold_and_free(meeting, kind, path) if meeting.first else _try_twice(meeting, kind, path)
+    if answer.startswith(OPEN):
+        return Finding(f"{kind} excludes", answer.replace(OPEN, "open: "))  # which says nothing of locks
+    words = {
+        "granted": "no: both got the lock",
+        "excludes": "yes",
+        "never": "no: it is refused also when nobody has the lock",
+    }
+    return Finding(f"{kind} excludes", words.get(answer, f"it fails with {answer}"), answer == "excludes")
+
+
+def _hold_and_free(meeting: Meeting, kind: str, path: str) -> str:
+    with _held(kind, path) as problem:
+        meeting.say(problem or "held")
+        answer = problem or meeting.hear()
+    if answer == "refused":  # the last word of versions that did not try again
+        raise _other_version()
+    if answer != "out":
+        return answer
+    meeting.say("free")
+    return meeting.hear()
+
+
+def _try_twice(meeting: Meeting, kind: str, path: str) -> str:
+    answer = meeting.hear()
+    if answer != "held":
+        return answer
+    answer = _attempt(kind, path)
+    meeting.say(answer)
+    if answer != "out":
+        return answer
+    if meeting.hear() != "free":
+        raise _other_version()
+    tries: list[str] = []
+
+    def is_answered() -> bool:
+        tries.append(_attempt(kind, path))
+        return tries[-1] != "out"
+
+    until(is_answered, CALL_SECONDS, BEAT_SECONDS)  # some clients tell the server of an unlock later
+    answer = {"granted": "excludes", "out": "never"}.get(tries[-1], tries[-1])
+    meeting.say(answer)
+    return answer
+
+
+def _attempt(kind: str, path: str) -> str:
+    """A try to lock, in a word: granted, kept out, or what else it failed with."""
+    with _held(kind, path) as problem:
+        return "out" if problem in ("EAGAIN", "EACCES") else problem or "granted"
+
+
+def _other_version() -> SafefsError:
+    reason = "the other probe is of another version of safefs, and tries locks otherwise: use one version on both nodes"
+    return SafefsError(reason, errno.EPROTO)
 
 
 @contextmanager
 def _held(kind: str, path: str) -> Iterator[str]:
-    """A lock, held by a child process; yields the name of the errno where it cannot be had."""
+    """A lock, held by a child process; yields what went wrong where it cannot be had (`_lock`)."""
     reading, writing = os.pipe2(os.O_CLOEXEC)
     pid = _fork()
     if pid == 0:
-        problem = ""
-        try:
-            _LOCKS[kind](path)
-        except OSError as error:
-            problem = errno.errorcode.get(error.errno or 0, "EIO")
-        os.write(writing, problem.encode() or b"held")
+        os.write(writing, _lock(kind, path).encode() or b"held")
         time.sleep(STEP_SECONDS + CALL_SECONDS)
         os._exit(0)
     os.close(writing)
@@ -522,8 +549,23 @@ def _held(kind: str, path: str) -> Iterator[str]:
     finally:
         os.close(reading)
         os.kill(pid, signal.SIGKILL)
-        with suppress(ChildProcessError):
-            os.waitpid(pid, 0)
+        with suppress(ChildProcessError):  # one that hangs in the filesystem ends when that lets it go
+            until(lambda: os.waitpid(pid, os.WNOHANG)[0] == pid, CALL_SECONDS)
+
+
+def _lock(kind: str, path: str) -> str:
+    """Lock for as long as this process lives; the name of the errno, after `OPEN` where the file cannot be opened.
+
+    The two are told apart because both can be EACCES: the other node's user may have no right to the file (0600).
+    """
+    step = OPEN
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        step = ""
+        _LOCKS[kind](fd)
+    except OSError as error:
+        return step + errno.errorcode.get(error.errno or 0, "EIO")
+    return ""
 
 
 def _rename_away(source: str) -> None:

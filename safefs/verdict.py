@@ -163,7 +163,7 @@ def why_native(state: Path, mounted: Mounted, command: str) -> str:
     if not verdict.excludes:
         result = verdict.results.get(OFD_EXCLUDES, "not tried")
         raise refusal(
-            f"{verdict.text()} found that OFD locks do not exclude ({result})",
+            f"{verdict.text()} did not find that OFD locks exclude ({result})",
             "use -o locks=leasefile or etcd://HOST:PORT",
         )
     if not (verdict.two_clients or mounted.is_local):

@@ -168,7 +168,7 @@ def test_control_locks_that_exclude_nobody_are_found_out(places: Places, tmp_pat
     assert result(findings, "OFD excludes") == "no: both got the lock"
     assert result(findings, "two clients") == "yes"
     for view in (one, two):
-        assert "found that OFD locks do not exclude" in refused(view, tmp_path / "mnt")
+        assert "did not find that OFD locks exclude" in refused(view, tmp_path / "mnt")
 
 
 @pytest.mark.timeout(len(TRY) * HOLDS_TIMEOUT)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import multiprocessing
 import os
 import random
 import shutil
@@ -11,6 +12,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ import pytest
 from safefs import probe
 from safefs.errors import SafefsError
 from safefs.family import Mounted
-from safefs.probe import MEETING, Meeting
+from safefs.probe import MEETING, Finding, Meeting
 from safefs.verdict import Client
 from tests.support.mounting import safefs_command
 
@@ -318,3 +320,117 @@ def test_the_other_ends_in_the_middle(tmp_path: Path) -> None:
         peer.close()
         assert "the other probe has ended: run `safefs probe DIR --peer` on two nodes at once" in ended(process)
     assert not list(tmp_path.iterdir())
+
+
+# Two who try each other's locks.
+
+KINDS = ("flock", "fcntl", "OFD")
+
+
+def both_find(directory: Path, kind: str, before: Callable[[], None] = lambda: None) -> Finding:
+    """What two probes say of a kind of lock; the second is a process of its own, in which `before` is called first."""
+    meetings = Meeting(directory), Meeting(directory)
+    rounds(*meetings)
+    for meeting in meetings:
+        meeting.open()
+    first, second = sorted(meetings, key=lambda meeting: not meeting.first)
+    fork = multiprocessing.get_context("fork")
+    receiving, sending = fork.Pipe(duplex=False)
+
+    def run() -> None:
+        before()
+        sending.send(probe._excludes(second, kind))
+
+    process = fork.Process(target=run)
+    process.start()
+    try:
+        found = probe._excludes(first, kind)
+        assert receiving.poll(SECONDS) and receiving.recv() == found
+        return found
+    finally:
+        process.join(SECONDS)
+        for meeting in meetings:
+            meeting.close()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_locks_that_exclude(tmp_path: Path, kind: str) -> None:
+    assert both_find(tmp_path, kind) == Finding(f"{kind} excludes", "yes", True)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_locks_of_a_file_that_the_other_may_not_open(tmp_path: Path, kind: str) -> None:
+    """As where the two probes are different users to the server: the locks have not been tried."""
+
+    def other_user() -> None:
+        opened = os.open
+
+        def refuse(path: str, flags: int, *rest: Any) -> int:
+            if path.endswith(f"/lock.{kind}"):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            return opened(path, flags, *rest)
+
+        probe.os.open = refuse  # in a process of its own
+
+    assert both_find(tmp_path, kind, other_user) == Finding(f"{kind} excludes", "open: EACCES", None)
+
+
+@pytest.mark.parametrize(("kind", "number"), [("flock", errno.EAGAIN), ("fcntl", errno.EACCES), ("OFD", errno.EAGAIN)])
+def test_locks_that_are_refused_whatever_others_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, number: int
+) -> None:
+    """Which takes the first as long as some clients need for an unlock."""
+    monkeypatch.setattr(probe, "CALL_SECONDS", 1.0)
+
+    def never_grant() -> None:
+        probe._LOCKS[kind] = refused_call(number)  # in a process of its own
+
+    found = both_find(tmp_path, kind, never_grant)
+    assert found == Finding(f"{kind} excludes", "no: it is refused also when nobody has the lock", False)
+
+
+def test_an_unlock_that_the_server_hears_of_late(tmp_path: Path) -> None:
+    """As from clients that release a lock after the process is gone."""
+
+    def refuse_for_a_while() -> None:
+        lock, until = probe._LOCKS["OFD"], time.monotonic() + 1
+
+        def late(fd: int) -> object:
+            return lock(fd) if time.monotonic() > until else refused_call(errno.EAGAIN)()
+
+        probe._LOCKS["OFD"] = late
+
+    assert both_find(tmp_path, "OFD", refuse_for_a_while).good is True
+
+
+@contextmanager
+def older_peer(directory: Path, name: str) -> Iterator[Meeting]:
+    """Plays one who says what versions before this one said: the first with a small name, the second with a big one."""
+    peer = Meeting(directory)
+    peer._me = replace(peer._me, name=name)
+    peer.open()
+    probe._introduced(peer, Client("older", "there"))
+    try:
+        yield peer
+    finally:
+        peer.close()
+
+
+def test_an_older_probe_that_locks_first(tmp_path: Path) -> None:
+    """It does not let go for a second try, so nothing is known: both end at once."""
+    with probing(tmp_path) as process, older_peer(tmp_path, "00000000") as older:
+        with probe._held("flock", f"{older.path}/lock.flock") as problem:
+            assert not problem
+            older.say("held")
+            assert older.hear() == "out"
+        older.say("held")
+        assert "another version of safefs" in ended(process)
+
+
+def test_an_older_probe_that_locks_second(tmp_path: Path) -> None:
+    """Its `refused` may be an open(2) that failed."""
+    with probing(tmp_path) as process, older_peer(tmp_path, "ffffffff") as older:
+        assert older.hear() == "held"
+        older.say("refused")
+        assert "another version of safefs" in ended(process)

@@ -42,7 +42,7 @@ def test_none(tmp_path: Path) -> None:
 def test_the_last_one_counts(tmp_path: Path) -> None:
     write(tmp_path, GOOD)
     write(tmp_path, replace(GOOD, excludes=False, results={OFD_EXCLUDES: "no: both got the lock"}))
-    assert "do not exclude (no: both got the lock)" in refusal(tmp_path)
+    assert "did not find that OFD locks exclude (no: both got the lock)" in refusal(tmp_path)
 
 
 def test_two_probes_on_one_client(tmp_path: Path) -> None:
