@@ -19,11 +19,11 @@ LOCAL = frozenset(("ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "zfs", "bcach
 
 
 # Filesystems on which a rename is not decided in one place.
+_OBJECTS = ("blobfuse", "blobfuse2", "cosfs", "gcsfuse", "geesefs", "goofys", "ossfs", "ossfs2", "s3fs")
 REFUSED = {
     "fuse.rclone": "both of two nodes win a race for one name",
-    "fuse.s3fs": "a rename is a copy and a deletion",
-    "fuse.goofys": "a rename is a copy and a deletion",
     "fuse.mountpoint-s3": "it has no rename",
+    **{f"fuse.{name}": "a rename is a copy and a deletion" for name in _OBJECTS},
 }
 
 
@@ -49,6 +49,14 @@ class Mounted:
     @property
     def is_local(self) -> bool:
         return self.kind in LOCAL
+
+    @property
+    def is_nameless(self) -> bool:
+        """Whether it is FUSE and does not say which, as clients of object stores do whose source is a bucket.
+
+        What shows a directory or device of this node has its path for a source (bindfs); who gives none has /dev/fuse.
+        """
+        return self.kind == "fuse" and (not self.source.startswith("/") or self.source == "/dev/fuse")
 
     def option(self, name: str) -> str | None:
         """The last value of an option, empty where it has none; None when it is not there."""
@@ -165,8 +173,10 @@ def parse(lines: Iterable[str], mount_id: int) -> Mounted:
 
 
 def _kind(kind: str, source: str) -> str:
-    """MooseFS gives its type in the source alone."""
-    return "fuse.mfs" if kind == "fuse" and source.startswith("mfs#") else kind
+    """Some give their type in the source alone: MooseFS, and clients of object stores (mountpoint-s3, blobfuse2)."""
+    if kind == "fuse" and source.startswith("mfs#"):
+        return "fuse.mfs"
+    return f"fuse.{source}" if kind == "fuse" and f"fuse.{source}" in REFUSED else kind
 
 
 def _unescaped(field: str) -> str:

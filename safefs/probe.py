@@ -43,6 +43,7 @@ MEETING = ".safefs-probe"
 PLACE = re.compile("[0-9a-f]+-[0-9a-f]+")  # of two who have met there
 OPEN = "open."  # before the errno of an open(2): a word is part of a file's name
 
+NAMELESS = "it is FUSE and does not say which"
 AGAIN = "run `safefs probe DIR --peer` on two nodes at once"
 
 F_OFD_SETLK = 37
@@ -146,10 +147,10 @@ def why_lease_files(state: Path, mounted: Mounted, backing: Mounted) -> str:
     fails, or does not answer in time, has no locks rather than locks of this node alone.
     """
 
-    def refusal(reason: str) -> SafefsError:
+    def refusal(reason: str, remedy: str = "") -> SafefsError:
         return SafefsError(
-            f"locks cannot be kept in {state}: {reason}; use -o locks=etcd://HOST:PORT, or -o locks=memory where no"
-            " other node uses this directory",
+            f"locks cannot be kept in {state}: {reason}; {remedy}use -o locks=etcd://HOST:PORT, or -o locks=memory"
+            " where no other node uses this directory",
             errno.EOPNOTSUPP,
         )
 
@@ -161,19 +162,40 @@ def why_lease_files(state: Path, mounted: Mounted, backing: Mounted) -> str:
         return f"{mounted.kind} is a filesystem of one node, and each daemon counts as a node of its own"
     if mounted.kind in REFUSED:
         raise refusal(f"{mounted.kind}: {REFUSED[mounted.kind]}")
-    findings = probe_alone(state, mounted.kind)
+    said = ""
+    if mounted.is_nameless:
+        try:
+            found = _raced(state, mounted)
+        except LookupError as missing:
+            command = verdict.probe_command(state.parent, state)
+            raise refusal(f"{NAMELESS}, and {missing}", f"run `{command}` on two nodes at once, or ") from None
+        if found.undecided:
+            raise refusal(f"{NAMELESS}, and {found.text()} found that {found.undecided}")
+        said = f", and {found.text()} found that {' and '.join(verdict.RACES)}"
+    findings = probe_alone(state, mounted)
     bad = next((finding for finding in findings if finding.good is False), None)
     if bad is not None:
         raise refusal(f"{bad.what}: {bad.result}")
     tried = " and ".join(finding.what for finding in findings if finding.good)
-    return f"tried on {mounted.kind or 'a filesystem that the kernel does not name'}: {tried}"
+    return f"tried on {mounted.kind or 'a filesystem that the kernel does not name'}: {tried}{said}"
 
 
-def probe_alone(directory: Path, kind: str) -> list[Finding]:
+def _raced(state: Path, mounted: Mounted) -> Verdict:
+    """The verdict of two clients that raced for names; LookupError, in words, where there is none."""
+    found = verdict.on_record(state, mounted, "two nodes can both take one name")
+    if not found.two_clients:
+        raise LookupError(f"{found.text()} {verdict.ONE_MOUNT}")
+    return found
+
+
+def probe_alone(directory: Path, mounted: Mounted) -> list[Finding]:
     """What can be said from here.  Raises SafefsError where nothing can be made in the directory."""
+    kind = mounted.kind
     findings = [Finding("filesystem", kind, False if kind in REFUSED else None)]
     if kind in REFUSED:
         findings.append(Finding("known of it", REFUSED[kind], False))
+    if mounted.is_nameless:
+        findings.append(Finding("known of it", f"{NAMELESS}: what it does between two nodes, two have to find out"))
     with _scratch(directory) as scratch:
         checks = {
             "a rename has one winner": rename_is_decided_once,

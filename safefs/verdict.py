@@ -1,4 +1,4 @@
-"""What two probes found out about one directory's locks, on record in the state directory; and what rests on it.
+"""What two probes found out about one directory, on record in the state directory; and what rests on it.
 
 `-o locks=native` is for filesystems whose fcntl locks keep out processes on other nodes, which nothing on one node can
 tell.  So it needs a verdict: two probes met in the directory (`safefs probe DIR --peer`), they were two clients, and an
@@ -7,6 +7,9 @@ OFD lock of one kept the other out.
 Two clients are two superblocks: of different boots, or of one boot with different device numbers (two mounts that are
 one superblock, such as bind mounts, ask the server as one client, and its kernel decides between them alone).  On a
 filesystem of one node there is no second client, and two probes on this one have shown all that there is to see.
+
+Lease files need one as well on a filesystem that does not say what it is (FUSE without a subtype), since of two renames
+on one node its kernel decides, whatever the filesystem does.
 
 Not guaranteed: that every other client is mounted as those two were.  What its mount options tell is looked at here;
 for what they do not show, a node that joins looks whether it sees the locks of those that are there
@@ -37,6 +40,9 @@ FORMAT = 1
 FILE = "probe.json"
 READ_SECONDS, AGAIN_SECONDS = 3.0, 0.05  # clients remember for a second which inode a name shows
 OFD_EXCLUDES = "OFD excludes"
+ONE_MOUNT = "came through one mount, which says nothing of a second client"
+# Whether names are decided in one place.  Not by renames alone: on rclone they had one winner, and new names had two.
+RACES = ("rename has one winner", "O_EXCL has one winner")
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,12 @@ class Verdict:
     @property
     def two_clients(self) -> bool:
         return len({client.id for client in self.clients}) > 1
+
+    @property
+    def undecided(self) -> str:
+        """A race for names that did not have one winner each time, in words; empty where all had."""
+        results = {race: self.results.get(race, "not tried") for race in RACES}
+        return next((f"{race}: {result}" for race, result in results.items() if result != "yes"), "")
 
     def text(self) -> str:
         hosts = " and ".join(client.host for client in self.clients)
@@ -141,6 +153,19 @@ def probe_command(backing: Path, state: Path) -> str:
     return shlex.join(["safefs", "probe", os.fspath(backing), *options, "--peer"])
 
 
+def on_record(state: Path, mounted: Mounted, what: str) -> Verdict:
+    """The verdict of this filesystem, `what` it is about in words; LookupError, in words, where there is none."""
+    try:
+        verdict = read(state)
+    except (OSError, ValueError) as error:
+        raise LookupError(f"{state / FILE} cannot be read ({error})") from None
+    if verdict is None:
+        raise LookupError(f"nobody has found out yet whether {what}")
+    if verdict.kind != mounted.kind:
+        raise LookupError(f"{verdict.text()} was of {verdict.kind}, and this is {mounted.kind}")
+    return verdict
+
+
 def why_native(state: Path, mounted: Mounted, command: str) -> str:
     """Why the backing's own locks may be relied on, in words; SafefsError (EOPNOTSUPP) where they may not."""
 
@@ -153,13 +178,9 @@ def why_native(state: Path, mounted: Mounted, command: str) -> str:
     if reach in (Reach.CLIENT, Reach.NOBODY):
         raise refusal(f"{by}, so its locks keep out {reach.value}", "use -o locks=leasefile or etcd://HOST:PORT")
     try:
-        verdict = read(state)
-    except (OSError, ValueError) as error:
-        raise refusal(f"{state / FILE} cannot be read ({error})") from None
-    if verdict is None:
-        raise refusal(f"nobody has found out yet whether the locks of {mounted.kind or 'this filesystem'} exclude")
-    if verdict.kind != mounted.kind:
-        raise refusal(f"{verdict.text()} was of {verdict.kind}, and this is {mounted.kind}")
+        verdict = on_record(state, mounted, f"the locks of {mounted.kind or 'this filesystem'} exclude")
+    except LookupError as missing:
+        raise refusal(str(missing)) from None
     if not verdict.excludes:
         result = verdict.results.get(OFD_EXCLUDES, "not tried")
         raise refusal(
@@ -167,5 +188,5 @@ def why_native(state: Path, mounted: Mounted, command: str) -> str:
             "use -o locks=leasefile or etcd://HOST:PORT",
         )
     if not (verdict.two_clients or mounted.is_local):
-        raise refusal(f"{verdict.text()} came through one mount, which says nothing of a second client")
+        raise refusal(f"{verdict.text()} {ONE_MOUNT}")
     return f"{verdict.text()} found that OFD locks exclude, and {by}"

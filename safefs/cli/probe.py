@@ -47,7 +47,7 @@ def show_probe(directory: Path, *, state: Path | None, peer: bool, as_json: bool
 def _findings(path: Path, kept: Path, *, peer: bool) -> list[Finding]:
     mounted = mounted_at(path)
     reach, by = mounted.reach()
-    findings = probe_alone(path, mounted.kind)
+    findings = probe_alone(path, mounted)
     findings.insert(1, Finding("its fcntl locks, by its options, keep out", f"{reach.value} ({by})"))
     if peer:
         click.echo("waiting for the other node to run `safefs probe --peer` on this directory", err=True)

@@ -2,6 +2,7 @@
 
     python -m tests.underlay.filesystem SOURCE MOUNTPOINT [--negative SECONDS] [--attr SECONDS] [--listing SECONDS]
         [--estale] [--short N] [--keep] [--numbers] [--squash] [--late DIRECTORY]
+        [--nameless]
 
 - flock and fcntl locks succeed for everybody and exclude nobody on another node: the kernel keeps them for each mount,
   as Lustre does with -o localflock;
@@ -16,6 +17,7 @@
 - a write takes at most `short` bytes;
 - root is nobody (`squash`), as on servers that do not trust the roots of their clients: what he asks for is done, or
   refused, with the rights of nobody, and what he makes is nobody's;
+- with `nameless` it does not say what it is (type `fuse`), as some clients of object stores;
 - what was not synced is gone when the power fails: on SIGUSR2 every file that was written to after its last fsync is
   filled with zeros, on all nodes, and the process ends.
 
@@ -379,6 +381,7 @@ def main() -> None:
     parser.add_argument("--short", type=int, default=0)
     parser.add_argument("--squash", action="store_true")
     parser.add_argument("--late", type=Path)
+    parser.add_argument("--nameless", action="store_true")
     options = parser.parse_args()
     os.umask(0)
     os.setgroups([])
@@ -395,6 +398,8 @@ def main() -> None:
         late=options.late,
     )
     settings = {*pyfuse3.default_options, "fsname=underlay", "allow_other", "default_permissions"}
+    if not options.nameless:
+        settings.add("subtype=underlay")
     pyfuse3.init(filesystem, os.fspath(options.mountpoint), settings)
     try:
         trio.run(serve, filesystem)

@@ -23,12 +23,12 @@ from tests.model.test_conflicts import WRITERS, Parties, interleave
 from tests.mount.actors import Actor, actor
 from tests.mount.places import A, B, content
 from tests.support.hub_race import model_hub, race
-from tests.support.mounting import Mount, wait_until
+from tests.support.mounting import Mount, safefs, safefs_command, status, wait_until
 from tests.support.venvs import hub_venv
 from tests.tools.test_sentinel import sentinel
 
 ROOT = Path(__file__).resolve().parents[2]
-SECONDS = 30
+SECONDS, PROBE_SECONDS = 30, 90
 SENTINEL_ROUNDS = 15
 CREATE = os.O_CREAT | os.O_TRUNC | os.O_WRONLY
 
@@ -80,6 +80,26 @@ def locked(path: Path) -> int:
     fd = os.open(path, os.O_RDONLY)
     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return fd
+
+
+def test_one_that_does_not_say_what_it_is(tmp_path: Path, make_mount: MountFactory) -> None:
+    """Has no lease files before two probes raced for names; that locks exclude nobody is no matter then."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "mnt").mkdir()
+    with ExitStack() as stack:
+        bare = [tmp_path / "bare1", tmp_path / "bare2"]
+        for place in bare:
+            stack.enter_context(underlay(tmp_path / "disk", place, "--nameless"))
+        refused = safefs("mount", bare[0], tmp_path / "mnt")
+        assert refused.returncode == 1 and refused.stderr.count("\n") == 1, refused.stderr
+        assert f"run `safefs probe {bare[0]} --peer` on two nodes at once, or use -o locks=etcd" in refused.stderr
+        probes = [subprocess.Popen(safefs_command("probe", place, "--peer")) for place in bare]
+        assert [process.wait(PROBE_SECONDS) for process in probes] == [0, 0]
+        for place in bare:
+            mount = make_mount(backing=place)
+            said = status(mount)["locks"]
+            assert said["backend"].startswith("leasefile: ") and "O_EXCL has one winner" in said["because"]
+            mount.stop()
 
 
 def test_control_flock_excludes_nobody(cluster: Cluster) -> None:

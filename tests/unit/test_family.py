@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from safefs.family import Mounted, Reach, mounted_at, parse
+from safefs.family import REFUSED, Mounted, Reach, mounted_at, parse
 
 NFS = "vers=4.2,rsize=1048576,wsize=1048576,namlen=255,hard,proto=tcp,timeo=600,retrans=2,sec=sys,clientaddr=10.0.0.2"
 NFS3 = "vers=3,rsize=524288,wsize=524288,namlen=255,hard,proto=tcp,timeo=600,retrans=2,sec=sys,mountaddr=10.0.0.1"
@@ -102,6 +102,59 @@ def test_moosefs_as_its_own_client_mounts_it() -> None:
     line = f"48 27 0:45 / /mnt/m rw,relatime - fuse mfs\\04310.0.0.1:9421 {FUSE}"
     assert parse([line], 48).kind == "fuse.mfs"
     assert parse([line.replace("mfs", "xfs")], 48).kind == "fuse"
+
+
+# As clients of object stores were seen to mount: with their type, or as `fuse` with themselves for a source.
+OBJECT_STORES = [
+    ("fuse", "mountpoint-s3"),
+    ("fuse", "blobfuse"),
+    ("fuse", "blobfuse2"),
+    ("fuse", "gcsfuse"),
+    ("fuse.gcsfuse", "gcsfuse"),
+    ("fuse.gcsfuse", "bucket-1"),
+    ("fuse.goofys", "bucket"),
+    ("fuse.geesefs", "bucket:"),
+    ("fuse.s3fs", "s3fs"),
+    ("fuse.ossfs", "ossfs"),
+    ("fuse.ossfs2", "ossfs2"),
+    ("fuse.cosfs", "cosfs"),
+    ("fuse.rclone", "remote:bucket"),
+]
+
+
+def seen(kind: str, source: str) -> Mounted:
+    return parse([f"48 27 0:45 / /mnt/m rw,nosuid,nodev,noatime - {kind} {source} {FUSE}"], 48)
+
+
+@pytest.mark.parametrize(("kind", "source"), OBJECT_STORES)
+def test_object_stores_are_known_as_they_are_mounted(kind: str, source: str) -> None:
+    assert seen(kind, source).kind in REFUSED
+
+
+@pytest.mark.parametrize("source", ["bucket", "bucket:prefix", "mountpoint-s3x", "/dev/fuse"])
+def test_fuse_that_does_not_say_which(source: str) -> None:
+    """As goofys and gcsfuse before 2022, whose source is the bucket."""
+    mounted = seen("fuse", source)
+    assert mounted.kind == "fuse" and mounted.is_nameless
+
+
+@pytest.mark.parametrize(
+    ("kind", "source"),
+    [
+        ("fuse", "/srv/directory"),  # bindfs before 1.18.2
+        ("fuse", "mfs\\04310.0.0.1:9421"),
+        ("fuse.sshfs", "user@host:/d"),
+        ("fuse.glusterfs", "srv:/volume"),
+        ("fuse.juicefs", "JuiceFS:v"),
+        ("fuse.fuse-overlayfs", "fuse-overlayfs"),
+        ("fuse.mergerfs", "a:b"),
+        ("fuseblk", "/dev/sda1"),
+        ("newfs", "bucket"),
+    ],
+)
+def test_what_is_neither(kind: str, source: str) -> None:
+    mounted = seen(kind, source)
+    assert mounted.kind not in REFUSED and not mounted.is_nameless
 
 
 @pytest.mark.parametrize("name", ["ext4", "nfs4", "lustre", "glusterfs", "juicefs", "moosefs", "ceph", "cifs"])

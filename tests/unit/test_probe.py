@@ -22,12 +22,14 @@ from safefs import probe
 from safefs.errors import SafefsError
 from safefs.family import Mounted
 from safefs.probe import MEETING, Finding, Meeting
-from safefs.verdict import Client
+from safefs.verdict import FILE, RACES, Client, Verdict, write
 from tests.support.mounting import safefs_command
 
 EXT4 = Mounted("ext4", "/dev/vda", "254:0", ("rw",))
 NFS = Mounted("nfs4", "srv:/export", "0:58", ("rw", "local_lock=none"))
 UNKNOWN = Mounted("newfs", "srv:/x", "0:74", ("rw",))
+NAMELESS = Mounted("fuse", "bucket", "0:75", ("rw",))
+DECIDED = Verdict(1.7e9, "fuse", (Client("a1", "one"), Client("b2", "two")), dict.fromkeys(RACES, "yes"), False)
 
 
 def refusal(state: Path, mounted: Mounted, backing: Mounted) -> str:
@@ -91,6 +93,52 @@ def test_filesystems_that_are_known_not_to_do(tmp_path: Path, monkeypatch: pytes
     """Whatever a probe from one node would find."""
     monkeypatch.setattr(probe, "probe_alone", never)
     assert probe.REFUSED[kind] in refusal(tmp_path, Mounted(kind), Mounted(kind))
+
+
+def test_fuse_that_does_not_say_which_is_what_two_nodes_found(tmp_path: Path) -> None:
+    """From one node all is well there, since its kernel decides.  Locks need not exclude: lease files use none."""
+    assert all(finding.good is not False for finding in probe.probe_alone(tmp_path, NAMELESS))
+    state = tmp_path / ".safefs"
+    state.mkdir()
+    line = refusal(state, NAMELESS, NAMELESS)
+    assert f"run `safefs probe {tmp_path} --peer` on two nodes at once, or use -o locks=etcd://HOST:PORT" in line
+    assert "-o locks=memory where no other node uses this directory" in line
+    write(state, DECIDED)
+    words = probe.why_lease_files(state, NAMELESS, NAMELESS)
+    assert words.startswith("tried on fuse: ") and "the probe of" in words and "on one and two found" in words
+
+
+@pytest.mark.parametrize(
+    ("found", "why"),
+    [
+        (replace(DECIDED, clients=(Client("a1", "one"),) * 2), "through one mount"),
+        (replace(DECIDED, kind="fuse.sshfs"), "was of fuse.sshfs, and this is fuse"),
+        *[
+            (replace(DECIDED, results={**DECIDED.results, race: "of 100 races, both won 57"}), f"{race}: of 100 races")
+            for race in RACES
+        ],
+        (replace(DECIDED, results={}), "not tried"),
+    ],
+)
+def test_what_two_nodes_found_that_is_not_enough(tmp_path: Path, found: Verdict, why: str) -> None:
+    write(tmp_path, found)
+    assert why in refusal(tmp_path, NAMELESS, NAMELESS)
+
+
+def test_a_verdict_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / FILE).write_text("{")
+    assert "cannot be read" in refusal(tmp_path, NAMELESS, NAMELESS)
+
+
+def test_fuse_over_a_directory_of_this_node(tmp_path: Path) -> None:
+    """Is tried as before (bindfs): no bucket has such a name."""
+    bindfs = replace(NAMELESS, source="/srv/directory")
+    assert probe.why_lease_files(tmp_path, bindfs, bindfs).startswith("tried on fuse: ")
+
+
+def test_one_probe_says_that_it_takes_two(tmp_path: Path) -> None:
+    (known,) = [finding for finding in probe.probe_alone(tmp_path, NAMELESS) if finding.what == "known of it"]
+    assert "two have to find out" in known.result and known.good is None
 
 
 def test_state_that_other_nodes_do_not_see(tmp_path: Path) -> None:
