@@ -36,7 +36,7 @@ from safefs.errors import SafefsError
 from safefs.family import REFUSED, Mounted, Reach
 from safefs.model import STATE_NAME
 
-FORMAT = 1
+FORMAT = 2  # 1 took a file that the other could not open for a lock that excludes
 FILE = "probe.json"
 READ_SECONDS, AGAIN_SECONDS = 3.0, 0.05  # clients remember for a second which inode a name shows
 OFD_EXCLUDES = "OFD excludes"
