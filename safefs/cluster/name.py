@@ -19,7 +19,7 @@ class Pending:
     had_part: bool | None = None  # as in `Queued`, before the first attempt: a later one may see the lock itself
     found: NameLocks | None = None  # the locks then, for who only looks
     clears: bool = False  # a record that is damaged
-    cleared: bool = False  # there was one
+    cleared: bool = False  # there was one, and another is in its place
     refused: UnreadableError | None = None  # it is not damaged, and nobody's to clear
     done: trio.Event = field(default_factory=trio.Event)
 
@@ -70,6 +70,7 @@ class Name:
     leaving: NameLocks | None = None  # what is to be on record once the name is shared
     stored: Stored | None = None  # as last read, written or told; None: has to be read
     replaced: Stored | None = None  # a record that a swap has found replaced
+    substitute: Stored | None = None  # what an operator puts into the place of a record that is damaged
     follower: Follower | None = None
     asked: bool = False  # somebody else wants the name of this node
     gone: set[str] = field(default_factory=set)  # nodes that have lost their leases

@@ -435,8 +435,7 @@ class Names:
                 pending.done.set()
                 name.pending.remove(pending)
             raise error
-        for pending in clearing:
-            pending.cleared = True
+        name.substitute = error.stored
         return error.stored
 
     async def _share(self, name: Name, stored: Stored, record: NameRecord) -> None:
@@ -604,6 +603,9 @@ class Names:
         name.stored = None  # what becomes of it is not known until the answer is there
         name.stored = await self._backend.swap(name.key, stored, new)
         name.replaced = stored if name.stored is None else None
+        if name.stored is not None and stored is name.substitute:
+            for pending in name.pending:
+                pending.cleared = pending.clears
         self._require_lease(name)
         return name.stored is not None
 

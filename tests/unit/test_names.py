@@ -848,6 +848,40 @@ def test_a_damaged_record_counts_and_who_waited_on_the_operators_node_keeps_the_
     play(scenario, Damaged)
 
 
+def test_what_could_not_be_read_once_is_not_taken_for_cleared() -> None:
+    """The swap that would have cleared it failed, and the next read is fine: the lock on it is there to be broken."""
+
+    class Hiccup(CountingPolls):
+        fails: ClassVar[list[str]] = []
+
+        async def read(self, name: str) -> Stored:
+            stored = await super().read(name)
+            if "read" in self.fails:
+                self.fails.remove("read")
+                everybody = Stored(stored.version, NameRecord(broken=("node0", "node1", "node2")))
+                raise DamagedError("no such bytes", everybody, may_pass=True)
+            return stored
+
+        async def swap(self, name: str, old: Stored, new: NameRecord) -> Stored | None:
+            if "swap" in self.fails:
+                self.fails.remove("swap")
+                raise BackendError("no space")
+            return await super().swap(name, old, new)
+
+    async def scenario(nodes: list[Node]) -> None:
+        holder, other, _ = nodes
+        heard = list[str]()
+        holder.names.broken = lambda key, _locks: heard.append(key)
+        await share(holder, other)
+        Hiccup.fails[:] = ["read", "swap"]
+        assert await Locks(other.names).break_locks("name") == 1
+        assert not Hiccup.fails
+        await trio.sleep(LOOK_SECONDS)
+        assert heard == ["name"] and not (await other.backend.read("name")).record.locks
+
+    play(scenario, Hiccup)
+
+
 def test_a_record_that_cannot_be_read_hides_no_others() -> None:
     class Foreign(Damaged):
         async def read(self, name: str) -> Stored:
