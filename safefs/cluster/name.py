@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import trio
@@ -74,7 +75,8 @@ class Name:
     follower: Follower | None = None
     asked: bool = False  # somebody else wants the name of this node
     gone: set[str] = field(default_factory=set)  # nodes that have lost their leases
-    telling: bool = False  # other nodes, that what they held is broken, until they have seen it
+    telling: bool = False  # other nodes, that what they held is broken, until they have seen it,
+    tells_again: float = -math.inf  # and when next
     pending: list[Pending] = field(default_factory=list)
     waits: dict[int, Queued] = field(default_factory=dict)  # requests of ours in the queue on record, by ticket
     poke: trio.Event = field(default_factory=trio.Event)

@@ -440,13 +440,13 @@ class Names:
 
     async def _share(self, name: Name, stored: Stored, record: NameRecord) -> None:
         """The locks of all are on record."""
+        if name.telling and stored is not name.substitute and trio.current_time() >= name.tells_again:
+            await self._tell(name, record)  # first: there can be steps without end
         if name.pending:
             await self._step(name, stored, record)
         elif record != stored.record:
             await self._swap(name, stored, record)
-        elif name.telling:
-            await self._tell(name, stored)
-        elif name.waits:
+        elif name.telling or name.waits:
             await self._wait_for_others(name, stored)
         elif self._follows(name):
             holds = self._backend.node in record.locks.nodes()
@@ -457,11 +457,11 @@ class Names:
         if not name.gone:
             await self._await_change(name, stored, LOOK_SECONDS)
 
-    async def _tell(self, name: Name, stored: Stored) -> None:
+    async def _tell(self, name: Name, record: NameRecord) -> None:
         """Those whose locks are broken have no other reason to look at the record."""
-        for node in stored.record.broken:
+        for node in record.broken:
             await self._backend.notify(node, name.key)
-        await self._wait_for_others(name, stored)
+        name.tells_again = trio.current_time() + LOOK_SECONDS
 
     async def _gone(self, nodes: set[str]) -> set[str]:
         """Those of some nodes that have lost their leases; each is looked at once in LOOK_SECONDS, for all names.
@@ -532,7 +532,7 @@ class Names:
         if not await self._put(name, stored, after):
             return
         if breaks:
-            name.telling = True
+            name.telling, name.tells_again = True, -math.inf
             self.broken(name.key, locks)
         del name.pending[: len(batch)]
         for pending, done in zip(batch, outcomes, strict=True):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import types
 from collections.abc import Callable, Coroutine, Generator, Hashable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -185,6 +186,11 @@ async def wait(event: trio.Event) -> None:
 def boottime() -> float:
     """Times are told from now.  No mock: it would keep a list of its calls, of which there are many."""
     return 0.0
+
+
+def current_time() -> float:
+    """What is done again only after a while is always due: it is done as often as it may."""
+    return -math.inf
 
 
 class Tasks:
@@ -444,6 +450,7 @@ def without_an_event_loop() -> Iterator[None]:
         mock.patch.object(trio, "sleep", sleep),
         mock.patch.object(trio.Event, "wait", wait),
         mock.patch.object(module, "boottime", boottime),
+        mock.patch.object(trio, "current_time", current_time),
     ):
         logging.disable(logging.WARNING)
         try:

@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import pytest
@@ -733,6 +734,81 @@ def test_whoever_finds_that_a_lock_is_broken_tells_its_node(locks: bool, monkeyp
         assert len(heard) == 1 and calls_of(other).count("notify") == told == 1
 
     play(scenario, CountingPolls)
+
+
+class Slower(CountingPolls):
+    """As through sshfs: while one batch of steps is on its way the next comes."""
+
+    async def read(self, name: str) -> Stored:
+        await trio.sleep(0.02)
+        return await super().read(name)
+
+    async def swap(self, name: str, old: Stored, new: NameRecord) -> Stored | None:
+        await trio.sleep(0.02)
+        return await super().swap(name, old, new)
+
+    async def is_current(self, name: str, stored: Stored) -> bool:
+        await trio.sleep(0.02)
+        return await super().is_current(name, stored)
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_who_always_has_something_to_do_on_a_name_still_tells_whose_lock_he_broke(
+    lost: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Again only after a while."""
+    notify, notices = MemoryBackend.notify, list[float]()
+
+    async def lose_some(backend: MemoryBackend, node: str, name: str) -> None:
+        notices.append(trio.current_time())
+        if len(notices) > lost:
+            await notify(backend, node, name)
+
+    async def scenario(nodes: list[Node]) -> None:
+        holder, breaker, _ = nodes
+        heard = trio.Event()
+        holder.names.broken = lambda _key, _locks: heard.set()
+        await share(holder, breaker)
+
+        async def poll(owner: int) -> None:
+            while not heard.is_set():
+                await breaker.acquire("name", owner, Mode.EXCLUSIVE, may_wait=False)
+
+        async with trio.open_nursery() as nursery:
+            for owner in (2, 3):
+                nursery.start_soon(poll, owner)
+                await trio.sleep(0.03)  # so that the one asks while the other's step is on its way
+            monkeypatch.setattr(MemoryBackend, "notify", lose_some)
+            breaker.submit("name", Break(frozenset({Owner(holder.name, 1)})))
+            with trio.fail_after(0.2 + lost * LOOK_SECONDS):
+                await heard.wait()
+        await trio.sleep(2)
+        assert all(after - before >= LOOK_SECONDS for before, after in pairwise(notices))
+
+    play(scenario, Slower)
+
+
+def test_nobody_is_told_of_a_damaged_record_before_another_is_in_its_place() -> None:
+    """He would find nothing that he can read, and be told anew only after a while."""
+
+    class Watched(Damaged):
+        tells_changes = False
+
+        async def notify(self, node: str, name: str) -> None:
+            assert self._cluster.records[name].record != NameRecord(wanted=("damaged",))
+            await super().notify(node, name)
+
+    async def scenario(nodes: list[Node]) -> None:
+        holder, other, _ = nodes
+        cluster, heard = holder.backend._cluster, trio.Event()
+        holder.names.broken = lambda _key, _locks: heard.set()
+        await share(holder, other)
+        cluster.records["name"] = Stored(cluster.new_version(), NameRecord(wanted=("damaged",)))
+        assert await other.names.clear("name") is None
+        with trio.fail_after(LOOK_SECONDS / 2):
+            await heard.wait()
+
+    play(scenario, Watched)
 
 
 def test_a_swap_that_nothing_is_seen_in_the_way_of_is_not_tried_again_at_once() -> None:
