@@ -30,7 +30,7 @@ from safefs.lease import OwnLease, Sightings, Terms, boottime
 
 log = logging.getLogger(__name__)
 
-MOST_DAMAGED = 100  # records of which it is remembered who could be on them
+MOST_DAMAGED = 10_000  # records of which it is remembered who could be on them
 # For changes of a record, at first and at most: the first in the queue, and who is behind him so many times as seldom.
 # No more often than every other moment is spent with it, be the filesystem as slow as it may.
 POLL_SECONDS = (0.001, 0.25)
@@ -165,8 +165,9 @@ class LeasefileBackend:
         """Those who were there when this node first saw the damage: it never changes, so nobody comes to it later."""
         key = f"damaged/{damaged.token}"
         if key not in self._damaged and len(self._damaged) >= MOST_DAMAGED:
-            self._sightings.forget(set(self._damaged))
-            self._damaged.clear()
+            oldest = next(iter(self._damaged))
+            del self._damaged[oldest]
+            self._sightings.forget({oldest})
         others = self._damaged.setdefault(key, set(damaged.record.broken) - {self.node})
         return self._sightings.see(key, damaged.token, before, boottime()) and not others - await self.gone(others)
 

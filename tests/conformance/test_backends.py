@@ -982,6 +982,38 @@ def test_a_record_that_is_damaged(damage: str, tmp_path: Path, monkeypatch: pyte
     trio.run(scenario, clock=without_threads(monkeypatch))
 
 
+@pytest.mark.parametrize("most", [leasefile_module.MOST_DAMAGED, 60])
+def test_records_that_are_damaged_are_freed_however_many_are_wanted(
+    most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All at once; and some where there are more than are remembered, if the others are not asked for all the time."""
+    monkeypatch.setattr(leasefile_module, "MOST_DAMAGED", most)
+    names = [str(number) for number in range(120)]
+
+    async def scenario() -> None:
+        one = leasefile(tmp_path, terms=SHORT)
+        await one.join()
+        for name in names:
+            assert await one.swap(name, Stored(), held_by("a"))
+        for data in (tmp_path / "names").glob("*/data~*"):
+            data.write_text("damaged")
+
+        async def freed(names: list[str]) -> int:
+            count = 0
+            for name in names:
+                with suppress(DamagedError):
+                    count += (await one.read(name)).record == NameRecord(broken=(one.node,))
+            return count
+
+        assert await freed(names) == 0
+        await trio.sleep(SHORT.gone_seconds)
+        await one.join()
+        latest = names[-most:]
+        assert await freed(latest) == len(latest)
+
+    trio.run(scenario, clock=without_threads(monkeypatch))
+
+
 def unreadable(monkeypatch: pytest.MonkeyPatch, data: Path, number: int) -> None:
     """Have a file fail when it is opened."""
 
