@@ -417,6 +417,8 @@ class EtcdClient:
                         await stream.do_handshake()
         except (OSError, trio.TooSlowError) as error:
             raise UnreachableError(f"etcd at {endpoint} cannot be reached: {reason(error, 'no answer')}") from None
+        except UnicodeError:
+            raise UnreachableError(f"etcd at {endpoint}: that is no name of a host", is_final=True) from None
         except trio.BrokenResourceError as error:
             known = isinstance(error.__cause__, ssl.SSLCertVerificationError)
             hint = "is it signed by what -o etcd_ca names?" if known else "does it want http://HOST:PORT?"

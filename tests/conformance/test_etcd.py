@@ -742,6 +742,22 @@ def test_what_is_no_etcd(says: bytes, why: str) -> None:
             thread.join()
 
 
+@pytest.mark.parametrize("host", ["a..b", "a" * 64, "ü..", "☃.net"])
+def test_what_is_no_name_of_a_host(host: str, three: Etcd) -> None:
+    """It is said at once; where other endpoints are named, too, these are asked."""
+    endpoint = Endpoint(host, 1, tls=False)
+    error = refusal(Access((endpoint,)))
+    assert str(error) == f"etcd at {host}:1: that is no name of a host" and error.is_final
+    access = access_of(three)
+
+    async def main() -> None:
+        node = etcd_node(replace(access, endpoints=(endpoint, *access.endpoints)), "/another/")
+        await node.join()
+        await node.leave()
+
+    trio.run(main)
+
+
 def test_nobody_there() -> None:
     """Of that it cannot be known what etcd would say."""
     with socket.create_server(("127.0.0.1", 0)) as server:
