@@ -207,7 +207,11 @@ class Files:
             # Of another's rename, or of our own whose answer was lost and that the client has repeated.  Another
             # thread may have had the directory listed before that.
             self.refresh(name)
-            if self._state(name) != (stored.version, token):
+            state = self._state(name)
+            if state == (old.version, old.token):
+                # It was not there for the rename: so there was no space, say, for what has the client look anew.
+                raise OSError(errno.EAGAIN, f"{home} is listed as it was before a change") from None
+            if state != (stored.version, token):
                 self._remove(f"{home}/{DATA}{token}")
                 return None
         self._remove(f"{home}/{DATA}{old.token}")

@@ -271,6 +271,12 @@ def test_all_orders(marks: str, faults: int, kinds: tuple[str, ...]) -> None:
     assert ends == ENDS[marks]
 
 
+def test_who_cannot_have_his_client_look_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without space for the file that makes it: he does not take a listing from before his rename for the truth."""
+    monkeypatch.setattr(Files, "refresh", lambda _files, _name: None)
+    assert search("ab", 2, ("lost", "stale")) == BOTH
+
+
 # Controls.
 
 
@@ -300,9 +306,19 @@ def test_control_whatever_is_missing_is_not_there(monkeypatch: pytest.MonkeyPatc
         search("ab", 1, ("away",))
 
 
-def test_control_who_does_not_look_anew_after_a_rename_whose_answer_was_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_control_who_believes_a_listing_after_a_rename_whose_answer_was_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     """And takes the data for those of a state that was never there."""
-    monkeypatch.setattr(Files, "refresh", lambda _files, _name: None)
+
+    def replace(files: Files, name: str, old: Stored, stored: Stored) -> Stored | None:
+        files._write(HOME, name, stored)
+        with suppress(FileNotFoundError):
+            files_module.os.rename(f"{HOME}/{old.version}~{old.token}", f"{HOME}/{stored.version}~{stored.token}")
+        if files._state(name) == (stored.version, stored.token):
+            return stored
+        files._remove(f"{HOME}/data~{stored.token}")
+        return None
+
+    monkeypatch.setattr(Files, "_replace", replace)
     with pytest.raises(Violation, match="lost its data"):
         search("ab", 2, ("lost", "stale"))
 
