@@ -21,7 +21,9 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from itertools import takewhile
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
+
+T = TypeVar("T")
 
 OFFSET_MAX = (1 << 63) - 1  # as in include/linux/fs.h: a range to the end of the file, however long it gets
 
@@ -294,7 +296,8 @@ class NameLocks:
         for kind, table in record.items():
             locks[Kind(kind)].held = [_lock_from_list(values) for values in table["held"]]
             locks[Kind(kind)].waiting = [
-                Wait(ticket, _lock_from_list(values), passes) for ticket, passes, *values in table["waiting"]
+                Wait(of_type(int, ticket), _lock_from_list(values), of_type(bool, passes))
+                for ticket, passes, *values in table["waiting"]
             ]
         return locks
 
@@ -305,4 +308,13 @@ def _lock_to_list(lock: Lock) -> list[Any]:
 
 def _lock_from_list(values: list[Any]) -> Lock:
     node, number, mode, first, last, pid = values
-    return Lock(Owner(node, number), Mode(mode), first, last, pid)
+    for each in (number, first, last, pid):
+        of_type(int, each)
+    return Lock(Owner(of_type(str, node), number), Mode(mode), first, last, pid)
+
+
+def of_type(kind: type[T], value: object) -> T:
+    """A value of a record; TypeError where it is of another type."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{value!r:.100} is no {kind.__name__}")
+    return value

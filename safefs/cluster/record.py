@@ -24,7 +24,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from safefs.locktable import Kind, Lock, NameLocks, Owner, Wait
+from safefs.locktable import Kind, Lock, NameLocks, Owner, Wait, of_type
 
 FORMAT = 2
 MOST_NEXT = 8  # nodes of which is found out at once whether they are gone
@@ -108,6 +108,10 @@ def carry_out(locks: NameLocks, step: Step) -> tuple[bool, list[Wait]]:
 
 def _except(nodes: tuple[str, ...], gone: set[str]) -> tuple[str, ...]:
     return tuple(node for node in nodes if node not in gone)
+
+
+def _nodes_from(values: object) -> tuple[str, ...]:
+    return tuple(of_type(str, node) for node in of_type(list, values))
 
 
 @dataclass(frozen=True)
@@ -229,6 +233,6 @@ class NameRecord:
             raise ForeignRecordError(f"a lock record of format {data['format']!r}: another version of safefs wrote it")
         try:
             locks = NameLocks.from_record(data["locks"])
-            return cls(str(data["delegate"]), tuple(data["wanted"]), locks, tuple(data["broken"]))
+            return cls(of_type(str, data["delegate"]), _nodes_from(data["wanted"]), locks, _nodes_from(data["broken"]))
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"no lock record: {error!r}") from None

@@ -343,3 +343,17 @@ def test_a_record_says_all() -> None:
 def test_a_record_that_is_none(record: dict[str, object]) -> None:
     with pytest.raises((ValueError, KeyError, TypeError)):
         NameLocks.from_record(record)
+
+
+@pytest.mark.parametrize("kind", ["held", "waiting"])
+def test_a_record_with_values_of_wrong_types(kind: str) -> None:
+    """They would fail only later, when they are compared, or looked up."""
+    locks = NameLocks()
+    queue = Queue(locks[Kind.FLOCK])
+    assert queue.ask(A, EXCLUSIVE) and not queue.ask(Owner("far", 7), SHARED)
+    for at in range(len(locks.to_record()["flock"][kind][0])):
+        for wrong in ([], {}, None, 1.5):
+            record = locks.to_record()
+            record["flock"][kind][0][at] = wrong
+            with pytest.raises((ValueError, TypeError)):
+                NameLocks.from_record(record)

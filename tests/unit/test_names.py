@@ -1418,7 +1418,9 @@ def test_a_record_that_another_version_wrote() -> None:
     with pytest.raises(ForeignRecordError, match="another version"):
         NameRecord.from_json({"format": 99})
     whole = NameRecord().to_json()
-    parts: list[dict[str, Any]] = [{"locks": []}, {"locks": {"none": {}}}, {"wanted": 1}]
+    parts: list[dict[str, Any]] = [{"locks": []}, {"locks": {"none": {}}}]
+    parts += [{part: value} for part in ("wanted", "broken") for value in (1, "ab", [[]], [1], None)]
+    parts += [{"delegate": value} for value in (1, [], None)]
     for none in ({"format": FORMAT, "delegate": "a"}, {}, [], None, 17, *({**whole, **part} for part in parts)):
         with pytest.raises(ValueError, match="no lock record") as caught:
             NameRecord.from_json(none)
