@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -498,6 +499,14 @@ def test_a_copy_is_closed_while_another_close_publishes(mount: Mount, party: Mak
     parent.result(SECONDS)
 
 
+def require_with_the_lock(process: Actor, let_publish: Callable[[], None]) -> None:
+    """What is published by then comes with the lock that a process waits for, and the lock not before."""
+    assert waits(process)
+    let_publish()
+    process.result(SECONDS)
+    assert process("os.pread(fd, 9, 0)") == b"new"
+
+
 def test_a_lock_is_not_free_before_another_thread_has_published(mount: Mount, party: Make) -> None:
     """The thread that has closed a copy is gone, and what the last close publishes is on its way."""
     (mount / "data").write_text("old")
@@ -511,10 +520,7 @@ def test_a_lock_is_not_free_before_another_thread_has_published(mount: Mount, pa
     one.start("thread.start(); thread.join(); os.close(copy)")
     assert waits(one)
     two.start("record(fd, WAIT, EXCLUSIVE)")
-    assert waits(two)
-    let_publish()
-    two.result(SECONDS)
-    assert two("os.pread(fd, 9, 0)") == b"new"
+    require_with_the_lock(two, let_publish)
 
 
 def test_a_lock_comes_with_what_is_published_by_then(mount: Mount, party: Make) -> None:
@@ -532,10 +538,7 @@ def test_a_lock_comes_with_what_is_published_by_then(mount: Mount, party: Make) 
     child("os.write(out, b'new'); os.close(out)")
     assert wait_until(lambda: status(mount)["publishing"] == 1, SECONDS)
     parent(RELEASE["flock"])
-    assert waits(two)
-    let_publish()
-    two.result(SECONDS)
-    assert two("os.pread(fd, 9, 0)") == b"new"
+    require_with_the_lock(two, let_publish)
 
 
 def test_what_is_got_between_two_closes_ends_with_the_second(place: Path, party: Make) -> None:

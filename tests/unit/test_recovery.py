@@ -614,9 +614,8 @@ def test_a_record_that_cannot_be_settled_stays_and_keeps_no_other_from_it(
     assert not list(node.root.glob(".safefs~*"))
 
 
-def test_a_record_of_another_host_that_could_not_be_settled_is_not_watched_anew(
-    node: Node, clock: Clock, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def begin_to_settle(node: Node, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one of another host has left, and cannot be read at the moment."""
     node.other(ELSEWHERE, {"directory": ""})
     node.recovery.settle_dead()
     clock.now += DEAD_AFTER_SECONDS + 1
@@ -624,6 +623,12 @@ def test_a_record_of_another_host_that_could_not_be_settled_is_not_watched_anew(
         fail_to_read(patch, OTHER)
         node.recovery.settle_dead()
         assert not node.settled
+
+
+def test_a_record_of_another_host_that_could_not_be_settled_is_not_watched_anew(
+    node: Node, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin_to_settle(node, clock, monkeypatch)
     node.recovery.settle_dead()
     assert node.settled
 
@@ -632,12 +637,7 @@ def test_one_that_has_a_record_again_keeps_what_it_has_there(
     node: Node, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It was frozen, and others had begun to settle; once it is dead both records are settled."""
-    node.other(ELSEWHERE, {"directory": ""})
-    node.recovery.settle_dead()
-    clock.now += DEAD_AFTER_SECONDS + 1
-    with monkeypatch.context() as patch:
-        fail_to_read(patch, OTHER)
-        node.recovery.settle_dead()
+    begin_to_settle(node, clock, monkeypatch)
     again = node.other(ELSEWHERE)
     (node.root / HIDDEN).write_bytes(b"being written")
     node.recovery.settle_dead()
