@@ -43,6 +43,7 @@ class Closing:
         self._nursery = nursery
         self._unlock = unlock  # what was locked through a file handle
         self._lingering = Lingering(filesystem, nursery, self._detach)
+        self._settling: list[trio.CancelScope] = []
 
     # -------------------------------------------------------------- FLUSH
 
@@ -164,34 +165,45 @@ class Closing:
         """The daemon ends: what was closed is published, what is still being written is kept; what to wait for.
 
         `all_closed` says that the mount is gone, so that nothing can be open; the kernel drops RELEASEs then.  Who does
-        not wait any longer does not end it: a publish that is given up lets go of its locks, and may come to pass yet.
+        not wait any longer does not end it, and neither does what ends the daemon, before `give_up`: a publish that is
+        given up lets go of its locks, and may come to pass yet.
         """
-        done = trio.Event()
-        self._nursery.start_soon(self._settle_all, all_closed, done)
+        done, scope = trio.Event(), trio.CancelScope(shield=True)
+        self._settling.append(scope)
+        self._nursery.start_soon(self._settle_all, all_closed, done, scope)
         return done
 
-    async def _settle_all(self, all_closed: bool, done: trio.Event) -> None:
+    def give_up(self) -> None:
+        """What is not settled by now stays as it is."""
+        for scope in self._settling:
+            scope.cancel()
+
+    async def _settle_all(self, all_closed: bool, done: trio.Event, scope: trio.CancelScope) -> None:
         being_published = list[Draft]()
-        for draft in self.fs.drafts:
-            if draft.gate.is_closed:
-                being_published.append(draft)
-            else:
+        with scope:
+            for draft in self.fs.drafts:
+                if draft.gate.is_closed:
+                    being_published.append(draft)
+                else:
+                    await self._settle_at_end(draft, all_closed=all_closed)
+            for draft in being_published:
+                async with draft.gate.passing():
+                    pass
                 await self._settle_at_end(draft, all_closed=all_closed)
-        for draft in being_published:
-            async with draft.gate.passing():
-                pass
-            await self._settle_at_end(draft, all_closed=all_closed)
-        done.set()
+            done.set()
 
     async def _settle_at_end(self, draft: Draft, *, all_closed: bool) -> None:
         if not draft.pending:
             return
-        if draft.flushed and (all_closed or not draft.writers):
-            await self.settle(draft)
-        elif draft.name_class is NameClass.PARTIAL:
-            await self.fs.publisher.end_killed(draft)
-        else:
-            await self.fs.publisher.refuse(draft, "safefs was stopped before its writer closed it", errno.EIO)
+        try:
+            if draft.flushed and (all_closed or not draft.writers):
+                await self.settle(draft)
+            elif draft.name_class is NameClass.PARTIAL:
+                await self.fs.publisher.end_killed(draft)
+            else:
+                await self.fs.publisher.refuse(draft, "safefs was stopped before its writer closed it", errno.EIO)
+        except Exception as error:  # noqa: BLE001 - a boundary: all others are to be settled as well
+            log.error("%r could not be settled at the end: %s", draft.name, error)
 
     # -------------------------------------- writers that are not seen (passthrough)
 

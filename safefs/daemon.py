@@ -248,8 +248,14 @@ class Daemon:
         names, terms = Names(backend), Terms(settings.lease_seconds)
         keeper = Keeper(backend, terms, self._on_joined, self._on_lost, names.problems)
         keeper.before_rejoin = self._agree_again
-        keeper.may_leave = lambda: not self.backing.workers.busy
+        keeper.has_ended = self._is_quiet
         return names, keeper
+
+    async def _is_quiet(self) -> bool:
+        """Whether all calls to the backing have come back, which is waited for a moment; nobody makes new ones."""
+        with trio.move_on_after(CLOSING_SECONDS):
+            await self.backing.workers.quiet()
+        return not self.backing.workers.busy
 
     async def _agree_again(self) -> None:
         """Who was frozen for long counted as dead, and another may have been mounted with other settings meanwhile."""
@@ -359,10 +365,13 @@ class Daemon:
                     await pyfuse3.main(MIN_TASKS, MAX_TASKS)
                 finally:
                     self.serving = False
-                    with trio.CancelScope(shield=True):
-                        await self._end(closing)
-                # With the requests: a publish that is given up lets go of its locks, and others must not hear of it.
-                helpers.cancel_scope.cancel()
+                    try:
+                        with trio.CancelScope(shield=True):
+                            await self._end(closing)
+                    finally:
+                        # At once: a publish that is given up lets go of its locks, and others must not hear of it.
+                        closing.give_up()
+                        helpers.cancel_scope.cancel()
 
     async def _join(self, helpers: trio.Nursery, names: Names, keeper: Keeper) -> None:
         seconds = JOIN_SECONDS + watch_seconds(self.settings.lease_seconds)
@@ -497,10 +506,11 @@ class Daemon:
             await self.names.give_back()
         pyfuse3.close(unmount=False)
         await self.backing.run(SERVICE, self.events.write)
-        with trio.move_on_after(CLOSING_SECONDS):
-            await self.backing.workers.quiet()  # else this node could not leave its locks (Keeper.may_leave)
-        with suppress(OSError):
-            await self.backing.run(SERVICE, self.record.remove)
+        if any(draft.unpublished for draft in self.fs.drafts):
+            log.error("what could not be settled is for the next daemon on this directory")  # the journal says where
+        else:
+            with suppress(OSError):
+                await self.backing.run(SERVICE, self.record.remove)
         log.info("unmounted %s", self.settings.mountpoint)
 
     # --------------------------------------------------------------- status

@@ -253,15 +253,18 @@ class Recovery:
             return
         node_id = _node_id(mine)
         noted = read_noted(mine)
-        failure = None if noted is None else self._free(noted)
-        self._settle_journal(mine, node_id)
+        files_stay = None if noted is None else self._free(noted)
+        is_whole, leftovers_stay = self._settle_journal(mine, node_id)
+        failure = files_stay or leftovers_stay
         if failure is not None:
             now = time.monotonic()
             if now - self._failing.get(node_id, now) < FREE_SECONDS:
                 raise failure
             log.warning("of the dead daemon %s for good %s", node_id, failure)
+        if leftovers_stay is not None or not is_whole:
+            self._keep_unsettled(mine, JOURNAL, node_id)
         if noted is not None and not noted.is_whole:
-            self._keep_damaged(mine, SOFT_LOCKS, node_id)
+            self._keep_unsettled(mine, SOFT_LOCKS, node_id)
         with suppress(FileNotFoundError):  # another daemon has claimed it meanwhile
             shutil.rmtree(mine)
 
@@ -283,33 +286,34 @@ class Recovery:
             self._beats[mine.name] = self._beats.pop(path.name)  # dead already, should it have to be tried again
         return mine
 
-    def _settle_journal(self, record: Path, node_id: str) -> None:
-        """Settle what a journal names, which is done with then."""
-        journal = record / JOURNAL
+    def _settle_journal(self, record: Path, node_id: str) -> tuple[bool, OSError | None]:
+        """Settle what a journal names: whether it could be read as a whole, and what kept something from being settled.
+
+        To settle again what is settled changes nothing.
+        """
         try:
-            entries, is_whole = _read_journal(journal)
+            entries, is_whole = _read_journal(record / JOURNAL)
         except FileNotFoundError:
-            return
-        settled = 0
+            return True, None
+        settled, failure = 0, None
         for entry in entries:
             try:
                 settled += self._settle_directory(entry, node_id)
             except (FileNotFoundError, NotADirectoryError):
                 pass  # the directory is gone, and what was in it went to quarantine with its rmdir
             except OSError as error:
-                log.warning("leftovers in %r could not be settled: %s", entry["directory"], error)
-        if not is_whole:
-            self._keep_damaged(record, JOURNAL, node_id)
-        journal.unlink(missing_ok=True)
-        self._events.note(EventKind.RECOVERED, "", daemon=node_id, files=settled)
-        log.info("settled what the dead daemon %s left behind: %d files", node_id, settled)
+                failure = OSError(error.errno, f"leftovers stay, among them in {entry['directory']}: {error.strerror}")
+        if settled or failure is None:
+            self._events.note(EventKind.RECOVERED, "", daemon=node_id, files=settled)
+            log.info("settled what the dead daemon %s left behind: %d files", node_id, settled)
+        return is_whole, failure
 
-    def _keep_damaged(self, record: Path, name: str, node_id: str) -> None:
-        """What it named besides cannot be found: whoever looks into it may find out more."""
-        log.warning("the %s of the dead daemon %s is damaged, and goes to quarantine", name, node_id)
+    def _keep_unsettled(self, record: Path, name: str, node_id: str) -> None:
+        """It is damaged, or what it names cannot be settled: whoever looks into it may find out more."""
+        log.warning("the %s of the dead daemon %s goes to quarantine: not all that it named is settled", name, node_id)
         fd = os.open(record, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            reason = f"the damaged {name} of the dead daemon {node_id}, and files that it named were not settled"
+            reason = f"the {name} of the dead daemon {node_id}: files that it named were not settled"
             self._state.keep_leftover(fd, name.encode(), reason)
         finally:
             os.close(fd)

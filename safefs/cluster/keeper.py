@@ -22,6 +22,10 @@ log = logging.getLogger(__name__)
 RETRY_SECONDS = (0.1, 2.0)  # between attempts to join or renew that failed, at first and at most
 
 
+async def _at_once() -> bool:
+    return True
+
+
 class Keeper:
     """The lease of one node; `on_lost` is called once for each that is lost, `on_joined` for each new one."""
 
@@ -39,8 +43,8 @@ class Keeper:
         self._on_lost = on_lost
         self._problems = problems or Problems()
         self.before_rejoin: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint  # BackendError: not now
-        # Whether nothing is on its way any more that was begun under the lease: else it ends by itself.
-        self.may_leave: Callable[[], bool] = lambda: True
+        # Whether nothing is on its way any more that was begun under the lease: else the lease ends by itself.
+        self.has_ended: Callable[[], Awaitable[bool]] = _at_once
         self.problem: BackendError | None = None  # why there is no lease; None: no attempt to get one has failed
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -55,11 +59,12 @@ class Keeper:
                 self._on_lost(reason)
                 await self._join()
         finally:
-            if self.may_leave():
-                with trio.move_on_after(RETRY_SECONDS[1], shield=True):
-                    await self._leave()
-            else:
-                log.warning("the backing has not answered everything: others wait until this node's lease is over")
+            with trio.CancelScope(shield=True):
+                if await self.has_ended():
+                    with trio.move_on_after(RETRY_SECONDS[1]):
+                        await self._leave()
+                else:
+                    log.warning("the backing has not answered everything: others wait until this node's lease is over")
 
     async def _join(self, *, is_first: bool = False) -> None:
         pause, longest = RETRY_SECONDS

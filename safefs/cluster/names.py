@@ -459,9 +459,9 @@ class Names:
 
     async def _tell(self, name: Name, record: NameRecord) -> None:
         """Those whose locks are broken have no other reason to look at the record."""
+        name.tells_again = trio.current_time() + LOOK_SECONDS  # whatever comes of it: there are steps to be taken
         for node in record.broken:
             await self._backend.notify(node, name.key)
-        name.tells_again = trio.current_time() + LOOK_SECONDS
 
     async def _gone(self, nodes: set[str]) -> set[str]:
         """Those of some nodes that have lost their leases; each is looked at once in LOOK_SECONDS, for all names.

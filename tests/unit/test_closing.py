@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import trio
+import trio.lowlevel
 import trio.testing
 
 from safefs.closing import Closing
@@ -13,21 +16,29 @@ from safefs.gate import Gate
 from safefs.rules import NameClass
 
 
-def test_the_end_waits_for_what_a_close_publishes() -> None:
-    """Its draft is neither pending any more nor published yet.  All others come before it."""
-    order = []
+def written(name: str) -> SimpleNamespace:
+    """An open draft."""
+    return SimpleNamespace(name=name, gate=Gate(), pending=True, flushed=False, name_class=NameClass.PRIVATE)
 
+
+def filesystem(order: list[str], *drafts: SimpleNamespace) -> Any:
     async def refuse(draft: SimpleNamespace, _reason: str, _errno: int) -> None:
+        await trio.lowlevel.checkpoint()
+        if draft.name == "bad":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
         order.append(f"{draft.name} is kept")
 
+    return SimpleNamespace(drafts=drafts, publisher=SimpleNamespace(refuse=refuse))
+
+
+def test_the_end_waits_for_what_a_close_publishes() -> None:
+    """Its draft is neither pending any more nor published yet.  All others come before it."""
+    order = list[str]()
     being_published = SimpleNamespace(gate=Gate(), pending=False)
-    written = SimpleNamespace(name="x", gate=Gate(), pending=True, flushed=False, name_class=NameClass.PRIVATE)
-    publisher = SimpleNamespace(refuse=refuse)
-    filesystem = cast(Any, SimpleNamespace(drafts=[being_published, written], publisher=publisher))
 
     async def main() -> None:
         async with trio.open_nursery() as nursery:
-            closing = Closing(filesystem, nursery, lambda _number: None)
+            closing = Closing(filesystem(order, being_published, written("x")), nursery, lambda _number: None)
             async with being_published.gate.closed():
                 settled = closing.settle_all(all_closed=False)
                 with trio.move_on_after(0):
@@ -39,3 +50,33 @@ def test_the_end_waits_for_what_a_close_publishes() -> None:
 
     trio.run(main)
     assert order == ["x is kept", "published"]
+
+
+def test_who_ends_by_an_error_settles_all_the_same() -> None:
+    """All tasks are cancelled by then; and one draft that cannot be settled is not all."""
+    order = list[str]()
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            drafts = filesystem(order, written("x"), written("bad"), written("y"))
+            closing = Closing(drafts, nursery, lambda _number: None)
+            nursery.cancel_scope.cancel()
+            with trio.fail_after(10), trio.CancelScope(shield=True):
+                await closing.settle_all(all_closed=False).wait()
+
+    trio.run(main)
+    assert order == ["x is kept", "y is kept"]
+
+
+def test_what_is_given_up_ends() -> None:
+    being_published = SimpleNamespace(gate=Gate(), pending=False)
+
+    async def main() -> None:
+        async with being_published.gate.closed(), trio.open_nursery() as nursery:
+            closing = Closing(filesystem([], being_published), nursery, lambda _number: None)
+            settled = closing.settle_all(all_closed=False)
+            await trio.testing.wait_all_tasks_blocked()
+            closing.give_up()
+        assert not settled.is_set()
+
+    trio.run(main)

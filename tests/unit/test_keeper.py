@@ -355,11 +355,15 @@ def test_a_node_that_ends_leaves(all_is_done: bool) -> None:
     """Unless something that it has begun under its lease can still come to pass: then others wait for that."""
     cluster = MemoryCluster()
 
+    async def has_ended() -> bool:
+        await trio.sleep(1)  # nothing else goes on by then
+        return all_is_done
+
     async def main() -> None:
         node = Node(MemoryBackend(cluster, "one"))
         async with trio.open_nursery() as nursery:
             await nursery.start(node.keeper.run)
-            node.keeper.may_leave = lambda: all_is_done
+            node.keeper.has_ended = has_ended
             nursery.cancel_scope.cancel()
 
     trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))

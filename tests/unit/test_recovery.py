@@ -498,8 +498,39 @@ def test_a_damaged_journal_counts_for_what_it_says_and_is_kept(node: Node, line:
     assert node.settled
     assert node.kept() == {
         "its daemon ended before it was published": b"left",
-        f"the damaged journal of the dead daemon {OTHER}, and files that it named were not settled": damaged,
+        f"the journal of the dead daemon {OTHER}: files that it named were not settled": damaged,
     }
+
+
+@pytest.mark.parametrize("for_good", [False, True])
+def test_a_directory_that_cannot_be_settled_is_tried_again(
+    node: Node, clock: Clock, monkeypatch: pytest.MonkeyPatch, for_good: bool
+) -> None:
+    """For ten minutes; all others are settled at once, and what was on record goes to quarantine at last."""
+    (node.root / "a").mkdir()
+    journal = (node.other(DEAD_HERE, {"directory": "a"}, {"directory": ""}) / "journal").read_bytes()
+    for directory in (node.root / "a", node.root):
+        (directory / HIDDEN).write_bytes(b"left")
+    settle = node.recovery._settle_directory
+
+    def fail(entry: dict[str, Any], node_id: str) -> int:
+        if entry["directory"] == "a":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return settle(entry, node_id)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(node.recovery, "_settle_directory", fail)
+        for _ in range(3):
+            node.recovery.settle_dead()
+            assert list(node.kept().values()) == [b"left"] and not node.settled
+        if for_good:
+            clock.now += recovery_module.FREE_SECONDS + 1
+            node.recovery.settle_dead()
+    node.recovery.settle_dead()
+    assert node.settled
+    assert (node.root / "a" / HIDDEN).exists() is for_good
+    unsettled = {f"the journal of the dead daemon {OTHER}: files that it named were not settled": journal}
+    assert node.kept() == {"its daemon ended before it was published": b"left", **(unsettled if for_good else {})}
 
 
 def test_a_line_for_which_the_disk_has_no_space_is_refused(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
