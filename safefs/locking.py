@@ -325,6 +325,19 @@ class Locking:
         """A process has closed a descriptor of an open file; what to wait for until its locks are free."""
         return self.locks.flushed(Owner(self.locks.node, owner), self.fs.nodes.origin(nodeid))
 
+    def writes_through(self, nodeid: int, owner: int) -> Handle | None:
+        """By which a process that closes a file, and has locks on it, has written what is not published yet.
+
+        That is closed perhaps in the same call, or as the process ends.
+        """
+        file = self.fs.nodes.origin(nodeid)
+        pid = self.locks.holder(Owner(self.locks.node, owner), file)
+        handles = self.fs.handles.values() if pid else ()
+        return next((handle for handle in handles if handle.writes_for(pid) and self._origin(handle) == file), None)
+
+    def _origin(self, handle: Handle) -> int:
+        return self.fs.nodes.origin(handle.node.nodeid)
+
     def flushed_unpublished(self, nodeid: int, handle: Handle, owner: int, tid: int) -> list[Close]:
         """The same, where what was written under the locks is not published yet, and will be by RELEASE if it comes.
 

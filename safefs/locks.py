@@ -441,6 +441,12 @@ class Locks:
                 self._drop_converted(waiting)
             self._do(waiting.key, GiveUp(waiting.kind, waiting.wait))
 
+    def holder(self, owner: Owner, file: int) -> int:
+        """The process that has record locks of a file as this owner; 0: there are none, or it has no number here."""
+        names = self._uses.names(owner, file)
+        held = (lock for key in names for lock in self._held.get((key, Kind.RECORD), {}).get(owner, LockTable()).held)
+        return next((lock.pid for lock in held), 0)
+
     def flushed(self, owner: Owner, file: int) -> list[trio.Event]:
         """A process has closed a descriptor of a file: it loses its record locks there (fcntl(2)); what to wait for."""
         events = [self.release(*use) for use in self._forget_closed(owner, file)]

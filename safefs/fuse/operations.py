@@ -353,10 +353,20 @@ class Operations(pyfuse3.Operations):
             request.reply_err(errno.EIO)
         elif handle is not None and handle.in_place and (handle.error or self._in_place.unsent(number)):
             self._start(request, self._flush_in_place, nodeid, number, owner)
+        elif (writes := self._locking.writes_through(nodeid, owner)) is not None:
+            self._start(request, self._await_unlocked_close, self._hand_over(nodeid, writes, owner, request.pid))
         elif unlocking := self._locking.flushed(nodeid, owner):
             self._start(request, self._await_unlocked_close, unlocking)
         else:
             request.reply_err(0)
+
+    def _hand_over(self, nodeid: int, handle: Handle, owner: int, tid: int) -> list[trio.Event]:
+        """A close comes before the publish of what was written under locks; what to wait for."""
+        unlocking = list[trio.Event]()
+        for close in self._locking.flushed_unpublished(nodeid, handle, owner, tid):
+            unlocking += close.ending.estate.recorded
+            self._nursery.start_soon(self._locking.end_unless_released, close)
+        return unlocking
 
     async def _flush(self, request: native.Request, nodeid: int, handle: Handle, owner: int) -> None:
         unlocking = list[trio.Event]()
@@ -365,9 +375,7 @@ class Operations(pyfuse3.Operations):
                 await self._closing.flush(handle, request.pid)
             finally:  # whoever gets the lock sees what was written under it
                 if handle.draft is not None and handle.draft.unpublished:
-                    for close in self._locking.flushed_unpublished(nodeid, handle, owner, request.pid):
-                        unlocking += close.ending.estate.recorded
-                        self._nursery.start_soon(self._locking.end_unless_released, close)
+                    unlocking = self._hand_over(nodeid, handle, owner, request.pid)
                 else:
                     unlocking = self._locking.flushed(nodeid, owner)
             await self._await_unlocking(request, unlocking)
