@@ -249,6 +249,7 @@ BOTH = {("a", "b"), ("b", "a")}
 ENDS = {"ab": BOTH, "a-": {("a",), ()}, "a--": {("a",), ()}, "ab-": BOTH | {("a",), ("b",), ()}}
 
 
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize(
     ("marks", "faults", "kinds"),
     [
