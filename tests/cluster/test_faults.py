@@ -110,6 +110,7 @@ def test_a_daemon_that_ends_while_a_publish_hangs(cluster: Cluster, parties: Mak
         assert waits(other)
         if hangs:
             one.mount.expect_log("gave up waiting")
+            one.mount.expect_log("what could not be settled is for the next daemon")
             underlay.send_signal(signal.SIGSTOP)
             writer.start("os.close(fd)")
             assert waits(writer)
