@@ -55,7 +55,11 @@ class Closing:
         async with draft.gate.passing():
             pass  # what another close is publishing is also what was written before this one
         if draft.pending:
-            await self._flush_pending(handle, draft, tid)
+            draft.flushes += 1
+            try:
+                await self._flush_pending(handle, draft, tid)
+            finally:
+                draft.flushes -= 1
         if draft.state is DraftState.QUARANTINED and draft.error:
             raise failure(draft.error)
         if self.fs.is_fenced(handle):  # also where it is not known yet whether this was the last close

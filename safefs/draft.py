@@ -125,6 +125,7 @@ class Draft:
     copied: bool = False  # what was published is a copy, because writers kept the private inode
     ending: bool = False  # its node is becoming a version's
     detaching: bool = False  # its published inode is being made private again
+    flushes: int = 0  # closes of which it is not decided yet whether they publish
     unlinkable: bool = False  # a name showed the inode and no longer does: link(2) takes it no more
     closer: Closer = Closer.NOBODY
     writers: int = 0  # open handles that can write

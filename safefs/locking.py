@@ -30,8 +30,10 @@ PATIENCE_SECONDS = 5.0
 # and who is waited for in a way that is not seen does not wait for days because the queue has been busy for days.
 MAX_PATIENCE_SECONDS = 3600.0
 MAX_KIN = 16
-# How long the RELEASE of a closed file is waited for, and so many times as long when there is a reason to.
-RELEASE_SECONDS, RELEASE_LOOKS = 0.02, 10
+# How long the RELEASE of a closed file is waited for, between looks at who closed it.  When he has left the call others
+# have it open, perhaps a parent that has just forked and is about to close it: so many looks are for that, and so many
+# while there are requests that may be the RELEASE.
+RELEASE_SECONDS, LEFT_LOOKS, RELEASE_LOOKS = 0.02, 5, 10
 BACKLOG_SECONDS = 0.002  # between looks whether what the kernel had to say has been received
 
 _FLOCK_MODES = {fcntl.LOCK_SH: Mode.SHARED, fcntl.LOCK_EX: Mode.EXCLUSIVE}
@@ -95,9 +97,9 @@ class Close:
     tid: int  # the thread that did
 
     def may_publish(self) -> bool:
-        """Whether its RELEASE has come, or somebody publishes the file now."""
+        """Whether its RELEASE has come, or somebody publishes the file now, or perhaps is about to."""
         draft = self.handle.draft
-        return self.handle.released or (draft is not None and draft.gate.is_closed)
+        return self.handle.released or (draft is not None and (draft.gate.is_closed or draft.flushes > 0))
 
 
 class Locking:
@@ -415,7 +417,7 @@ class Locking:
             has_run = now is not None and began is not None and now - began >= CLOSING_NS
             if has_run or now == processes.LEFT:
                 looks += 1
-                if not (self.fs.passthrough.requests_wait() or close.may_publish()):
+                if looks >= LEFT_LOOKS and not (self.fs.passthrough.requests_wait() or close.may_publish()):
                     break
         self._over(close)
 
