@@ -52,8 +52,7 @@ class Closing:
         draft = handle.draft
         if draft is None or not handle.writable:
             return
-        async with draft.gate.passing():
-            pass  # what another close is publishing is also what was written before this one
+        await draft.gate.opened()  # what another close is publishing is also what was written before this one
         if draft.pending:
             draft.flushes += 1
             try:
@@ -191,8 +190,7 @@ class Closing:
                 else:
                     await self._settle_at_end(draft, all_closed=all_closed)
             for draft in being_published:
-                async with draft.gate.passing():
-                    pass
+                await draft.gate.opened()
                 await self._settle_at_end(draft, all_closed=all_closed)
             done.set()
 

@@ -106,11 +106,6 @@ class Handle:
     renewal: trio.Event | None = None  # the end of its being opened anew
     error: int = 0  # of sending it, for the next close
 
-    def writes_for(self, pid: int) -> bool:
-        """Whether this process has opened it, and something was written that is not published yet."""
-        is_open = self.writable and not self.released and self.opener_tgid == pid
-        return is_open and self.draft is not None and self.draft.unpublished
-
 
 class FileSystem:
     """The tables of one mount."""

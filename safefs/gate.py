@@ -27,8 +27,7 @@ class Gate:
 
     @asynccontextmanager
     async def passing(self) -> AsyncIterator[None]:
-        while self._alone:
-            await self._waiting.park()
+        await self.opened()
         self._inside += 1
         try:
             yield
@@ -39,6 +38,11 @@ class Gate:
     @property
     def is_closed(self) -> bool:
         return self._alone
+
+    async def opened(self) -> None:
+        """Until nobody has it closed, as far as is known now."""
+        while self._alone:
+            await self._waiting.park()
 
     @asynccontextmanager
     async def closed(self) -> AsyncIterator[None]:

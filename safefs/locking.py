@@ -334,11 +334,11 @@ class Locking:
         """
         file = self.fs.nodes.origin(nodeid)
         pid = self.locks.holder(Owner(self.locks.node, owner), file)
-        handles = self.fs.handles.values() if pid else ()
-        return next((handle for handle in handles if handle.writes_for(pid) and self._origin(handle) == file), None)
-
-    def _origin(self, handle: Handle) -> int:
-        return self.fs.nodes.origin(handle.node.nodeid)
+        drafts = self.fs.drafts if pid else ()
+        written = [draft for draft in drafts if draft.unpublished and draft.node.origin == file]
+        handles = self.fs.handles.values() if written else ()
+        own = (each for each in handles if each.opener_tgid == pid and each.writable and not each.released)
+        return next((each for each in own if each.draft in written), None)
 
     def flushed_unpublished(self, nodeid: int, handle: Handle, owner: int, tid: int) -> list[Close]:
         """The same, where what was written under the locks is not published yet, and will be by RELEASE if it comes.

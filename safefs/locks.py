@@ -160,8 +160,8 @@ class Estate:
     """The record locks that a process had of a file which it has closed: who holds them now, and by which names."""
 
     heir: Owner
-    names: tuple[str, ...]
-    recorded: tuple[trio.Event, ...]  # what to wait for until that is so for all nodes
+    names: list[str]
+    recorded: list[trio.Event]  # what to wait for until that is so for all nodes
 
     def uses(self) -> list[Use]:
         return [(key, Kind.RECORD, self.heir) for key in self.names]
@@ -449,8 +449,7 @@ class Locks:
 
     def flushed(self, owner: Owner, file: int) -> list[trio.Event]:
         """A process has closed a descriptor of a file: it loses its record locks there (fcntl(2)); what to wait for."""
-        events = [self.release(*use) for use in self._forget_closed(owner, file)]
-        return [event for event in events if event is not None]
+        return _to_wait_for(self.release(*use) for use in self._forget_closed(owner, file))
 
     def hand_over(self, owner: Owner, file: int, handle: int) -> Estate | None:
         """The same, but what it loses is not free yet: it is held on, through an open file (`hold_on`, `let_go`)."""
@@ -463,8 +462,7 @@ class Locks:
             held[heir] = held.pop(owner)
             held[heir].hand_over(owner, heir)
             events.append(self._do(key, HandOver(kind, owner, heir)))
-        recorded = tuple(event for event in events if event is not None)
-        estate = Estate(heir, tuple(key for key, _, _ in lost), recorded)
+        estate = Estate(heir, [key for key, _, _ in lost], _to_wait_for(events))
         self.hold_on(estate, handle, file)
         return estate
 
@@ -507,7 +505,7 @@ class Locks:
             elif (first, last) == (0, OFFSET_MAX):
                 for handle in self._uses.handles(use, file):
                     self._uses.part(use, handle)
-        return [event for event in events if event is not None]
+        return _to_wait_for(events)
 
     def released(self, handle: int) -> None:
         """The last descriptor of an open file is closed: what was locked through it last is free."""
@@ -646,6 +644,11 @@ class Locks:
         for wait in others:
             self.resolve(wait.ticket, True)
         return done
+
+
+def _to_wait_for(steps: Iterable[trio.Event | None]) -> list[trio.Event]:
+    """Of some steps those that are not done."""
+    return [event for event in steps if event is not None]
 
 
 def _states(table: LockTable) -> Iterator[tuple[str, Lock]]:

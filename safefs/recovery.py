@@ -59,7 +59,7 @@ ALIVE_SECONDS = 15.0  # since the last heartbeat
 WATCHED = 2  # daemons that are alive
 LEASE_LOOK_SECONDS = 1.0
 FREE_AGAIN_SECONDS = 5.0  # after the lock files of a node whose lease is over could not all be removed
-FREE_SECONDS = 600.0  # for which that is tried where its daemon is dead, and its record has to go at last
+FREE_SECONDS = 600.0  # for which what a dead daemon left is tried, before its record goes
 SETTLING_SUFFIX = ".settling"
 
 
