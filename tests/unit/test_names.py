@@ -736,19 +736,27 @@ def test_whoever_finds_that_a_lock_is_broken_tells_its_node(locks: bool, monkeyp
     play(scenario, CountingPolls)
 
 
-class Slower(CountingPolls):
-    """As through sshfs: while one batch of steps is on its way the next comes."""
+class Unhurried(MemoryBackend):
+    """Every answer takes a while."""
+
+    seconds = 0.001
 
     async def read(self, name: str) -> Stored:
-        await trio.sleep(0.02)
+        await trio.sleep(self.seconds)
         return await super().read(name)
 
     async def swap(self, name: str, old: Stored, new: NameRecord) -> Stored | None:
-        await trio.sleep(0.02)
+        await trio.sleep(self.seconds)
         return await super().swap(name, old, new)
 
+
+class Slower(Unhurried, CountingPolls):
+    """As through sshfs: while one batch of steps is on its way the next comes."""
+
+    seconds = 0.02
+
     async def is_current(self, name: str, stored: Stored) -> bool:
-        await trio.sleep(0.02)
+        await trio.sleep(self.seconds)
         return await super().is_current(name, stored)
 
 
@@ -1429,19 +1437,11 @@ def test_a_record_that_another_version_wrote() -> None:
     assert NameRecord.from_json(record.to_json()) == record
 
 
-class Distant(MemoryBackend):
-    """Every answer takes a while, and a notice of a change as long again."""
-
-    async def read(self, name: str) -> Stored:
-        await trio.sleep(0.001)
-        return await super().read(name)
-
-    async def swap(self, name: str, old: Stored, new: NameRecord) -> Stored | None:
-        await trio.sleep(0.001)
-        return await super().swap(name, old, new)
+class Distant(Unhurried):
+    """A notice of a change takes as long again."""
 
     def follow(self, name: str) -> MemoryFollower:
-        return LateFollower(self._cluster, name, 0.001)
+        return LateFollower(self._cluster, name, self.seconds)
 
 
 def test_who_gives_a_name_back_does_not_take_it_again_at_once() -> None:
