@@ -72,6 +72,7 @@ class Backing:
         self.workers = Workers(max_threads)
         self.node_id = secrets.token_hex(4)
         self._tmpfile = temp != "hidden"
+        self._nameless: set[int] = set()  # filesystems (st_dev) that have shown that O_TMPFILE works on them
         self._serial = 0
         self._probes_lock = threading.Lock()
         self._probes: dict[ProbeKey, int] = {}  # nameless inodes to ask for space with
@@ -167,15 +168,21 @@ class Backing:
 
     @property
     def uses_tmpfile(self) -> bool:
-        """Whether drafts are O_TMPFILE inodes, which leave nothing behind when the daemon dies."""
+        """Whether drafts are O_TMPFILE inodes, as far as is known."""
         return self._tmpfile
+
+    def is_nameless(self, directory: Identity) -> bool:
+        """Whether drafts in a directory are known to be O_TMPFILE inodes: they leave nothing when the daemon dies."""
+        return self._tmpfile and directory.dev in self._nameless
 
     def make_temp(self, directory: int, mode: int, hidden: bytes) -> tuple[int, bytes | None, os.stat_result]:
         """A private inode in `directory`, open for reading and writing, and its hidden name where it needs one."""
         if self._tmpfile:
             try:
                 fd = os.open(b".", os.O_TMPFILE | os.O_RDWR, mode, dir_fd=directory)
-                return fd, None, os.fstat(fd)
+                status = os.fstat(fd)
+                self._nameless.add(status.st_dev)
+                return fd, None, status
             except OSError as error:
                 if is_removed(directory):  # ext4 says EPERM then, others ENOENT
                     raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)) from None

@@ -443,8 +443,8 @@ class Publisher:
                 del self._shown[identity]
 
     async def announce_temp(self, directory: Node, caller: Caller) -> None:
-        """A private inode is about to be made, under a hidden name where the backing needs one."""
-        if not self._backing.uses_tmpfile:
+        """A private inode is about to be made, under a hidden name where the backing may need one."""
+        if not self._backing.is_nameless(directory.identity):
             await self.note_directory(directory, caller)
 
     async def note_directory(self, directory: Node, caller: Caller) -> None:

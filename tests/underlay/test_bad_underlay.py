@@ -21,7 +21,8 @@ import pytest
 from tests.conftest import MountFactory
 from tests.model.test_conflicts import WRITERS, Parties, interleave
 from tests.mount.actors import Actor, actor
-from tests.mount.places import A, B, content
+from tests.mount.places import A, B, content, in_quarantine
+from tests.mount.test_metadata import kill_daemon
 from tests.support.hub_race import model_hub, race
 from tests.support.mounting import Mount, safefs, safefs_command, status, wait_until
 from tests.support.venvs import hub_venv
@@ -30,6 +31,7 @@ from tests.tools.test_sentinel import sentinel
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS, PROBE_SECONDS = 30, 90
 SENTINEL_ROUNDS = 15
+CONTROL_RUNS = 30
 CREATE = os.O_CREAT | os.O_TRUNC | os.O_WRONLY
 
 
@@ -74,6 +76,27 @@ def cluster(request: pytest.FixtureRequest, tmp_path: Path, make_mount: MountFac
         yield Cluster(source, bare, (processes[0], processes[1]), (mounts[0], mounts[1]))
         for mount in mounts:
             mount.stop()
+
+
+@pytest.mark.parametrize("below", [False, True], ids=["the backing itself", "below its root"])
+def test_the_first_draft_of_a_daemon_that_is_killed(
+    tmp_path: Path, backing: Path, make_mount: MountFactory, below: bool
+) -> None:
+    """Nobody knows before it that drafts have hidden names there; the next daemon finds it all the same."""
+    (tmp_path / "disk" / "dir").mkdir(parents=True)
+    with underlay(tmp_path / "disk", backing / "nested" if below else tmp_path / "view") as process, actor() as writer:
+        root = backing if below else tmp_path / "view"
+        doomed = make_mount(backing=root)
+        place = doomed / "nested/dir" if below else doomed / "dir"
+        writer("os.write(fd, data); os.fsync(fd)", fd=writer.open(place / "first", CREATE), data=A)
+        (hidden,) = os.listdir(tmp_path / "disk/dir")
+        assert hidden.startswith(".safefs~")
+        kill_daemon(doomed)
+        successor = make_mount(backing=root)
+        assert in_quarantine(root, lambda data: data == A)
+        assert os.listdir(tmp_path / "disk/dir") == []
+        successor.stop()
+        assert process.poll() is None
 
 
 def locked(path: Path) -> int:
