@@ -207,6 +207,16 @@ class Closing:
         except Exception as error:  # noqa: BLE001 - a boundary: all others are to be settled as well
             log.error("%r could not be settled at the end: %s", draft.name, error)
 
+    async def drop_temps(self) -> bool:
+        """No requests come any more: whether there is nothing left that would have to be found.
+
+        What is being kept at this moment is not unpublished any more, and not in quarantine yet: its gate is closed.
+        """
+        for draft in self.fs.drafts:
+            if not (draft.unpublished or draft.gate.is_closed):
+                await self.fs.drop_temp(draft)
+        return all(draft.temp_name is None and not draft.unpublished for draft in self.fs.drafts)
+
     # -------------------------------------- writers that are not seen (passthrough)
 
     async def _detach(self, draft: Draft) -> None:

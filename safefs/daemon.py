@@ -505,13 +505,20 @@ class Daemon:
         if self.names is not None:
             await self.names.give_back()
         pyfuse3.close(unmount=False)
-        await self.backing.run(SERVICE, self.events.write)
-        if any(draft.unpublished for draft in self.fs.drafts):
-            log.error("what could not be settled is for the next daemon on this directory")  # the journal says where
-        else:
-            with suppress(OSError):
+        with trio.move_on_after(CLOSING_SECONDS), suppress(OSError):
+            await self.backing.run(SERVICE, self.events.write)
+        if await self._leaves_nothing(closing):
+            with trio.move_on_after(CLOSING_SECONDS), suppress(OSError):
                 await self.backing.run(SERVICE, self.record.remove)
+        else:
+            log.error("what could not be settled is for the next daemon on this directory")  # the journal says where
         log.info("unmounted %s", self.settings.mountpoint)
+
+    async def _leaves_nothing(self, closing: Closing) -> bool:
+        """Whether there is no hidden file, and none on its way: a call that hangs may make one yet."""
+        with trio.move_on_after(CLOSING_SECONDS):
+            return await closing.drop_temps() and not self.fs.publisher.has_left and await self._is_quiet()
+        return False
 
     # --------------------------------------------------------------- status
 

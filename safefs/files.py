@@ -12,8 +12,6 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-import trio
-
 from safefs import backing, processes
 from safefs.backing import AttributeChange
 from safefs.digest import Written
@@ -201,8 +199,7 @@ class Files:
         except BaseException:
             draft.handles -= 1
             draft.writers -= writable
-            with trio.CancelScope(shield=True):
-                await fs.end_draft(draft)
+            await fs.end_draft_soon(draft)
             raise
         handle = fs.add_handle(draft.node, -1, caller, writable=writable, backing_id=candidate)
         handle.draft = draft

@@ -45,6 +45,7 @@ T = TypeVar("T")
 LOOKS = 64  # threads that look at /proc
 PROCESS_LOOK_SECONDS = 20.0  # how long a look at /proc may take; what is unknown after that is not published
 TICKET_SWEEP_SECONDS = 1.0
+ENDING_SECONDS = 10.0  # for the end of a draft whose request is cancelled
 GATHERED_SECONDS = 1.0  # between looks for small writes that the backing has not got yet
 # Every change of a name would be preceded by a GETATTR of its directory otherwise.  The kernel drops a directory's
 # attributes itself when a change goes through this mount.
@@ -709,12 +710,16 @@ class FileSystem:
         finally:
             draft.reserved -= 1
             draft.handles -= 1
-            with trio.CancelScope(shield=True):
-                await self.end_draft(draft)
+            await self.end_draft_soon(draft)
 
     def _is_done(self, draft: Draft) -> bool:
         busy = draft.writers or draft.reserved or draft.unpublished
         return not busy and draft.node.draft is draft
+
+    async def end_draft_soon(self, draft: Draft) -> None:
+        """Also where the request is cancelled; but a backing that hangs does not keep the daemon from ending."""
+        with trio.move_on_after(ENDING_SECONDS, shield=True):
+            await self.end_draft(draft)
 
     async def end_draft(self, draft: Draft) -> None:
         """Close the books on a draft that nobody can write to any more: its node stands for a version from now on."""
@@ -765,14 +770,24 @@ class FileSystem:
         descriptors, pidfd = {draft.fd, draft.version_fd, *draft.spare_fds, *base}, draft.pidfd
         draft.fd = draft.pidfd = draft.version_fd = -1
         try:
-            if draft.temp_name is not None:  # an empty hidden temp: nothing was ever written to it
-                with suppress(OSError):
-                    await self.backing.run_for(draft, backing.unlink, draft.directory.fd, draft.temp_name)
+            await self.drop_temp(draft)
         finally:
             close_all(fd for fd in descriptors if fd >= 0)
             if pidfd >= 0:
                 os.close(pidfd)
             self.unpin(draft.directory)
+
+    async def drop_temp(self, draft: Draft) -> None:
+        """The hidden name of a draft that has nothing to be kept, if it has one."""
+        if draft.temp_name is None:
+            return
+        try:
+            with suppress(FileNotFoundError):
+                await self.backing.run_for(draft, backing.unlink, draft.directory.fd, draft.temp_name)
+            draft.temp_name = None
+        except OSError as error:
+            log.warning("the hidden file of %r stays: %s", draft.name, error)
+            self.publisher.has_left = True
 
     # ----------------------------------------------------------- tickets
 

@@ -110,6 +110,7 @@ class Publisher:
         self._shown: dict[Identity, list[Draft]] = {}  # by what their `shown` says
         self._syncs = GroupSync()
         self.counts: Counter[str] = Counter()
+        self.has_left = False  # hidden files that nobody here knows of any more
         self.on_publish: Callable[[Node, Identity | None], None] | None = None
         self.policy_of: Callable[[Node, bytes], Policy] = lambda _directory, _name: Policy()
         self.lease: Callable[[], str] = lambda: "for ever"
@@ -183,6 +184,7 @@ class Publisher:
                 pass  # its name shows it
             except OSError as error:
                 log.warning("a hidden file stays beside %r: %s", draft.name, error)
+                self.has_left = True
 
     def _published(self, draft: Draft, target: Node, name: bytes, placed: Placed, keep_private: bool) -> None:
         inode, write_id = placed.inode, draft.write_id
@@ -272,7 +274,9 @@ class Publisher:
         )
 
     def _require_lease(self, draft: Draft, lease: str) -> None:
-        """That under which the publish began, not one that this node has got since then."""
+        """That under which the publish began, not one that this node has got since then; nor was what it had broken."""
+        if draft.fenced:
+            raise PublishRefusedError("what it had locked is another's by now", errno.EIO)
         compares = self.lock_name is not None and draft.base is not None and not draft.fresh
         if (draft.locked or draft.claim or compares) and (not lease or self.lease() != lease):
             reason = "the lease of this node is over, and what it had locked may be another's"
@@ -517,6 +521,7 @@ class Publisher:
             log.warning("not published: %s (%s)", record["path"], error.message)
         except OSError as problem:
             log.error("not published and not kept: %s (%s; quarantine: %s)", record["path"], error.message, problem)
+            self.has_left = self.has_left or draft.temp_name is not None
         draft.temp_name = None
         raise error
 

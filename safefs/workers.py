@@ -69,10 +69,9 @@ class Workers:
     """The threads of one purpose."""
 
     def __init__(self, max_threads: int) -> None:
-        self._free = max_threads
+        self._max = self._free = max_threads
         self._waiting = trio.lowlevel.ParkingLot()
         self._quiet = trio.lowlevel.ParkingLot()
-        self.busy = 0
         self.idle: list[_Thread] = []
 
     async def run(self, function: Callable[..., T], *arguments: object) -> T:
@@ -82,7 +81,6 @@ class Workers:
             self._free -= 1
         else:
             await self._waiting.park()  # whoever is done hands its place over
-        self.busy += 1
         call = _Call(function, arguments)
         try:
             thread = self.idle.pop() if self.idle else _Thread(self)
@@ -94,19 +92,23 @@ class Workers:
         result: T = await trio.lowlevel.wait_task_rescheduled(call.abandon)
         return result
 
+    @property
+    def busy(self) -> int:
+        """How many calls are on their way, those included that have got their place and not begun."""
+        return self._max - self._free
+
     async def quiet(self) -> None:
         """Until no call is on its way, those included that were cancelled."""
         while self.busy:
             await self._quiet.park()
 
     def _leave(self) -> None:
-        self.busy -= 1
-        if not self.busy:
-            self._quiet.unpark_all()
         if self._waiting:
             self._waiting.unpark()
-        else:
-            self._free += 1
+            return
+        self._free += 1
+        if not self.busy:
+            self._quiet.unpark_all()
 
     def deliver(self, call: _Call) -> None:
         """A call has ended; on the event loop."""

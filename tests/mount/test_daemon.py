@@ -87,10 +87,12 @@ def test_it_ends_in_order(ending: str, make_mount: MountFactory) -> None:
 
 @pytest.mark.parametrize("temp", ["auto", "hidden"])
 def test_sigterm_keeps_open_drafts(temp: str, make_mount: MountFactory) -> None:
-    """A draft that is open at shutdown is not published and not lost."""
+    """A draft that is open at shutdown is not published and not lost; one that nobody wrote to leaves nothing."""
     mount = make_mount("-o", f"temp={temp}")
     (mount / "old").write_bytes(B)
+    (mount / "read").write_bytes(B)
     with actor() as writer:
+        writer.open(mount / "read", os.O_RDWR)
         for name in ("new", "old"):
             writer.write(writer.open(mount / name, CREATE), A)
         mount.process.send_signal(signal.SIGTERM)

@@ -80,3 +80,36 @@ def test_what_is_given_up_ends() -> None:
         assert not settled.is_set()
 
     trio.run(main)
+
+
+def hidden(name: str, **state: bool) -> SimpleNamespace:
+    """A draft with a hidden file."""
+    return SimpleNamespace(**{"name": name, "temp_name": name, "gate": Gate(), "unpublished": False, **state})
+
+
+def test_of_what_is_not_settled_the_hidden_files_stay() -> None:
+    """Also while their bytes are copied to quarantine: they count as refused by then."""
+    dropped = list[str]()
+
+    async def drop_temp(draft: SimpleNamespace) -> None:
+        await trio.lowlevel.checkpoint()
+        dropped.append(draft.name)
+        draft.temp_name = None
+
+    async def main(*drafts: SimpleNamespace) -> bool:
+        async with trio.open_nursery() as nursery:
+            return await Closing(
+                SimpleNamespace(drafts=drafts, drop_temp=drop_temp),
+                nursery,
+                lambda _number: None,  # type: ignore[arg-type]
+            ).drop_temps()
+
+    async def while_one_is_kept() -> bool:
+        draft = hidden("kept")
+        async with draft.gate.closed():
+            return await main(draft, hidden("read only"))
+
+    assert not trio.run(while_one_is_kept)
+    assert not trio.run(main, hidden("unpublished", unpublished=True))
+    assert trio.run(main, hidden("read"))
+    assert dropped == ["read only", "read"]

@@ -107,6 +107,31 @@ def test_it_is_quiet_once_abandoned_calls_have_ended_too() -> None:
     run(main)
 
 
+def test_it_is_not_quiet_while_a_call_has_its_place_and_has_not_begun() -> None:
+    async def main() -> None:
+        threads, one, two = Workers(1), Held(), Held()
+        quiet = trio.Event()
+
+        async def wait() -> None:
+            await threads.quiet()
+            quiet.set()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(threads.run, one, 1)
+            await wait_all_tasks_blocked()
+            nursery.start_soon(threads.run, two, 2)
+            nursery.start_soon(wait)
+            await wait_all_tasks_blocked()
+            one.end.set()
+            await trio.to_thread.run_sync(two.has_begun.acquire)
+            await wait_all_tasks_blocked()
+            assert not quiet.is_set()
+            two.end.set()
+
+    for _ in range(20):  # which of two tasks comes first that can go on is drawn by lot
+        run(main)
+
+
 def test_who_gives_up_waiting_takes_nobodys_place() -> None:
     async def main() -> None:
         threads, held = Workers(1), Held()
