@@ -44,6 +44,7 @@ _OUTCOMES = {
     Verdict.BOTH: EventKind.JOINED,
     Verdict.THEIRS: EventKind.SUPERSEDED,
 }
+FENCED = "what it had locked is another's by now"
 _REFUSALS = {errno.ESTALE: EventKind.CONFLICT, errno.EINTR: EventKind.KILLED}
 
 
@@ -139,7 +140,7 @@ class Publisher:
                 draft.modified = draft.pending and keep_private  # there may be changes yet
                 return
             if draft.error:
-                reason = "what it had locked is another's by now" if draft.fenced else "a write to it failed"
+                reason = FENCED if draft.fenced else "a write to it failed"
                 await self._refuse(draft, PublishRefusedError(reason, draft.error))
             lease = self.lease()
             async with self.holding(target, name) as alone:
@@ -276,7 +277,7 @@ class Publisher:
     def _require_lease(self, draft: Draft, lease: str) -> None:
         """That under which the publish began, not one that this node has got since then; nor was what it had broken."""
         if draft.fenced:
-            raise PublishRefusedError("what it had locked is another's by now", errno.EIO)
+            raise PublishRefusedError(FENCED, errno.EIO)
         compares = self.lock_name is not None and draft.base is not None and not draft.fresh
         if (draft.locked or draft.claim or compares) and (not lease or self.lease() != lease):
             reason = "the lease of this node is over, and what it had locked may be another's"

@@ -486,6 +486,25 @@ def test_what_an_operator_breaks_is_not_published(mount: Mount, party: Make, kin
         mount.expected_log.append("another's by now")
 
 
+def test_an_operator_breaks_a_lock_while_its_file_is_published(mount: Mount, party: Make) -> None:
+    """Its close fails, and its name shows what it showed before."""
+    (mount / "data").write_text("before")
+    one, two = party(), party()
+    opened(one, mount / "data")
+    one(TRY["flock"])
+    one("os.pwrite(fd, b'under a lock', 0)")
+    go_on = hold_publishes(mount, two)
+    one.start("os.close(fd)")
+    assert waits(one)
+    assert safefs("locks", "break", mount / "data").stdout == "1 broken\n"
+    go_on()
+    with pytest.raises(OSError) as refused:
+        one.result(SECONDS)
+    assert refused.value.errno == errno.EIO
+    assert (mount / "data").read_text() == "before"
+    mount.expected_log.append("another's by now")
+
+
 def test_those_who_try_again_and_again_take_turns(mount: Mount, party: Make) -> None:
     """So many refusals a second has a name: a hundred who poll for a lock must not keep from work who has it."""
     holder, one, two = party(), party(), party()
