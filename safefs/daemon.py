@@ -172,7 +172,7 @@ class Daemon:
         self.locks.fence = self.fs.fence
         self.locking = Locking(self.fs)
         if self.names is not None:
-            self.names.resolve = self.locks.answer
+            self.names.resolve, self.names.told = self.locks.answer, self.locks.told
             self.names.broken = self.locks.broken
             self.fs.can_lose_locks = True
             self.fs.is_shared = not self.mounted.is_local

@@ -444,7 +444,7 @@ class Locks:
     def holder(self, owner: Owner, file: int) -> int:
         """The process that has record locks of a file as this owner; 0: there are none, or it has no number here."""
         names = self._uses.names(owner, file)
-        held = (lock for key in names for lock in self._held.get((key, Kind.RECORD), {}).get(owner, LockTable()).held)
+        held = (lock for key in names for lock in self.told(key, Kind.RECORD, owner))
         return next((lock.pid for lock in held), 0)
 
     def flushed(self, owner: Owner, file: int) -> list[trio.Event]:
@@ -543,6 +543,10 @@ class Locks:
         held.pop(owner, None)
         if not held:
             self._held.pop((key, kind), None)
+
+    def told(self, key: str, kind: Kind, owner: Owner) -> list[Lock]:
+        """What an owner has been told that it has."""
+        return self._held.get((key, kind), {}).get(owner, LockTable()).held
 
     def answer(self, ticket: int, held: bool) -> bool:
         """The same as `resolve`, for what has been asked of a record that nodes share."""

@@ -123,10 +123,6 @@ class LockTable:
         """Whether a request is in the queue."""
         return any((wait.lock.owner.node, wait.ticket) == (node, ticket) for wait in self.waiting)
 
-    def has_part_of(self, lock: Lock) -> bool:
-        """Whether the owner of a lock has one in its range already."""
-        return any(held.owner == lock.owner and held.overlaps(lock.first, lock.last) for held in self.held)
-
     def has(self, lock: Lock) -> bool:
         """Whether a lock is held as a whole."""
         return any(
@@ -187,6 +183,18 @@ class LockTable:
     def release(self, owner: Owner, first: int = 0, last: int = OFFSET_MAX) -> list[Wait]:
         """Unlock a range of one owner; returns the requests that got their locks by it."""
         self.held = list(_without(self.held, owner, first, last))
+        return self._grant()
+
+    def trim(self, owner: Owner, first: int, last: int, told: Iterable[Lock]) -> list[Wait]:
+        """Of what an owner has in a range leave what it is told of, in no stronger mode; returns as `release` does."""
+        mine = [held for held in self.held if held.owner == owner]
+        self.held = list(_without(self.held, owner, first, last))
+        for lock in told:
+            for had in mine:
+                start, end = max(first, lock.first, had.first), min(last, lock.last, had.last)
+                if start <= end:
+                    weaker = min(lock, had, key=lambda each: each.mode is Mode.EXCLUSIVE)
+                    self._put(replace(weaker, first=start, last=end))
         return self._grant()
 
     def hand_over(self, owner: Owner, heir: Owner) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import trio
 
 from safefs.cluster.backend import Follower, Stored, UnreadableError
-from safefs.cluster.record import Acquire, LetPass, Step
-from safefs.locktable import Kind, NameLocks, Wait
+from safefs.cluster.record import Acquire, LetPass, Step, Trim
+from safefs.locktable import Kind, Lock, NameLocks, Wait
 
 
 @dataclass(eq=False)
@@ -17,20 +18,11 @@ class Pending:
     """A step on its way; `done` once it is on record."""
 
     step: Step
-    had_part: bool | None = None  # as in `Queued`, before the first attempt: a later one may see the lock itself
     found: NameLocks | None = None  # the locks then, for who only looks
     clears: bool = False  # a record that is damaged
     cleared: bool = False  # there was one, and another is in its place
     refused: UnreadableError | None = None  # it is not damaged, and nobody's to clear
     done: trio.Event = field(default_factory=trio.Event)
-
-    def asks(self, locks: NameLocks) -> Queued:
-        """The request that this step is, on the locks as they are before it."""
-        assert isinstance(self.step, Acquire)
-        kind, wait = self.step.kind, self.step.wait
-        if self.had_part is None:
-            self.had_part = locks[kind].has_part_of(wait.lock)
-        return Queued(kind, wait, self.had_part)
 
     def settle(self, locks: NameLocks) -> None:
         if isinstance(self.step, LetPass):
@@ -40,11 +32,15 @@ class Pending:
 
 @dataclass(frozen=True)
 class Queued:
-    """A request in the queue; `had_part`: its owner held a part of the range before."""
+    """A request in the queue."""
 
     kind: Kind
     wait: Wait
-    had_part: bool
+
+    def trim(self, told: Iterable[Lock]) -> Trim:
+        """What is to be done when it has its lock and nobody waits; `told`: all that its owner knows."""
+        lock = self.wait.lock
+        return Trim(self.kind, lock.owner, lock.first, lock.last, tuple(told))
 
 
 def is_refused(step: Step, done: bool) -> bool:
@@ -54,11 +50,7 @@ def is_refused(step: Step, done: bool) -> bool:
 
 def queued_in(locks: NameLocks) -> dict[int, Queued]:
     """All requests in the queues, by ticket."""
-    return {
-        wait.ticket: Queued(kind, wait, table.has_part_of(wait.lock))
-        for kind, table in locks.tables.items()
-        for wait in table.waiting
-    }
+    return {wait.ticket: Queued(kind, wait) for kind, table in locks.tables.items() for wait in table.waiting}
 
 
 @dataclass(eq=False)
@@ -79,6 +71,7 @@ class Name:
     tells_again: float = -math.inf  # and when next
     pending: list[Pending] = field(default_factory=list)
     waits: dict[int, Queued] = field(default_factory=dict)  # requests of ours in the queue on record, by ticket
+    unwanted: list[Queued] = field(default_factory=list)  # those that have their locks, which nobody waits for any more
     poke: trio.Event = field(default_factory=trio.Event)
     busy: bool = False
     used: float = 0.0
@@ -87,11 +80,16 @@ class Name:
     lost: bool = False  # with the lease of this node
 
     @property
+    def has_steps(self) -> bool:
+        """Whether there is anything to be changed on record."""
+        return bool(self.pending or self.unwanted)
+
+    @property
     def has_work(self) -> bool:
         if self.lost:
             return False
         if self.mine is not None:
-            return self.asked or bool(self.pending)
+            return self.asked or self.has_steps
         if self.idle and self.stored is not None:
             return True
-        return self.asked or self.leaving is not None or self.telling or bool(self.pending or self.waits or self.gone)
+        return self.asked or self.leaving is not None or self.telling or self.has_steps or bool(self.waits or self.gone)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import trio
 
@@ -23,7 +23,7 @@ from safefs.cluster.backend import (
 )
 from safefs.cluster.name import Name, Pending, Queued, is_refused, queued_in
 from safefs.cluster.problems import NOTICES, Problems
-from safefs.cluster.record import Acquire, Break, GiveUp, LetPass, NameRecord, Release, Step, carry_out
+from safefs.cluster.record import Acquire, Break, GiveUp, HandOver, LetPass, NameRecord, Step, carry_out
 from safefs.cluster.survey import QUESTION, Answers, Survey, survey
 from safefs.cluster.sweep import Sweep
 from safefs.lease import boottime
@@ -47,6 +47,8 @@ IDLE_SECONDS = 60.0  # a name that nobody has used for so long is given back wit
 TakeBack = Callable[[str, NameLocks], None]
 # This node's owners have of a name no more than what is in these locks: the rest an operator has broken.
 Broken = Callable[[str, NameLocks], None]
+# What an owner of this node has been told that it has.
+Told = Callable[[str, Kind, Owner], Iterable[Lock]]
 # Of a ticket: its lock is held (True), or refused; returns whether somebody still wanted to know.
 Resolve = Callable[[int, bool], bool]
 
@@ -60,6 +62,7 @@ class Names:
         self._sweep = Sweep(backend, lambda key: key in self._names, self._gone, self._hear)
         self.problems = Problems()
         self.resolve: Resolve = lambda _ticket, _held: False
+        self.told: Told = lambda _key, _kind, _owner: ()
         self.take_back: TakeBack = lambda _key, _locks: None
         self.broken: Broken = lambda _key, _locks: None
         self._names: dict[str, Name] = {}
@@ -76,7 +79,7 @@ class Names:
     def local(self, key: str) -> NameLocks | None:
         """The locks of a name that is delegated to this node, to be worked on at once; None when it is not."""
         name = self._names.get(key)
-        if name is None or name.mine is None or name.pending or not self.lease_holds():
+        if name is None or name.mine is None or name.has_steps or not self.lease_holds():
             return None
         name.used, name.idle = boottime(), False
         self._backend.expect_notices()
@@ -362,7 +365,7 @@ class Names:
 
     async def _advance(self, name: Name) -> None:
         """One step of the protocol."""
-        if name.mine is not None and (name.pending or not name.asked):
+        if name.mine is not None and (name.has_steps or not name.asked):
             # First what this node took the name for: else two could take it from each other for ever, and use it never.
             self._require_lease(name)
             self._work_locally(name, self._mine(name))
@@ -386,12 +389,12 @@ class Names:
             return
         name.taking = None
         if node in record.broken:
-            self.broken(name.key, record.locks)
+            self.broken(name.key, self._as_asked(name, record.locks))
             record = record.heeded(node)
         name.telling = bool(record.broken)  # whoever broke it may be gone
         if name.gone:
             record, name.gone = record.without(name.gone), set()
-        else:
+        elif not name.has_steps:  # an unlock or a close that comes before, as far as the owner knows
             self._settle_waits(name, record)
         await self._proceed(name, stored, record)
 
@@ -399,9 +402,9 @@ class Names:
         """With what is to be done on a record that is not this node's."""
         node = self._backend.node
         if record.delegate:
-            if name.pending or name.waits:
+            if name.has_steps or name.waits:
                 await self._ask(name, stored, record)
-        elif name.pending and record.may_take(node) and not name.waits:
+        elif name.has_steps and record.may_take(node) and not name.waits:
             name.taking = record.locks.copy()
             await self._swap(name, stored, record.taken(node))  # nobody else has to do with it: it is served from here
         else:
@@ -442,7 +445,7 @@ class Names:
         """The locks of all are on record."""
         if name.telling and stored is not name.substitute and trio.current_time() >= name.tells_again:
             await self._tell(name, record)  # first: there can be steps without end
-        if name.pending:
+        if name.has_steps:
             await self._step(name, stored, record)
         elif record != stored.record:
             await self._swap(name, stored, record)
@@ -479,15 +482,16 @@ class Names:
         return nodes & self._lost.keys()
 
     def _work_locally(self, name: Name, locks: NameLocks) -> None:
-        while name.pending:
+        while name.has_steps:
+            name.pending[:0], name.unwanted = self._trims(name), []
             pending = name.pending.pop(0)
             step = pending.step
             queued = queued_in(locks)
             if isinstance(step, Acquire):
-                queued[step.wait.ticket] = pending.asks(locks)
+                queued[step.wait.ticket] = Queued(step.kind, step.wait)
             done, others = carry_out(locks, step)
             if isinstance(step, Break):
-                self.broken(name.key, locks)
+                self.broken(name.key, self._as_asked(name, locks))
             for wait in others:
                 self._granted(name, wait.ticket, queued[wait.ticket])
             self._note(name, step, done, queued)
@@ -512,12 +516,13 @@ class Names:
         await self._wait_for_others(name, stored)
 
     async def _step(self, name: Name, stored: Stored, record: NameRecord) -> None:
-        batch = self._batch(name.pending)
+        trims = self._trims(name)
+        batch = trims + self._batch(name.pending)
         locks = record.locks.copy()
         outcomes, asked = [], {}
         for pending in batch:
             if isinstance(pending.step, Acquire):
-                asked[pending.step.wait.ticket] = pending.asks(locks)
+                asked[pending.step.wait.ticket] = Queued(pending.step.kind, pending.step.wait)
             outcomes.append(carry_out(locks, pending.step)[0])
         if any(is_refused(pending.step, done) for pending, done in zip(batch, outcomes, strict=True)):
             # Who only tries does not wait, and who tries again and again must get what a dead node held all the same.
@@ -533,14 +538,16 @@ class Names:
             return
         if breaks:
             name.telling, name.tells_again = True, -math.inf
-            self.broken(name.key, locks)
-        del name.pending[: len(batch)]
+            self.broken(name.key, self._as_asked(name, locks))
+        name.unwanted = []
+        del name.pending[: len(batch) - len(trims)]
         for pending, done in zip(batch, outcomes, strict=True):
             if isinstance(pending.step, Acquire) and pending.step.may_wait and not done:
                 ticket = pending.step.wait.ticket
                 name.waits[ticket] = asked[ticket]
             self._note(name, pending.step, done, asked)
             pending.settle(locks)
+        self._withdraw(name, batch[-1].step, after)
         self._settle_waits(name, after)
         # Also where all got what they wanted: else the name would stay shared.
         name.gone = await self._gone(after.nodes())
@@ -551,6 +558,12 @@ class Names:
         end = next((at for at, each in enumerate(pending, 1) if isinstance(each.step, GiveUp)), len(pending))
         return pending[:end]
 
+    @staticmethod
+    def _withdraw(name: Name, step: Step, record: NameRecord) -> None:
+        """Who gave up waits no more, unless he got his lock before; a GiveUp is the last of its batch."""
+        if isinstance(step, GiveUp) and not record.has(step.kind, step.wait.lock):
+            name.waits.pop(step.wait.ticket, None)
+
     def _note(self, name: Name, step: Step, done: bool, asked: dict[int, Queued]) -> None:
         """What a step that has been carried out means for those who asked for it."""
         if isinstance(step, Acquire) and done:
@@ -558,15 +571,34 @@ class Names:
         elif is_refused(step, done):
             assert isinstance(step, Acquire)
             self.resolve(step.wait.ticket, False)
-        elif isinstance(step, GiveUp) and done:
-            name.waits.pop(step.wait.ticket, None)
 
     def _granted(self, name: Name, ticket: int, asked: Queued) -> None:
-        """A request has its lock.  Where nobody wants it any more it is unlocked, unless its owner had a part of it."""
-        if not self.resolve(ticket, True) and not asked.had_part:
-            lock = asked.wait.lock
-            # Before everything else: the owner may have asked for another lock since.
-            name.pending.insert(0, Pending(Release(asked.kind, lock.owner, lock.first, lock.last)))
+        """A request has its lock.  What nobody wants of it any more is unlocked, once all have been told what they got.
+
+        That is before everything else that is pending: the owner may have asked for another lock since.
+        """
+        if not self.resolve(ticket, True):
+            name.unwanted.append(asked)
+
+    def _trims(self, name: Name) -> list[Pending]:
+        """The steps by which no owner has more than it has been told of, because it gave up waiting."""
+        return [Pending(each.trim(self._known_to(name, each.kind, each.wait.lock.owner))) for each in name.unwanted]
+
+    def _known_to(self, name: Name, kind: Kind, owner: Owner) -> Iterator[Lock]:
+        """What an owner has been told of, with what it has handed over while that is not on record."""
+        hand_overs = (pending.step for pending in name.pending if isinstance(pending.step, HandOver))
+        heirs = [step.heir for step in hand_overs if (step.kind, step.owner) == (kind, owner)]
+        for each in (owner, *heirs):
+            yield from self.told(name.key, kind, each)
+
+    @staticmethod
+    def _as_asked(name: Name, locks: NameLocks) -> NameLocks:
+        """The locks of a name with what is handed over and not on record yet: for this node it counts already."""
+        locks = locks.copy()
+        for pending in name.pending:
+            if isinstance(pending.step, HandOver):
+                carry_out(locks, pending.step)
+        return locks
 
     def _settle_waits(self, name: Name, record: NameRecord) -> None:
         """Requests of ours that are not in the queue any more have their locks, if the record says so.
@@ -583,7 +615,7 @@ class Names:
                     self._granted(name, ticket, asked)
                 else:
                     again = Acquire(asked.kind, asked.wait, may_wait=True)
-                    name.pending.insert(0, Pending(again, asked.had_part))  # before it is given up, if it is
+                    name.pending.insert(0, Pending(again))  # before it is given up, if it is
 
     async def _put(self, name: Name, stored: Stored, new: NameRecord) -> bool:
         """A swap; but a record that would only be written anew is left alone, if it is still there.

@@ -59,8 +59,19 @@ class HandOver:
 
 
 @dataclass(frozen=True)
+class Trim:
+    """In a range an owner keeps no more than it has been told of: nobody waits any more for what it got besides."""
+
+    kind: Kind
+    owner: Owner
+    first: int
+    last: int
+    told: tuple[Lock, ...]
+
+
+@dataclass(frozen=True)
 class GiveUp:
-    """A waiting request is withdrawn; too late where it has its lock by then."""
+    """A waiting request is withdrawn; too late where it has its lock by then (`Trim`)."""
 
     kind: Kind
     wait: Wait
@@ -85,7 +96,7 @@ class ForeignRecordError(ValueError):
     """Another version of safefs has written a record: it is not for this one to replace."""
 
 
-Step = Acquire | Release | HandOver | GiveUp | LetPass | Break
+Step = Acquire | Release | HandOver | Trim | GiveUp | LetPass | Break
 
 
 def carry_out(locks: NameLocks, step: Step) -> tuple[bool, list[Wait]]:
@@ -101,6 +112,8 @@ def carry_out(locks: NameLocks, step: Step) -> tuple[bool, list[Wait]]:
     if isinstance(step, HandOver):
         table.hand_over(step.owner, step.heir)
         return True, []
+    if isinstance(step, Trim):
+        return True, table.trim(step.owner, step.first, step.last, step.told)
     node, ticket = step.wait.lock.owner.node, step.wait.ticket
     was_waiting = table.waits(node, ticket)
     return was_waiting, table.cancel(node, ticket) if isinstance(step, GiveUp) else table.let_pass(node, ticket)

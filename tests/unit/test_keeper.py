@@ -34,7 +34,7 @@ class Node:
     def __post_init__(self) -> None:
         self.names = Names(self.backend)
         self.locks = Locks(self.names)
-        self.names.resolve = self.locks.resolve
+        self.names.resolve, self.names.told = self.locks.resolve, self.locks.told
         self.problems = Problems()
         self.keeper = Keeper(self.backend, TERMS, self.locks.ask_again, self.lose, self.problems)
 

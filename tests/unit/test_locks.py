@@ -387,7 +387,7 @@ def test_what_another_node_unlocks_after_a_close_is_who_waits_for_its() -> None:
             for name in ("one", "two"):
                 names = Names(MemoryBackend(cluster, name))
                 nodes.append(Locks(names))
-                names.resolve, names.broken = nodes[-1].answer, nodes[-1].broken
+                names.resolve, names.told, names.broken = nodes[-1].answer, nodes[-1].told, nodes[-1].broken
                 nursery.start_soon(names.run)
             here, there = nodes
             me, other = Owner("one", 1), Owner("two", 2)

@@ -97,18 +97,27 @@ class Node:
     backend: MemoryBackend
     outcomes: dict[int, trio.Event] = field(default_factory=dict)
     held: dict[int, bool] = field(default_factory=dict)
+    asked: dict[int, tuple[str, Kind, Lock]] = field(default_factory=dict)
+    told: dict[tuple[str, Kind, Owner], Lock] = field(default_factory=dict)
     last: int = 0
 
     def __post_init__(self) -> None:
         self.names = Names(self.backend)
-        self.names.resolve = self._resolve
+        self.names.resolve, self.names.told = self._resolve, self._told
 
     def _resolve(self, ticket: int, granted: bool) -> bool:
         if ticket not in self.outcomes:
             return False
         self.held[ticket] = granted
         self.outcomes[ticket].set()
+        if granted:
+            key, kind, lock = self.asked[ticket]
+            self.told[key, kind, lock.owner] = lock
         return True
+
+    def _told(self, key: str, kind: Kind, owner: Owner) -> list[Lock]:
+        lock = self.told.get((key, kind, owner))
+        return [lock] if lock is not None else []
 
     def submit(self, key: str, step: Step) -> trio.Event:
         """As a step on a name is done: at once where it is delegated to this node."""
@@ -130,6 +139,7 @@ class Node:
         self.last += 1
         wait = Wait(self.last, Lock(Owner(self.name, owner), mode))
         event = self.outcomes[wait.ticket] = trio.Event()
+        self.asked[wait.ticket] = key, kind, wait.lock
         self.submit(key, Acquire(kind, wait, may_wait))
         try:
             await event.wait()
@@ -142,9 +152,11 @@ class Node:
 
     async def hand_over(self, key: str, owner: int, heir: int) -> None:
         step = HandOver(Kind.FLOCK, Owner(self.name, owner), Owner(self.name, heir))
+        self.told[key, Kind.FLOCK, step.heir] = self.told.pop((key, Kind.FLOCK, step.owner))
         await self.submit(key, step).wait()
 
     async def release(self, key: str, owner: int) -> None:
+        self.told.pop((key, Kind.FLOCK, Owner(self.name, owner)), None)
         with trio.CancelScope(shield=True):
             await self.submit(key, Release(Kind.FLOCK, Owner(self.name, owner), 0, OFFSET_MAX)).wait()
 
@@ -915,7 +927,7 @@ def test_a_damaged_record_counts_and_who_waited_on_the_operators_node_keeps_the_
         assert await holder.acquire("name", 1, Mode.EXCLUSIVE)
         locks = Locks(mine.names)
         locks.fence = fenced.append
-        mine.names.resolve, mine.names.broken = locks.answer, locks.broken
+        mine.names.resolve, mine.names.told, mine.names.broken = locks.answer, locks.told, locks.broken
         waiting = locks.acquire("name", Kind.FLOCK, Lock(Owner(mine.name, 1), Mode.EXCLUSIVE), 1, may_wait=True)
         assert waiting is not None
         await trio.sleep(2)

@@ -1,0 +1,218 @@
+"""What a node has told its owners that they have is what is on the record that it shares, and nothing else is there."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+import pytest
+import trio
+import trio.testing
+
+from safefs.cluster.names import Names
+from safefs.cluster.record import Break, NameRecord
+from safefs.locks import Locks, Waiting
+from safefs.locktable import OFFSET_MAX, Kind, Lock, Mode, Owner
+from tests.support.memory_backend import MemoryBackend, MemoryCluster
+
+NAME = "1/x.lock"
+SETTLED_SECONDS = 2.0  # of a clock that jumps
+ME, NEIGHBOUR, FAR = Owner("here", 1), Owner("here", 2), Owner("there", 3)
+EXCLUSIVE, SHARED = Mode.EXCLUSIVE, Mode.SHARED
+
+
+class Nodes:
+    """Two nodes that share the record of one name, because both have a lock somewhere behind all others."""
+
+    def __init__(self, nursery: trio.Nursery) -> None:
+        self.cluster = MemoryCluster()
+        self.here, self.there = (self._join(nursery, name) for name in ("here", "there"))
+        self.fenced = set[int]()
+        self.here.fence = self.fenced.update
+
+    def _join(self, nursery: trio.Nursery, node: str) -> Locks:
+        names = Names(MemoryBackend(self.cluster, node))
+        locks = Locks(names)
+        names.resolve, names.told, names.broken = locks.answer, locks.told, locks.broken
+        nursery.start_soon(names.run)
+        return locks
+
+    @property
+    def record(self) -> NameRecord:
+        return self.cluster.records[NAME].record
+
+    def on_record(self, kind: Kind, owner: Owner) -> list[tuple[int, int, Mode]]:
+        table = self.record.locks.tables.get(kind)
+        return [(each.first, each.last, each.mode) for each in table.held if each.owner == owner] if table else []
+
+    def ask(self, kind: Kind, lock: Lock, handle: int = 1) -> Waiting | None:
+        locks = self.here if lock.owner.node == "here" else self.there
+        return locks.acquire(NAME, kind, lock, handle, may_wait=True, file=1)
+
+    async def lock(self, kind: Kind, lock: Lock, handle: int = 1) -> None:
+        waiting = self.ask(kind, lock, handle)
+        if waiting is not None:
+            await waiting.settled.wait()
+            assert waiting.held
+
+    async def is_granted(self, kind: Kind, lock: Lock) -> None:
+        """Until it is on record; the other node has not looked by then."""
+        while not self.record.has(kind, lock):
+            await trio.lowlevel.checkpoint()
+
+
+Scenario = Callable[[Nodes], Awaitable[None]]
+
+
+def play(scenario: Scenario) -> None:
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            nodes = Nodes(nursery)
+            await trio.testing.wait_all_tasks_blocked()
+            for number, (node, kind) in enumerate((node, kind) for node in ("here", "there") for kind in Kind):
+                if kind is Kind.RECORD:
+                    await nodes.lock(kind, Lock(Owner(node, 90 + number), SHARED, 1000, 1000), 90 + number)
+            await trio.sleep(SETTLED_SECONDS)
+            await scenario(nodes)
+            nursery.cancel_scope.cancel()
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+@pytest.mark.parametrize("kind", list(Kind))
+def test_one_of_two_requests_of_an_owner_is_given_up_as_both_are_granted(kind: Kind) -> None:
+    """Two children wait through an open file that both have inherited, and a signal ends one of them."""
+
+    async def scenario(nodes: Nodes) -> None:
+        last = OFFSET_MAX if kind is Kind.FLOCK else 9
+        await nodes.lock(kind, Lock(FAR, EXCLUSIVE, 0, last), 5)
+        mine = Lock(ME, EXCLUSIVE, 0, last)
+        first, second = nodes.ask(kind, mine), nodes.ask(kind, mine)
+        assert first is not None and second is not None
+        await trio.sleep(SETTLED_SECONDS)
+        nodes.there.release(NAME, kind, FAR)
+        await nodes.is_granted(kind, mine)
+        nodes.here.give_up(first)
+        await second.settled.wait()
+        await trio.sleep(SETTLED_SECONDS)
+        assert second.held and nodes.on_record(kind, ME) == [(0, last, EXCLUSIVE)]
+
+    play(scenario)
+
+
+def test_two_requests_and_the_end_of_the_first_in_one_step() -> None:
+    async def scenario(nodes: Nodes) -> None:
+        mine = Lock(ME, EXCLUSIVE, 0, 9)
+        first, second = nodes.ask(Kind.RECORD, mine), nodes.ask(Kind.RECORD, mine)
+        assert first is not None and second is not None
+        nodes.here.give_up(first)
+        await second.settled.wait()
+        await trio.sleep(SETTLED_SECONDS)
+        assert nodes.on_record(Kind.RECORD, ME) == [(0, 9, EXCLUSIVE)]
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("had", list(Mode))
+def test_a_wider_lock_is_given_up_as_it_is_granted(had: Mode) -> None:
+    """What the process had before is what it has, in the mode in which it had it; and it can unlock that."""
+
+    async def scenario(nodes: Nodes) -> None:
+        await nodes.lock(Kind.RECORD, Lock(ME, had, 0, 9))
+        await nodes.lock(Kind.RECORD, Lock(FAR, EXCLUSIVE, 50, 59), 5)
+        wider = Lock(ME, EXCLUSIVE, 0, 59)
+        waiting = nodes.ask(Kind.RECORD, wider)
+        assert waiting is not None
+        await trio.sleep(SETTLED_SECONDS)
+        nodes.there.release(NAME, Kind.RECORD, FAR)
+        await nodes.is_granted(Kind.RECORD, wider)
+        nodes.here.give_up(waiting)
+        await trio.sleep(SETTLED_SECONDS)
+        assert nodes.on_record(Kind.RECORD, ME) == [(0, 9, had)]
+        for event in nodes.here.unlock_records(ME, 1, 0, 9):
+            await event.wait()
+        assert not nodes.on_record(Kind.RECORD, ME)
+
+    play(scenario)
+
+
+def test_a_conversion_is_given_up_before_it_is_on_record() -> None:
+    """flock(2): the lock that was to be converted is lost; nobody is left with the new one."""
+
+    async def scenario(nodes: Nodes) -> None:
+        await nodes.lock(Kind.FLOCK, Lock(ME, SHARED))
+        waiting = nodes.ask(Kind.FLOCK, Lock(ME, EXCLUSIVE))
+        assert waiting is not None
+        nodes.here.give_up(waiting)
+        await trio.sleep(SETTLED_SECONDS)
+        assert not nodes.on_record(Kind.FLOCK, ME) and not nodes.here.told(NAME, Kind.FLOCK, ME)
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("closes", [False, True])
+def test_what_is_granted_to_who_has_unlocked_meanwhile_is_asked_for_again(closes: bool) -> None:
+    """A thread waits for a range; another unlocks all, or closes, and that comes to the record after the grant."""
+
+    async def scenario(nodes: Nodes) -> None:
+        wanted = Lock(ME, EXCLUSIVE, 20, 29)
+        await nodes.lock(Kind.RECORD, Lock(FAR, EXCLUSIVE, 20, 29), 5)
+        await nodes.lock(Kind.RECORD, Lock(ME, EXCLUSIVE, 0, 9))
+        waiting = nodes.ask(Kind.RECORD, wanted, 2)
+        assert waiting is not None
+        await trio.sleep(SETTLED_SECONDS)
+        nodes.there.release(NAME, Kind.RECORD, FAR)
+        await nodes.is_granted(Kind.RECORD, wanted)
+        if closes:
+            estate = nodes.here.hand_over(ME, 1, 1)
+            assert estate is not None
+            await estate.recorded[0].wait()
+            nodes.here.let_go(estate, 1)
+        else:
+            await nodes.here.unlock_records(ME, 1, 0, OFFSET_MAX)[0].wait()
+        await waiting.settled.wait()
+        await trio.sleep(SETTLED_SECONDS)
+        assert waiting.held and nodes.here.told(NAME, Kind.RECORD, ME) == [wanted]
+        assert nodes.on_record(Kind.RECORD, ME) == [(20, 29, EXCLUSIVE)]
+
+    play(scenario)
+
+
+def test_what_is_handed_over_while_an_operator_breaks_another_lock_is_not_broken() -> None:
+    async def scenario(nodes: Nodes) -> None:
+        await nodes.lock(Kind.RECORD, Lock(ME, EXCLUSIVE, 0, 9), 1)
+        await nodes.lock(Kind.RECORD, Lock(NEIGHBOUR, EXCLUSIVE, 20, 29), 2)
+        await trio.sleep(SETTLED_SECONDS)
+        done = nodes.there._names.submit(NAME, Break(frozenset({NEIGHBOUR})))
+        await trio.lowlevel.checkpoint()
+        while not nodes.record.broken:
+            await trio.lowlevel.checkpoint()
+        estate = nodes.here.hand_over(ME, 1, 1)  # this node has not heard of it
+        assert estate is not None
+        await estate.recorded[0].wait()
+        await done.wait()
+        await trio.sleep(SETTLED_SECONDS)
+        assert nodes.fenced == {2}
+        assert nodes.on_record(Kind.RECORD, estate.heir) == [(0, 9, EXCLUSIVE)]
+
+    play(scenario)
+
+
+def test_what_is_handed_over_before_a_wider_lock_is_taken_back_stays_held() -> None:
+    """The owner has nothing more, as far as it knows, and its heir nothing yet, as far as the record goes."""
+
+    async def scenario(nodes: Nodes) -> None:
+        await nodes.lock(Kind.RECORD, Lock(ME, EXCLUSIVE, 0, 9))
+        await nodes.lock(Kind.RECORD, Lock(FAR, EXCLUSIVE, 50, 59), 5)
+        waiting = nodes.ask(Kind.RECORD, Lock(ME, EXCLUSIVE, 0, 59), 2)
+        assert waiting is not None
+        await trio.sleep(SETTLED_SECONDS)
+        nodes.there.release(NAME, Kind.RECORD, FAR)
+        await nodes.is_granted(Kind.RECORD, Lock(ME, EXCLUSIVE, 0, 59))
+        nodes.here.give_up(waiting)
+        estate = nodes.here.hand_over(ME, 1, 1)
+        assert estate is not None
+        await trio.sleep(SETTLED_SECONDS)
+        assert nodes.on_record(Kind.RECORD, estate.heir) == [(0, 9, EXCLUSIVE)]
+        assert not nodes.on_record(Kind.RECORD, ME)
+
+    play(scenario)
