@@ -4,11 +4,14 @@ What `trio.to_thread.run_sync` does with `abandon_on_cancel`, at half its cost, 
 one after the other: no context to copy, no name of the thread to change twice, no limiter to ask.
 
 Guaranteed: at most so many calls run at once, the others wait in the order in which they came; a call that is
-cancelled is left alone, keeps its place until it ends, and its result is dropped.
+cancelled is left alone, keeps its place until it ends, and its result is dropped.  Where the system gives no more
+threads, calls wait for those that there are; with none of its own at work a call raises OSError (EAGAIN).
 """
 
 from __future__ import annotations
 
+import errno
+import os
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -71,11 +74,12 @@ class Workers:
     def __init__(self, max_threads: int) -> None:
         self._max = self._free = max_threads
         self._waiting = trio.lowlevel.ParkingLot()
+        self._threadless = trio.lowlevel.ParkingLot()  # calls that have their place, and no thread
         self._quiet = trio.lowlevel.ParkingLot()
         self.idle: list[_Thread] = []
 
     async def run(self, function: Callable[..., T], *arguments: object) -> T:
-        """Call `function(*arguments)` in a thread."""
+        """Call `function(*arguments)` in a thread.  Raises OSError (EAGAIN) where there is none to be had."""
         await trio.lowlevel.checkpoint_if_cancelled()
         if self._free:
             self._free -= 1
@@ -83,7 +87,7 @@ class Workers:
             await self._waiting.park()  # whoever is done hands its place over
         call = _Call(function, arguments)
         try:
-            thread = self.idle.pop() if self.idle else _Thread(self)
+            thread = self.idle.pop() if self.idle else await self._new_thread()
         except BaseException:
             self._leave()
             raise
@@ -91,6 +95,18 @@ class Workers:
         thread.wake.release()
         result: T = await trio.lowlevel.wait_task_rescheduled(call.abandon)
         return result
+
+    async def _new_thread(self) -> _Thread:
+        """For who has a place; where none can be started, one that another call is done with."""
+        while True:
+            try:
+                return _Thread(self)
+            except RuntimeError:  # "can't start new thread": the limit of the user, the cgroup or the system
+                if self.busy == len(self._threadless) + 1:  # nobody has one
+                    raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)) from None
+            await self._threadless.park()
+            if self.idle:
+                return self.idle.pop()
 
     @property
     def busy(self) -> int:
@@ -103,6 +119,8 @@ class Workers:
             await self._quiet.park()
 
     def _leave(self) -> None:
+        if self._threadless:
+            self._threadless.unpark()  # for the thread, or to find that there is none
         if self._waiting:
             self._waiting.unpark()
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from collections.abc import Awaitable, Callable
 
@@ -167,5 +168,89 @@ def test_idle_threads_end(monkeypatch: pytest.MonkeyPatch) -> None:
         await trio.to_thread.run_sync(thread.join, 10)
         assert not thread.is_alive() and threads.idle == []
         assert await threads.run(int) == 0
+
+    run(main)
+
+
+class NoThreads:
+    """The limit of threads is reached: none can be started."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.refused = 0
+        patch.setattr(threading.Thread, "start", self._refuse)
+
+    def _refuse(self) -> None:
+        self.refused += 1
+        raise RuntimeError("can't start new thread")
+
+
+def test_where_no_thread_can_be_started_calls_wait_for_those_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        threads, held = Workers(4), Held()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(threads.run, held, 1)
+            await trio.to_thread.run_sync(held.has_begun.acquire)
+            with monkeypatch.context() as patch:
+                none = NoThreads(patch)
+                for number in (2, 3):
+                    nursery.start_soon(threads.run, held, number)
+                    await wait_all_tasks_blocked()
+                assert held.began == [1] and none.refused == 2
+                with trio.move_on_after(0.05) as scope:
+                    await threads.run(held, 4)
+                assert scope.cancelled_caught and threads.busy == 3
+                held.end.set()
+                await threads.quiet()
+        assert sorted(held.began) == [1, 2, 3] and threads.busy == 0
+
+    run(main)
+
+
+def test_without_any_thread_a_call_raises_what_callers_expect_of_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A RuntimeError ended the tasks of the daemon that go on after an OSError, and the mount with them."""
+
+    async def main() -> None:
+        threads, held = Workers(2), Held()
+        with monkeypatch.context() as patch:
+            NoThreads(patch)
+            with pytest.raises(OSError, match="temporarily") as caught:
+                await threads.run(held, 1)
+        assert caught.value.errno == errno.EAGAIN and threads.busy == 0
+        held.end.set()
+        assert await threads.run(held, 2) == 2
+
+    run(main)
+
+
+def test_whoever_waits_for_a_thread_of_one_that_gets_none_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two wait for a call that ends, and its thread with it: else the one would wait for the other."""
+
+    async def main() -> None:
+        threads, held, told = Workers(2), Held(), list[int | None]()
+
+        async def call(number: int) -> None:
+            try:
+                await threads.run(held, number)
+            except OSError as error:
+                told.append(error.errno)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(call, 1)
+            await trio.to_thread.run_sync(held.has_begun.acquire)
+            with monkeypatch.context() as patch:
+                NoThreads(patch)
+                deliver = threads.deliver
+
+                def lose_thread(done: workers._Call) -> None:
+                    threads.idle.clear()
+                    deliver(done)
+
+                patch.setattr(threads, "deliver", lose_thread)
+                for number in (2, 3):  # the one has a place, the other waits for one
+                    nursery.start_soon(call, number)
+                    await wait_all_tasks_blocked()
+                held.end.set()
+                await threads.quiet()
+        assert told == [errno.EAGAIN, errno.EAGAIN]
 
     run(main)
