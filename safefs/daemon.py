@@ -392,7 +392,8 @@ class Daemon:
     async def _write_events(self) -> None:
         while True:
             await trio.sleep(EVENTS_SECONDS)
-            await self.backing.run(SERVICE, self.events.write)
+            with suppress(OSError):  # there was no thread: they wait on
+                await self.backing.run(SERVICE, self.events.write)
 
     async def _keep_house(self) -> None:
         """Now and then: what was kept for long enough goes."""

@@ -42,6 +42,7 @@ from safefs.model import Caller, Closer, Identity, Process
 from safefs.native import native
 from safefs.rules import Stale
 from safefs.state import DAEMONS, SOFT_LOCKS, DaemonRecord, StateDirectory, host_of, is_name
+from safefs.workers import Workers
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ SWEEP_SECONDS = 60.0  # between looks whether the files are still there: other n
 MAX_WATCHED = 1024  # files; each keeps two descriptors open
 REAP_SECONDS = (0.005, 2.0)  # between looks at a zombie, at first and at most
 LOOK_SECONDS = 1.0  # at /proc, which can make wait
+MAX_LOOKS = 4  # at once
 GONE = (errno.ENOENT, errno.ENOTDIR)
 
 # include/uapi/linux/pidfd.h: struct pidfd_info, its first version.
@@ -207,7 +209,7 @@ class SoftLocks:
         self._is_behind = False  # what should be on record is not
         self._noted_in = 1  # as which record it was put down last (DaemonRecord.made)
         self._writing = trio.Lock()
-        self._looks = trio.CapacityLimiter(4)  # threads that look at /proc
+        self._looks = Workers(MAX_LOOKS)
         self.node = ""  # this node's name in the cluster; empty: there is none
 
     async def run(self) -> None:
@@ -332,10 +334,8 @@ class SoftLocks:
         pause, longest = REAP_SECONDS
         while True:
             end = None
-            with trio.move_on_after(LOOK_SECONDS):
-                end = await trio.to_thread.run_sync(
-                    end_of, creator.pidfd, creator.process.tgid, abandon_on_cancel=True, limiter=self._looks
-                )
+            with trio.move_on_after(LOOK_SECONDS), suppress(OSError):
+                end = await self._looks.run(end_of, creator.pidfd, creator.process.tgid)
             if end is not None:
                 return end
             await trio.sleep(pause)

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -280,6 +281,27 @@ def test_a_removal_that_fails_is_tried_again(
     trio.run(main)
     assert [event["path"] for event in watched.events.taken()] == ["x.lock"]
     assert failures(caplog) == 1
+
+
+def test_who_cannot_look_for_want_of_a_thread_looks_again(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And goes on watching: the end of that task would be the end of the mount."""
+    refused = threading.Event()
+
+    def refuse(_thread: threading.Thread) -> None:
+        refused.set()
+        raise RuntimeError("can't start new thread")
+
+    async def main() -> None:
+        async with watched.running():
+            await until(watched.noted)
+            with monkeypatch.context() as patch:
+                patch.setattr(threading.Thread, "start", refuse)
+                watched.process.kill()
+                await until(refused.is_set)
+                await trio.testing.wait_all_tasks_blocked()
+            await until(lambda: not watched.file.exists())
+
+    trio.run(main)
 
 
 def stale(monkeypatch: pytest.MonkeyPatch, watched: Watched) -> None:
