@@ -325,10 +325,13 @@ class Recovery:
             if "hidden" in entry:
                 return self._put_back(fd, os.fsencode(entry["hidden"]), os.fsencode(entry["name"]), writers)
             prefix = backing.HIDDEN_PREFIX + node_id.encode() + b"~"
-            names = [name for name in map(os.fsencode, os.listdir(fd)) if name.startswith(prefix)]
-            for name in names:
-                self._state.keep_leftover(fd, name, "its daemon ended before it was published", writers)
-            return len(names)
+            settled = 0
+            for name in map(os.fsencode, os.listdir(fd)):
+                if name.startswith(prefix):
+                    with suppress(FileNotFoundError):  # another daemon has settled it, or an rmdir, since the look
+                        self._state.keep_leftover(fd, name, "its daemon ended before it was published", writers)
+                        settled += 1
+            return settled
         finally:
             os.close(fd)
 

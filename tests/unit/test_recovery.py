@@ -317,6 +317,28 @@ def test_leftovers_of_every_directory_are_kept_and_empty_ones_removed(node: Node
     assert sorted(os.listdir(node.root / "a")) == sorted([mine.name, others.name, "b", "name"])
 
 
+def test_what_another_settles_meanwhile_keeps_nothing_else_from_it(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One who was slow to settle goes on with what there is, beside the one who took the record over."""
+    node.other(DEAD_HERE, {"directory": ""})
+    names = [f".safefs~{OTHER}~d~{number}" for number in range(4)]
+    for name in names:
+        (node.root / name).write_bytes(name.encode())
+    keep, taken = node.state.keep_leftover, list[bytes]()
+
+    def lose_the_first(directory: int, hidden: bytes, *others: Any) -> None:
+        if not taken:
+            taken.append(hidden)
+            (node.root / os.fsdecode(hidden)).rename(node.root / "taken")
+        keep(directory, hidden, *others)
+
+    monkeypatch.setattr(node.state, "keep_leftover", lose_the_first)
+    node.recovery.settle_dead()
+    assert node.settled
+    assert not any((node.root / name).exists() for name in names)
+    (event,) = node.recovery._events.taken()
+    assert event["files"] == len(list((node.state.path / "quarantine").glob("*.json"))) == len(names) - 1
+
+
 def test_a_directory_that_became_something_else_is_passed_over(node: Node) -> None:
     node.other(DEAD_HERE, {"directory": "file"}, {"directory": ""})
     (node.root / "file").touch()
