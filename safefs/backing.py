@@ -579,6 +579,18 @@ def write_all(fd: int, data: bytes | memoryview, offset: int) -> int:
     return done
 
 
+def append_lines(fd: int, lines: bytes) -> None:
+    """Write behind the last line of a file that is open for reading too, with O_APPEND.
+
+    OSError (ENOSPC) where they are not there as a whole; what comes next does not continue what was cut so.
+    """
+    size = os.fstat(fd).st_size
+    is_cut = size > 0 and os.pread(fd, 1, size - 1) != b"\n"
+    data = b"\n" * is_cut + lines
+    if os.write(fd, data) < len(data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def allocate(fd: int, mode: int, offset: int, length: int) -> None:
     """fallocate(2)"""
     native.fallocate(fd, mode, offset, length)

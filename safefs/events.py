@@ -19,6 +19,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from safefs.backing import append_lines
+
 log = logging.getLogger(__name__)
 
 MAX_WAITING = 10_000
@@ -55,12 +57,12 @@ def event_of(kind: EventKind, path: str, details: dict[str, Any]) -> Event:
 
 
 def append_events(directory: Path, writer: str, events: list[Event]) -> None:
-    """Write events behind those that this writer has written before.  Blocks."""
+    """Write events behind those that this writer has written before.  OSError where not all are there.  Blocks."""
     path = directory / f"{writer}{SUFFIX}"
     text = "".join(json.dumps(event) + "\n" for event in events)
-    fd = os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+    fd = os.open(path, os.O_CREAT | os.O_APPEND | os.O_RDWR | os.O_CLOEXEC, 0o600)
     try:
-        os.write(fd, text.encode("ascii"))
+        append_lines(fd, text.encode("ascii"))
         full = os.fstat(fd).st_size >= FILE_BYTES
     finally:
         os.close(fd)
@@ -100,7 +102,7 @@ class EventLog:
         try:
             append_events(self._directory, self._writer, events)
         except OSError as error:
-            log.warning("%d events could not be written: %s", len(events), error)
+            log.warning("of %d events some could not be written: %s", len(events), error)
 
 
 class EventReader:

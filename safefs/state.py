@@ -30,7 +30,7 @@ from typing import Any
 
 import xxhash
 
-from safefs.backing import copy_contents, copy_times, link_inode, reopen, sync_directory, unlink
+from safefs.backing import append_lines, copy_contents, copy_times, link_inode, reopen, sync_directory, unlink
 from safefs.custody import take_custody
 from safefs.identity import SERVICE, Identities, root_or, written_down
 from safefs.model import Caller
@@ -431,7 +431,6 @@ class DaemonRecord:
         self._beating = threading.Lock()
         self._noted: set[bytes] = set()
         self._journal = self._make()
-        self._is_cut = False  # its last line, where the disk was full
         self.made = 1  # how many times: others, who took this daemon for dead, have removed what was there before
         self._is_over = False
         self.beat()
@@ -440,7 +439,7 @@ class DaemonRecord:
         """The record, and the descriptor of its journal."""
         self.path.mkdir(mode=0o700)
         self.identity.write_text(self._identity, encoding="ascii")
-        return os.open(self.path / JOURNAL, os.O_CREAT | os.O_APPEND | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+        return os.open(self.path / JOURNAL, os.O_CREAT | os.O_APPEND | os.O_RDWR | os.O_CLOEXEC, 0o600)
 
     def beat(self) -> None:
         """Show other nodes that this daemon lives: they watch the content change, no clocks are compared.
@@ -465,7 +464,6 @@ class DaemonRecord:
             raise
         os.dup2(journal, self._journal, inheritable=False)  # others may be about to write to it
         os.close(journal)
-        self._is_cut = False
         self.made += 1
         self._noted.clear()
         log.warning("others took this daemon for dead, and have settled what it left")
@@ -509,11 +507,7 @@ class DaemonRecord:
         self._replace(SOFT_LOCKS, json.dumps(data), durable=True)
 
     def _append(self, entry: dict[str, Any]) -> None:
-        """OSError (ENOSPC) where it is not there as a whole; what comes next does not continue it."""
-        line = b"\n" * self._is_cut + json.dumps(entry).encode("ascii") + b"\n"
-        self._is_cut = os.write(self._journal, line) < len(line)
-        if self._is_cut:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        append_lines(self._journal, json.dumps(entry).encode("ascii") + b"\n")
 
     def remove(self) -> None:
         """An orderly end: nothing is left to find."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,21 @@ def test_a_directory_that_cannot_be_written_fails_nothing(tmp_path: Path) -> Non
     log.note(EventKind.PUBLISHED, "file")
     log.write()
     assert log.taken() == []
+
+
+def test_what_a_full_disk_has_cut_is_said_and_continued_by_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    log, write = EventLog(tmp_path, "node"), os.write
+    for cut in (True, False):
+        with monkeypatch.context() as full:
+            if cut:
+                full.setattr(os, "write", lambda fd, data: write(fd, data[:-9]))
+            for number in range(2):
+                log.note(EventKind.PUBLISHED, f"{number} {cut}")
+            log.write()
+    assert [event["path"] for event in EventReader(tmp_path).read()] == ["0 True", "0 False", "1 False"]
+    assert ["2 events" in record.message for record in caplog.records] == [True]
 
 
 def test_names_that_are_no_utf8(tmp_path: Path) -> None:
