@@ -429,6 +429,7 @@ class DaemonRecord:
         self._identity = json.dumps({**host_identity(), SHARING: dict(sharing)}) + "\n"
         self._beats = 0
         self._beating = threading.Lock()
+        self._noting = threading.Lock()  # apart from it: to make a note durable can take longer than a beat may wait
         self._noted: set[bytes] = set()
         self._journal = self._make()
         self.made = 1  # how many times: others, who took this daemon for dead, have removed what was there before
@@ -473,7 +474,13 @@ class DaemonRecord:
 
         An empty file and not none: a client that has looked for a name in vain may go on to find nothing there.
         """
-        self._replace(ETCD, etcd)
+        self._note(ETCD, etcd)
+
+    def _note(self, name: str, text: str, *, durable: bool = False) -> None:
+        """Put something beside the heartbeat; not behind `remove`, or it would be a record of its own."""
+        with self._noting:
+            if not self._is_over:
+                self._replace(name, text, durable=durable)
 
     def _replace(self, name: str, text: str, *, durable: bool = False) -> None:
         temporary = self.path / f"{name}.new"
@@ -504,14 +511,14 @@ class DaemonRecord:
 
     def write_soft_locks(self, data: dict[str, Any]) -> None:
         """Replace the list of lock files that go with this daemon, durably: others read it when this node is gone."""
-        self._replace(SOFT_LOCKS, json.dumps(data), durable=True)
+        self._note(SOFT_LOCKS, json.dumps(data), durable=True)
 
     def _append(self, entry: dict[str, Any]) -> None:
         append_lines(self._journal, json.dumps(entry).encode("ascii") + b"\n")
 
     def remove(self) -> None:
         """An orderly end: nothing is left to find."""
-        with self._beating:
+        with self._noting, self._beating:
             self._is_over = True
         journal, self._journal = self._journal, -1  # the number can be another file's in a moment
         os.close(journal)

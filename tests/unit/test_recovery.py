@@ -281,6 +281,53 @@ def test_its_own_record_is_never_settled(node: Node, clock: Clock) -> None:
     assert (node.record.path / "heartbeat").read_text() == "2\n"
 
 
+@pytest.mark.parametrize("late", ["soft locks", "etcd"])
+def test_what_is_noted_while_a_daemon_ends_leaves_no_record(
+    node: Node, late: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would have no heartbeat, and others would settle it: lock files of processes that live were removed so."""
+    record, rmdir = DaemonRecord(node.state, OTHER, {}), Path.rmdir
+
+    def note_before(path: Path) -> None:
+        if late == "etcd":
+            record.note_etcd("id")
+        else:
+            record.write_soft_locks({"node": "n", "locks": []})
+        rmdir(path)
+
+    monkeypatch.setattr(Path, "rmdir", note_before)
+    record.remove()
+    assert node.settled
+
+
+def test_a_note_that_takes_long_stops_no_heartbeat_and_is_removed_at_the_end(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record, fsync = DaemonRecord(node.state, OTHER, {}), os.fsync
+    syncing, go_on = threading.Event(), threading.Event()
+
+    def slow(fd: int) -> None:
+        syncing.set()
+        assert go_on.wait(60)
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", slow)
+    noting = threading.Thread(target=record.write_soft_locks, args=({"node": "n", "locks": []},))
+    noting.start()
+    ending = threading.Thread(target=record.remove)
+    try:
+        assert syncing.wait(60)
+        before = state_files.heartbeat_of(record.path)
+        record.beat()
+        assert state_files.heartbeat_of(record.path) != before
+        ending.start()
+    finally:
+        go_on.set()
+        noting.join(60)
+    ending.join(60)
+    assert not ending.is_alive() and node.settled
+
+
 def test_a_settling_that_was_cut_short_is_taken_up(node: Node) -> None:
     """The record goes by the name of its settler; the hidden names still bear the dead daemon's."""
     node.other(DEAD_HERE, {"directory": ""}, name=f"{OTHER}.settling-11111111")
