@@ -59,6 +59,7 @@ LOCKS = "names.lock"
 LOCK_RANGE = (1 << 62) - 1
 NAME_LOCK_SECONDS = 30.0  # a publish holds it for a rename, and for comparing two files where there is a conflict
 LOCK_PAUSE_SECONDS, LOCK_PAUSES_SECONDS = 0.0005, 0.05  # between attempts, at first and at most
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # the backing has none
 
 
@@ -452,10 +453,30 @@ class DaemonRecord:
                 return
             self._beats += 1
             try:
-                self._replace(HEARTBEAT, f"{self._beats}\n")
+                self._show_beat()
             except FileNotFoundError:
                 self._make_again()
-                self._replace(HEARTBEAT, f"{self._beats}\n")
+                self._show_beat()
+
+    def _show_beat(self) -> None:
+        """A new file each time, which a client cannot have in its cache; in place where there is no space for one.
+
+        All of one width, so that it takes no more room than the last one.
+        """
+        text = f"{self._beats:012}\n"
+        try:
+            self._replace(HEARTBEAT, text)
+        except OSError as error:
+            if error.errno not in NO_SPACE:
+                raise
+            try:
+                fd = os.open(self.path / HEARTBEAT, os.O_WRONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                raise error from None  # whether the record is gone with it the next beat will see
+            try:
+                os.pwrite(fd, text.encode("ascii"), 0)
+            finally:
+                os.close(fd)
 
     def _make_again(self) -> None:
         try:

@@ -163,6 +163,53 @@ def test_who_settles_for_long_goes_on_beating(node: Node, monkeypatch: pytest.Mo
     trio.run(main)
 
 
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize("failing", ["open", "close"])
+def test_a_daemon_goes_on_beating_where_there_is_no_space(
+    node: Node, monkeypatch: pytest.MonkeyPatch, number: int, failing: str
+) -> None:
+    """In the room that its last heartbeat has, of which a reader never sees less; and as before once there is space."""
+    heartbeat, real, seen = node.record.path / "heartbeat", open, set[tuple[int, int, str]]()
+
+    def full(path: Path, *arguments: Any, **options: Any) -> Any:
+        if failing == "close":
+            real(path, *arguments, **options).close()
+        raise OSError(number, os.strerror(number))
+
+    def note() -> None:
+        seen.add((heartbeat.stat().st_ino, heartbeat.stat().st_size, state_files.heartbeat_of(node.record.path)))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(state_files, "open", full, raising=False)
+        for _ in range(12):  # over a number that takes one digit more
+            note()
+            node.record.beat()
+    note()
+    assert len({ino for ino, _, _ in seen}) == len({size for _, size, _ in seen}) == 1
+    assert sorted(int(text) for _, _, text in seen) == list(range(1, 14))
+    node.record.beat()
+    note()
+    assert len({ino for ino, _, _ in seen}) == 2 and len(seen) == 14
+
+
+def test_a_record_that_is_gone_is_not_made_of_a_heartbeat_where_there_is_no_space(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor taken for gone where only the heartbeat is missing: what else is on record stays."""
+    (node.record.path / "heartbeat").unlink()
+
+    def full(*_arguments: Any, **_options: Any) -> Any:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(state_files, "open", full, raising=False)
+        with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+            node.record.beat()
+    assert sorted(os.listdir(node.record.path)) == ["identity.json", "journal"]
+    node.record.beat()
+    assert state_files.heartbeat_of(node.record.path)
+
+
 def test_a_living_daemon_of_this_host_is_left_alone_however_slow_its_heart(node: Node, clock: Clock) -> None:
     node.other({}, {"directory": ""})
     (node.root / HIDDEN).write_bytes(b"being written")
@@ -278,7 +325,7 @@ def test_its_own_record_is_never_settled(node: Node, clock: Clock) -> None:
     node.recovery.settle_dead()
     assert node.settled
     node.record.beat()
-    assert (node.record.path / "heartbeat").read_text() == "2\n"
+    assert int((node.record.path / "heartbeat").read_text()) == 2
 
 
 @pytest.mark.parametrize("late", ["soft locks", "etcd"])
