@@ -51,6 +51,7 @@ from safefs.state import (
     is_name,
     known_dead,
 )
+from safefs.workers import Workers
 
 log = logging.getLogger(__name__)
 
@@ -107,23 +108,26 @@ class Recovery:
         # By names in the cluster of nodes that have lost their leases: when to look at their lock files again.
         self._freed: dict[str, float] = {}
         self._failing: dict[str, float] = {}  # node ids of records that could not be settled yet → since when
+        self._heart = Workers(1)
 
     async def beat(self) -> None:
         """Until cancelled: show others that this daemon lives.
 
         Beside `run`: thousands of leftovers take minutes, and a daemon that does not beat meanwhile is taken for dead
-        itself, with all that is being written through it.
+        itself, with all that is being written through it.  And in a thread of its own: calls of clients can hang in
+        another part of the backing, as many as there are threads for them.
         """
-        await self._again_and_again(self._record.beat)
+        as_service = self._backing.identities.call
+        await self._again_and_again(partial(self._heart.run, as_service, SERVICE, self._record.beat))
 
     async def run(self) -> None:
         """Until cancelled: settle what dead daemons left."""
-        await self._again_and_again(self.settle_dead)
+        await self._again_and_again(partial(self._backing.run, SERVICE, self.settle_dead))
 
-    async def _again_and_again(self, function: Callable[[], None]) -> None:
+    async def _again_and_again(self, call: Callable[[], Awaitable[None]]) -> None:
         while True:
             try:
-                await self._backing.run(SERVICE, function)
+                await call()
             except OSError as error:
                 log.warning("the state directory cannot be used at the moment: %s", error)
             await trio.sleep(BEAT_SECONDS)

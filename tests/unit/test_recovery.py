@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
 from safefs import backing
 from safefs import recovery as recovery_module
@@ -135,6 +136,13 @@ def test_a_daemon_that_is_known_to_be_dead_is_settled_at_once(node: Node, identi
     assert node.kept() == {"its daemon ended before it was published": b"left"}
 
 
+async def until_it_beats(node: Node) -> None:
+    before = state_files.heartbeat_of(node.record.path)
+    with trio.fail_after(10):
+        while state_files.heartbeat_of(node.record.path) == before:  # noqa: ASYNC110 - a file
+            await trio.sleep(0.01)
+
+
 def test_who_settles_for_long_goes_on_beating(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else others would take it for dead, and what is being written through it for leftovers."""
     monkeypatch.setattr(recovery_module, "BEAT_SECONDS", 0.01)
@@ -152,12 +160,30 @@ def test_who_settles_for_long_goes_on_beating(node: Node, monkeypatch: pytest.Mo
             nursery.start_soon(node.recovery.run)
             try:
                 await trio.to_thread.run_sync(settling.wait, 60)
-                before = state_files.heartbeat_of(node.record.path)
-                with trio.fail_after(10):
-                    while state_files.heartbeat_of(node.record.path) == before:  # noqa: ASYNC110 - a file
-                        await trio.sleep(0.01)
+                await until_it_beats(node)
             finally:
                 done.set()
+                nursery.cancel_scope.cancel()
+
+    trio.run(main)
+
+
+def test_calls_that_hang_in_the_backing_stop_no_heartbeat(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many: the state directory may answer while they do not come back."""
+    monkeypatch.setattr(recovery_module, "BEAT_SECONDS", 0.01)
+    hang, store = threading.Event(), node.recovery._backing
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            for _ in range(4):
+                nursery.start_soon(store.run, DAEMON, hang.wait, 60)
+            try:
+                await trio.testing.wait_all_tasks_blocked()
+                nursery.start_soon(node.recovery.beat)
+                await until_it_beats(node)
+                await until_it_beats(node)
+            finally:
+                hang.set()
                 nursery.cancel_scope.cancel()
 
     trio.run(main)
