@@ -4,7 +4,8 @@ Whether another daemon is dead is never guessed.  On this host its process is go
 host that has booted again has no processes of before; any other daemon is watched, and is dead when its heartbeat has
 not changed for `DEAD_AFTER_SECONDS` of this daemon's own monotonic clock.  No clocks or mtimes are compared.
 
-Where nodes have leases (safefs/cluster), the lock files of one whose lease is over go at once, dead or not.
+Where nodes have leases (safefs/cluster), the lock files of one whose lease is over go at once, dead or not; and by its
+heartbeat alone no daemon is dead as long as the lease under which it has lock files is not known to be over.
 
 What is damaged in a record is not taken for nothing: once the rest is settled it goes to quarantine, where people see
 it.  A record that cannot be read or settled at the moment stays, and keeps no other from being settled.
@@ -107,6 +108,7 @@ class Recovery:
         self._watched: tuple[Path, ...] = ()  # the records that this daemon watches, as of the last look at all of them
         # By names in the cluster of nodes that have lost their leases: when to look at their lock files again.
         self._freed: dict[str, float] = {}
+        self._watches_leases = False
         self._failing: dict[str, float] = {}  # node ids of records that could not be settled yet → since when
         self._heart = Workers(1)
 
@@ -134,6 +136,7 @@ class Recovery:
 
     async def watch_leases(self, gone: Callable[[Iterable[str]], Awaitable[set[str]]]) -> None:
         """Until cancelled: remove the lock files of nodes that have lost their leases, as `gone` tells."""
+        self._watches_leases = True
         while True:
             await trio.sleep(LEASE_LOOK_SECONDS)
             try:
@@ -224,7 +227,7 @@ class Recovery:
             return False
         known = self._backing.identities.call(DAEMON, known_dead, identity)
         if known is None:
-            return watched and self._has_stopped_beating(path)
+            return watched and self._has_stopped_beating(path) and not self._may_have_lease(path)
         (self._living.discard if known else self._living.add)(path.name)
         return known
 
@@ -246,6 +249,14 @@ class Recovery:
         if now - since > ALIVE_SECONDS:
             self._living.discard(path.name)
         return now - since > DEAD_AFTER_SECONDS
+
+    def _may_have_lease(self, path: Path) -> bool:
+        """Whether a daemon has lock files under a lease that is not known to be over: it may just not reach the state.
+
+        One without lock files is not asked for: of a lease nothing else on record depends.
+        """
+        noted = read_noted(path) if self._watches_leases else None
+        return noted is not None and bool(noted.node and noted.locks) and noted.node not in self._freed
 
     def _settle(self, path: Path) -> None:
         """Clean up after one dead daemon; of several that want to, the one whose rename succeeds does.

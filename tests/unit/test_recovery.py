@@ -935,6 +935,40 @@ def test_lock_files_of_a_lost_lease_are_removed_as_soon_as_that_works(
     assert len(tried) == 4
 
 
+def test_lock_files_of_a_node_with_a_lease_stay_though_its_heart_stops(
+    node: Node, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may just not reach the state directory; once its lease is over they go, and the rest is settled."""
+    monkeypatch.setattr(recovery_module, "LEASE_LOOK_SECONDS", 0.001)
+    file, lost = node.root / "x.lock", set[str]()
+    file.touch()
+    other = node.other(ELSEWHERE, {"directory": ""})
+    (other / SOFT_LOCKS).write_text(json.dumps({"node": "mute", "locks": [entry_of(file)]}))
+    (node.root / HIDDEN).write_bytes(b"being written")
+
+    async def gone(nodes: Iterable[str]) -> set[str]:
+        return lost & set(nodes)
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(node.recovery.watch_leases, gone)
+            await trio.testing.wait_all_tasks_blocked()
+            node.recovery.settle_dead()
+            clock.now += 10 * DEAD_AFTER_SECONDS
+            node.recovery.settle_dead()
+            assert file.exists() and (node.root / HIDDEN).exists() and OTHER in node.daemons
+            lost.add("mute")
+            with trio.fail_after(30):
+                while file.exists() or not node.recovery._freed:  # noqa: ASYNC110 - a file
+                    await trio.sleep(0.01)
+            node.recovery.settle_dead()
+            nursery.cancel_scope.cancel()
+
+    trio.run(main)
+    assert node.settled
+    assert list(node.kept().values()) == [b"being written"]
+
+
 @pytest.mark.parametrize("record", ["3", '{"time": "then"}'])
 def test_a_damaged_record_of_a_file_in_quarantine(node: Node, record: str) -> None:
     """It is shown, and goes when its time is over."""
