@@ -23,6 +23,7 @@ import trio
 T = TypeVar("T")
 
 IDLE_SECONDS = 10.0  # then a thread that has nothing to do ends
+RETRY_SECONDS = 1.0  # until it is tried again to start one: those that there are may hang
 
 
 class _Call:
@@ -104,7 +105,8 @@ class Workers:
             except RuntimeError:  # "can't start new thread": the limit of the user, the cgroup or the system
                 if self.busy == len(self._threadless) + 1:  # nobody has one
                     raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)) from None
-            await self._threadless.park()
+            with trio.move_on_after(RETRY_SECONDS):
+                await self._threadless.park()
             if self.idle:
                 return self.idle.pop()
 
