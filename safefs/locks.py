@@ -250,20 +250,27 @@ class Locks:
             return 1
         held = sum(len(table.held) for table in locks.tables.values())
         done = self._do(key, Break(frozenset(locks.holders())))
-        if done is None:
-            self.broken(key, self._names.known(key))
-        else:
+        if done is not None:
             await done.wait()
         return held
 
     def broken(self, key: str, locks: NameLocks) -> None:
-        """An operator has broken the locks of a name; what is in `locks` was had by then, or later."""
+        """An operator has broken the locks of a name; what is in `locks` was had by then, or later.
+
+        To be called before anybody is told of what he got by that.  Who still has all that he was told of came after
+        the operator had looked; but not one who waits besides: he may have got it anew, from others who had it since.
+        """
         fenced = set[int]()
         for kind in (Kind.FLOCK, Kind.RECORD):
-            kept = {lock.owner for lock in locks[kind].held}
-            for use in [(key, kind, owner) for owner in self._held.get((key, kind), {}) if owner not in kept]:
-                fenced.update(self._uses.handles(use))
-                self._drop(use)
+            waiting = {each.wait.lock.owner for each in self._waiting.values() if each.use[:2] == (key, kind)}
+            for owner, held in list(self._held.get((key, kind), {}).items()):
+                left = [lock for lock in held.held if locks[kind].has(lock)]
+                if left == held.held and owner not in waiting:
+                    continue
+                fenced.update(self._uses.handles((key, kind, owner)))
+                held.held = left
+                if not left:
+                    self._drop((key, kind, owner))
         if fenced:
             self.fence(fenced)
 
@@ -408,7 +415,7 @@ class Locks:
         if locks is None:
             waiting.submitted = True
             self._names.submit(key, Acquire(kind, waiting.wait, may_wait))
-        elif self._carry_out(locks, Acquire(kind, waiting.wait, may_wait=True)):
+        elif self._carry_out(key, locks, Acquire(kind, waiting.wait, may_wait=True)):
             self.resolve(waiting.wait.ticket, True)
         else:
             if kind is Kind.FLOCK and not any(held.owner == lock.owner for held in locks[kind].held):
@@ -640,11 +647,13 @@ class Locks:
         locks = self._names.local(key)
         if locks is None:
             return self._names.submit(key, step)
-        self._carry_out(locks, step)
+        self._carry_out(key, locks, step)
         return None
 
-    def _carry_out(self, locks: NameLocks, step: Step) -> bool:
+    def _carry_out(self, key: str, locks: NameLocks, step: Step) -> bool:
         done, others = carry_out(locks, step)
+        if isinstance(step, Break):
+            self.broken(key, locks)
         for wait in others:
             self.resolve(wait.ticket, True)
         return done

@@ -378,18 +378,23 @@ def ask(locks: Locks, owner: Owner, first: int, last: int, handle: int) -> Waiti
     return waiting
 
 
+def two_nodes(nursery: trio.Nursery) -> list[Locks]:
+    """Of one cluster, which are called one and two."""
+    cluster, nodes = MemoryCluster(), []
+    for name in ("one", "two"):
+        names = Names(MemoryBackend(cluster, name))
+        nodes.append(Locks(names))
+        names.resolve, names.told, names.broken = nodes[-1].answer, nodes[-1].told, nodes[-1].broken
+        nursery.start_soon(names.run)
+    return nodes
+
+
 def test_what_another_node_unlocks_after_a_close_is_who_waits_for_its() -> None:
     """Two threads: one waits for a range that another node has, and one closes the file meanwhile."""
 
     async def main() -> None:
-        cluster, nodes = MemoryCluster(), []
         async with trio.open_nursery() as nursery:
-            for name in ("one", "two"):
-                names = Names(MemoryBackend(cluster, name))
-                nodes.append(Locks(names))
-                names.resolve, names.told, names.broken = nodes[-1].answer, nodes[-1].told, nodes[-1].broken
-                nursery.start_soon(names.run)
-            here, there = nodes
+            here, there = two_nodes(nursery)
             me, other = Owner("one", 1), Owner("two", 2)
             for locks, who, first, handle in ((here, me, 0, 1), (there, other, 50, 5)):
                 waiting = ask(locks, who, first, first + 9, handle)
@@ -426,3 +431,70 @@ def test_a_close_that_ends_nothing_asks_no_other_node() -> None:
     assert held(locks, 1) == [1] and len(names.steps) == 1
     locks.released(1)
     assert names.steps[1:] == [Release(Kind.RECORD, owner(1), 0, OFFSET_MAX)]
+
+
+# Locks that an operator breaks.
+
+
+def parts(locks: Locks, owner: Owner) -> list[tuple[int, int]]:
+    """The ranges that an owner has been told that he holds."""
+    held = locks._held.get((NAME, Kind.RECORD), {}).get(owner)
+    return [(lock.first, lock.last) for lock in held.held] if held is not None else []
+
+
+@pytest.mark.parametrize("more", [(10, 19), (20, 29), (5, 14), (0, 29)], ids=["beside", "apart", "partly", "all"])
+def test_who_waits_for_more_keeps_nothing_of_what_is_broken(locks: Locks, more: tuple[int, int]) -> None:
+    """Another has waited for it; what was waited for is held, through an open file that is fenced."""
+    fenced = set[int]()
+    locks.fence = fenced.update
+    locked(locks, 1, (0, 9))
+    locks.acquire(NAME, Kind.RECORD, Lock(owner(2), Mode.EXCLUSIVE, 10, 29), 2, may_wait=False)
+    first = ask(locks, owner(3), 0, 4, 3)
+    waits = ask(locks, owner(1), *more, 1)
+    assert trio.run(locks.break_locks, NAME) == 2
+    assert fenced == {1, 2}
+    assert first.held and parts(locks, owner(3)) == [(0, 4)] and parts(locks, owner(2)) == []
+    if more == (0, 29):
+        assert not waits.held and parts(locks, owner(1)) == []
+        locks.flushed(owner(3), 1)
+    assert waits.held and parts(locks, owner(1)) == [more]
+
+
+def test_the_same_where_it_is_another_node_s_lock() -> None:
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            here, there = two_nodes(nursery)
+            fenced = set[int]()
+            here.fence = fenced.update
+            me, other, third = Owner("one", 1), Owner("two", 2), Owner("two", 3)
+            for locks, who, first, handle in ((here, me, 0, 1), (there, other, 10, 2)):
+                await ask(locks, who, first, first + 9, handle).settled.wait()
+            first = ask(there, third, 0, 9, 3)
+            waits = ask(here, me, 10, 19, 1)
+            await trio.testing.wait_all_tasks_blocked()
+            assert await there.break_locks(NAME) == 2
+            for waiting in (first, waits):
+                await waiting.settled.wait()
+                assert waiting.held
+            assert fenced == {1} and parts(here, me) == [(10, 19)]
+            nursery.cancel_scope.cancel()
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_what_is_on_record_after_a_break(waits: bool) -> None:
+    """It is had for longer than that, or anew, by one who has waited for it: others can have had it in between."""
+    names = Shared("node")
+    locks = Locks(names)
+    fenced = set[int]()
+    locks.fence = fenced.update
+    locked(locks, 1, (0, 9))
+    names.is_shared = True
+    if waits:
+        ask(locks, owner(1), 0, 19, 1)
+    record = NameLocks()
+    record[Kind.RECORD].held = [Lock(owner(1), Mode.EXCLUSIVE, 0, 19)]
+    locks.broken(NAME, record)
+    assert fenced == ({1} if waits else set())
+    assert parts(locks, owner(1)) == [(0, 9)]
