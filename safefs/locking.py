@@ -287,11 +287,14 @@ class Locking:
         return False
 
     async def report(self) -> list[dict[str, Any]]:
-        """Every holder and waiter on all nodes, with its path as far as this node knows the directory."""
+        """Every holder and waiter on all nodes, with its path as far as this node knows the directory.
+
+        What a directory has of names that are being made in it is shown as the directory with a slash.
+        """
         entries = await self.locks.report()
         for entry in entries:
             directory, _, name = entry.pop("key").rpartition("/")
-            entry["path"] = os.path.join(self._directory_text(directory), name)
+            entry["path"] = os.path.join(self._directory_text(directory), name) or "./"
         return entries
 
     def _directory_text(self, key: str) -> str:
@@ -309,7 +312,10 @@ class Locking:
             return f"inode {ino}"
 
     async def break_locks(self, path: bytes) -> int:
-        """Take all locks on a path below the root from their holders; how many there were.  OSError: no such path."""
+        """Take all locks on a path below the root, as it is reported, from their holders; how many there were.
+
+        OSError: no such path.
+        """
         directory, name = os.path.split(path)
         key = await self.fs.backing.run(DAEMON, self._key_of_path, directory)
         return await self.locks.break_locks(name_key(key, name))

@@ -36,16 +36,17 @@ def show_locks(path: Path | None, *, as_json: bool) -> None:
         click.echo(f"safefs: {problem_text(answer['problem'])}", err=True)
 
 
-def break_locks(path: Path) -> None:
+def break_locks(path: str) -> None:
     """Take all locks on `path` from their holders: what these still write through the files fails with EIO.
 
     They are of names, which need not be there any more: of the name that `path` leads to, as far as it can be followed.
+    With a slash at its end it is what a directory has of names that are being made in it, shown in the same way.
     """
     named = Path(os.path.realpath(path))
     mount = mount_above(named)
     if mount is None:
         raise SafefsError(f"{_shown(path, named)}: no safefs mount there", errno.EINVAL)
-    below = os.fspath(named.relative_to(mount.mountpoint))
+    below = os.fspath(named.relative_to(mount.mountpoint)) + ("/" if path.endswith("/") else "")
     broken = request(mount.socket_path, {"op": "break", "path": below}, ANSWER_SECONDS)["broken"]
     if not broken:
         text = (
@@ -55,9 +56,9 @@ def break_locks(path: Path) -> None:
     click.echo(f"{broken} broken")
 
 
-def _shown(path: Path, named: Path) -> str:
+def _shown(path: str, named: Path) -> str:
     """A path as it was written, and where that leads."""
-    return f"{path}" if Path(os.path.abspath(path)) == named else f"{path} (which is {named})"
+    return path if Path(os.path.abspath(path)) == named else f"{path} (which is {named})"
 
 
 def _row(entry: dict[str, Any]) -> tuple[str, ...]:

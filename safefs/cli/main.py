@@ -202,11 +202,12 @@ def locks(context: click.Context, path: Path | None, as_json: bool) -> None:
 
 
 @locks.command("break")
-@click.argument("path", type=_PATH)
-def locks_break(path: Path) -> None:
+@click.argument("path", type=click.Path(readable=False))  # a Path would lose the slash at its end
+def locks_break(path: str) -> None:
     """Take all locks on PATH from their holders.
 
-    What these go on writing through the files fails with EIO, and is not published.
+    What these go on writing through the files fails with EIO, and is not published.  PATH with a slash at its end is
+    what a directory has of names that are being made in it.
     """
     from safefs.cli.locks import break_locks
 

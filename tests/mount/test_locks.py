@@ -6,6 +6,7 @@ Most tests also run on the bare directory: what they expect is what the kernel's
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from tests.mount.actors import Actor
 from tests.mount.lockers import (
     BLOCK,
     BLOCKED,
+    CREATE,
     NAMES,
     RELEASE,
     SECONDS,
@@ -743,6 +745,35 @@ def test_who_is_killed_does_not_wait_for_a_record_that_cannot_be_read(
     os.kill(one.pid, signal.SIGKILL)
     assert wait_until(lambda: process_state(one.pid) == "Z", SECONDS)
     safefs("locks", "break", two_mounts[1] / "x.lock")  # so that the other need not wait to end
+
+
+@pytest.mark.parametrize("directory", ["d", ""], ids=["below the root", "the root"])
+def test_what_is_on_record_of_names_that_are_being_made_can_be_broken(
+    two_mounts: tuple[Mount, Mount], party: Make, directory: str
+) -> None:
+    """By the path that `safefs locks` shows: where it cannot be read nobody can make a file there with O_EXCL."""
+    (two_mounts[0] / directory).mkdir(exist_ok=True)
+    one, two = party(), party()
+    for mount, process in zip(two_mounts, (one, two), strict=True):
+        opened(process, mount / directory / f"of {process.pid}", CREATE | os.O_EXCL)
+    (record,) = (
+        data
+        for data in (two_mounts[0].backing / ".safefs/locks/names").glob("*/data~*")
+        if json.loads(data.read_text())["name"].endswith("/")
+    )
+    record.write_bytes(b"damaged")
+    two.start("os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)", path=str(two_mounts[1] / directory / "new"))
+    assert wait_until(lambda: status(two_mounts[1])["lock_problem"] is not None, SECONDS)
+    entries = json.loads(safefs("locks", "--at", two_mounts[1].path, "--json").stdout)
+    (shown,) = (entry["path"] for entry in entries if entry["state"].startswith("unknown"))
+    assert not two.answered(0)
+    done = safefs("locks", "break", f"{two_mounts[1].path}/{shown}")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "1 broken\n", "")
+    two.result(SECONDS)
+    one("os.write(fd, b'one'); os.close(fd)")
+    two("os.write(fd, b'two'); os.close(fd)")
+    for mount in two_mounts:
+        assert [(mount / directory / f"of {each.pid}").read_text() for each in (one, two)] == ["one", "two"]
 
 
 # Locks that were broken.
