@@ -354,14 +354,14 @@ class Daemon:
                 locking = self.locking
                 files, closing = Files(self.fs), Closing(self.fs, requests, locking.released)
                 tree = Tree(self.fs, files, refresh_misses=self._refreshes_misses())
-                self._mount(Operations(self.fs, tree, files, InPlace(self.fs), closing, locking, requests))
                 await helpers.start(serve_control, control_socket(self.settings.mountpoint), self._answer)
-                helpers.start_soon(self._await_signals, closing)
-                ready()
-                sd_notify("READY=1")
-                log.info("mounted %s on %s", self.settings.backing, self.settings.mountpoint)
-                self.serving = self.has_served = True
-                try:
+                self._mount(Operations(self.fs, tree, files, InPlace(self.fs), closing, locking, requests))
+                try:  # whatever fails from now on: there is a mount to be taken away
+                    helpers.start_soon(self._await_signals, closing)
+                    ready()
+                    sd_notify("READY=1")
+                    log.info("mounted %s on %s", self.settings.backing, self.settings.mountpoint)
+                    self.serving = self.has_served = True
                     await pyfuse3.main(MIN_TASKS, MAX_TASKS)
                 finally:
                     self.serving = False

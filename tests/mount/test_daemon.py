@@ -18,7 +18,7 @@ import pytest
 from tests.conftest import MountFactory
 from tests.mount.actors import Actor, actor
 from tests.mount.places import A, B, content, in_quarantine, leftovers
-from tests.support.mounting import Mount, safefs, status, wait_until
+from tests.support.mounting import Mount, safefs, safefs_command, status, wait_until
 
 CREATE = os.O_CREAT | os.O_TRUNC | os.O_WRONLY
 MANY_OPENS = int(os.environ.get("SAFEFS_MANY_OPENS", "20000"))
@@ -242,6 +242,38 @@ def test_already_mounted(mount: Mount) -> None:
     assert done.returncode != 0 and "already mounted" in done.stderr
     (mount / "file").write_bytes(A)
     assert content(mount.backing / "file") == A
+
+
+@pytest.mark.parametrize("foreground", [False, True], ids=["background", "foreground"])
+def test_a_mount_where_the_one_before_has_not_ended(mount: Mount, tmp_path: Path, foreground: bool) -> None:
+    """Its daemon still listens: the next is refused with one line, and leaves the mountpoint as it is."""
+    with open(mount / "file", "wb") as file:
+        file.write(A)
+        by_lazy_umount(mount)
+        assert not mount.is_mounted() and mount.process.poll() is None
+        arguments = ["--log-file", tmp_path / "log", *(["--foreground"] if foreground else [])]
+        done = safefs("mount", mount.backing, mount.path, *arguments)
+        assert done.returncode != 0
+        (line,) = done.stderr.splitlines()
+        assert "another daemon serves" in line
+        assert not mount.is_mounted() and os.listdir(mount.path) == []
+    assert wait_until(lambda: mount.process.poll() is not None)
+    assert content(mount.backing / "file") == A
+
+
+def test_a_start_that_fails_last_leaves_no_mount(backing: Path, tmp_path: Path) -> None:
+    """Whoever waits for it cannot be told."""
+    (tmp_path / "mnt").mkdir()
+    with open("/dev/null") as not_to_be_written:
+        command = safefs_command("mount", backing, tmp_path / "mnt", "--foreground", "--ready-fd")
+        number = not_to_be_written.fileno()
+        done = subprocess.run([*command, str(number)], pass_fds=[number], capture_output=True, timeout=END_SECONDS)
+    try:
+        assert done.returncode != 0 and b"Bad file descriptor" in done.stderr
+        assert not is_mounted(tmp_path / "mnt")
+        assert os.listdir(backing / ".safefs/daemons") == []
+    finally:
+        subprocess.run(["umount", "-q", tmp_path / "mnt"], check=False, timeout=END_SECONDS)
 
 
 def test_umount_of_what_is_not_mounted(tmp_path: Path) -> None:
