@@ -547,20 +547,33 @@ class Daemon:
             raise SafefsError(f"the lock backend: {reason}", errno.ETIMEDOUT) from None
 
     async def _break(self, path: str) -> int:
-        broken = 0
+        """Locks and soft locks: what keeps the ones from being broken does not keep the others."""
+        broken, failures = 0, list[SafefsError]()
         try:
-            broken += await self._bounded(self.locking.break_locks(os.fsencode(path)))
-            broken += await self.backing.run(SERVICE, self._break_soft, path)
-        except OSError as error:  # no such directory, as a rule
-            hint = "`safefs locks` shows what is locked"
-            raise SafefsError(f"{path}: {error.strerror}; {hint}", error.errno or errno.EIO) from None
+            for break_some in (self._break_locks, self._break_soft):
+                try:
+                    broken += await break_some(path)
+                except OSError as error:  # no such directory, as a rule
+                    text = f"{path}: {error.strerror}; `safefs locks` shows what is locked"
+                    failures.append(SafefsError(text, error.errno or errno.EIO))
+                except SafefsError as error:
+                    failures.append(error)
         finally:
             if broken:
                 self.events.note(EventKind.LOCK_BROKEN, path, locks=broken)
+        if failures:
+            done = f"{broken} broken, but not all: " if broken else ""
+            raise SafefsError(done + "; ".join(error.message for error in failures), failures[0].errno)
         return broken
 
-    def _break_soft(self, path: str) -> int:
-        entries = [entry for entry in all_noted(self.state) if entry["path"] == os.path.normpath(path)]
+    async def _break_locks(self, path: str) -> int:
+        return await self._bounded(self.locking.break_locks(os.fsencode(path)))
+
+    async def _break_soft(self, path: str) -> int:
+        return await self.backing.run(SERVICE, self._remove_soft, path)
+
+    def _remove_soft(self, path: str) -> int:
+        entries = [entry for entry in all_noted(self.state) if entry["path"] == path]
         return sum(remove_noted(self.backing, {**entry, "stale": str(Stale.DEAD)}) for entry in entries)
 
     def _locks_text(self) -> str:

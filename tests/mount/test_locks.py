@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -747,6 +748,18 @@ def test_who_is_killed_does_not_wait_for_a_record_that_cannot_be_read(
     safefs("locks", "break", two_mounts[1] / "x.lock")  # so that the other need not wait to end
 
 
+def record_of(mount: Mount, ending: str) -> Path:
+    """What the lease files have of the name that ends so."""
+    records = (mount.backing / ".safefs/locks/names").glob("*/data~*")
+    (found,) = (each for each in records if json.loads(each.read_text())["name"].endswith(ending))
+    return found
+
+
+def locks_of(mount: Mount) -> list[dict[str, Any]]:
+    """What is shown of all locks."""
+    return list(json.loads(safefs("locks", "--at", mount.path, "--json").stdout))
+
+
 @pytest.mark.parametrize("directory", ["d", ""], ids=["below the root", "the root"])
 def test_what_is_on_record_of_names_that_are_being_made_can_be_broken(
     two_mounts: tuple[Mount, Mount], party: Make, directory: str
@@ -756,16 +769,11 @@ def test_what_is_on_record_of_names_that_are_being_made_can_be_broken(
     one, two = party(), party()
     for mount, process in zip(two_mounts, (one, two), strict=True):
         opened(process, mount / directory / f"of {process.pid}", CREATE | os.O_EXCL)
-    (record,) = (
-        data
-        for data in (two_mounts[0].backing / ".safefs/locks/names").glob("*/data~*")
-        if json.loads(data.read_text())["name"].endswith("/")
-    )
+    record = record_of(two_mounts[0], "/")
     record.write_bytes(b"damaged")
     two.start("os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)", path=str(two_mounts[1] / directory / "new"))
     assert wait_until(lambda: status(two_mounts[1])["lock_problem"] is not None, SECONDS)
-    entries = json.loads(safefs("locks", "--at", two_mounts[1].path, "--json").stdout)
-    (shown,) = (entry["path"] for entry in entries if entry["state"].startswith("unknown"))
+    (shown,) = (entry["path"] for entry in locks_of(two_mounts[1]) if entry["state"].startswith("unknown"))
     assert not two.answered(0)
     done = safefs("locks", "break", f"{two_mounts[1].path}/{shown}")
     assert (done.returncode, done.stdout, done.stderr) == (0, "1 broken\n", "")
@@ -774,6 +782,29 @@ def test_what_is_on_record_of_names_that_are_being_made_can_be_broken(
     two("os.write(fd, b'two'); os.close(fd)")
     for mount in two_mounts:
         assert [(mount / directory / f"of {each.pid}").read_text() for each in (one, two)] == ["one", "two"]
+
+
+def test_a_soft_lock_is_broken_also_where_the_locks_of_its_name_cannot_be(
+    two_mounts: tuple[Mount, Mount], party: Make
+) -> None:
+    """What could not be broken is said, and what was is on record."""
+    one, two = party(), party()
+    opened(one, two_mounts[0] / "x.lock", CREATE | os.O_EXCL)
+    opened(two, two_mounts[1] / "x.lock")
+    one(TRY["flock"])
+    assert two.errno(TRY["flock"]) in BLOCKED
+    assert wait_until(lambda: "file" in {entry["kind"] for entry in locks_of(two_mounts[1])}, SECONDS)
+    record = record_of(two_mounts[0], "/x.lock")
+    whole = record.read_text()
+    record.write_text(json.dumps({**json.loads(whole), "record": {"format": 99}}))
+    assert "Not a directory" in safefs("locks", "break", f"{two_mounts[1] / 'x.lock'}/").stderr
+    assert (two_mounts[0] / "x.lock").exists()
+    done = safefs("locks", "break", two_mounts[1] / "x.lock")
+    record.write_text(whole)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "1 broken, but not all: " in done.stderr and "another version of safefs" in done.stderr
+    assert not (two_mounts[0] / "x.lock").exists()
+    assert wait_until(lambda: '"lock broken"' in safefs("events", two_mounts[1].path, "--json").stdout, SECONDS)
 
 
 # Locks that were broken.
