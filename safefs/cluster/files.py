@@ -467,16 +467,25 @@ class Files:
 
     def notices(self, node: str, *, anew: bool = False) -> list[str]:
         """Names that others want of a node; each is given once."""
-        home, names = self.path("nodes", node, "wanted"), []
+        home = self.path("nodes", node, "wanted")
         if anew:
             self.look_anew(home)
-        for entry in self.listed(home):
-            if not entry.endswith(".new"):
-                with suppress(FileNotFoundError):
-                    with open(f"{home}/{entry}", encoding="utf-8", errors="surrogateescape") as file:
-                        names.append(file.read())
-                    os.unlink(f"{home}/{entry}")
-        return names
+        paths = [f"{home}/{entry}" for entry in self.listed(home) if not entry.endswith(".new")]
+        return [name for name in map(self._take_notice, paths) if name is not None]
+
+    @staticmethod
+    def _take_notice(path: str) -> str | None:
+        """What is in a notice, which is removed; None where that fails, and the next look may take it.
+
+        Some never can be read (the directories that a NAS puts into all others); these must not hide the rest.
+        """
+        with suppress(OSError):
+            with open(path, encoding="utf-8", errors="surrogateescape") as file:
+                name = file.read()
+            with suppress(FileNotFoundError):
+                os.unlink(path)
+            return name
+        return None
 
     def answer(self, node: str, question: str, text: str) -> None:
         self._put(self.path("nodes", node, ANSWER + question), text)

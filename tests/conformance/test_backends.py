@@ -1025,6 +1025,45 @@ def unreadable(monkeypatch: pytest.MonkeyPatch, data: Path, number: int) -> None
     monkeypatch.setattr(files_module, "open", fail, raising=False)
 
 
+def test_a_notice_that_cannot_be_read_hides_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Be it for ever, as of a directory that a NAS has made, or at the moment: then it is heard later."""
+    files = files_module.Files(str(tmp_path), {}, lambda _identity: False)
+    files.join("node")
+    names = [f"name{number}" for number in range(10)]
+    wanted = tmp_path / "nodes" / "node" / "wanted"
+    (wanted / "@eaDir").mkdir()
+    for name in names:
+        files.notify("node", name)
+    with monkeypatch.context() as patch:
+        unreadable(patch, wanted / files_module.directory_of("name5"), errno.EIO)
+        assert sorted(files.notices("node")) == [name for name in names if name != "name5"]
+        assert files.notices("node") == []
+    assert files.notices("node") == ["name5"]
+    assert files.notices("node") == [] and os.listdir(wanted) == ["@eaDir"]
+
+
+def test_a_notice_that_cannot_be_removed_is_heard_once_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it would be heard again and again, without a pause."""
+    files = files_module.Files(str(tmp_path), {}, lambda _identity: False)
+    files.join("node")
+    files.notify("node", "name")
+    unlink = os.unlink
+
+    def fail(path: str) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+
+    def unlink_unanswered(path: str) -> None:
+        """As a client that repeats what it got no answer to."""
+        unlink(path)
+        unlink(path)
+
+    monkeypatch.setattr(os, "unlink", fail)
+    assert files.notices("node") == []
+    monkeypatch.setattr(os, "unlink", unlink_unanswered)
+    assert files.notices("node") == ["name"]
+    assert files.notices("node") == []
+
+
 def test_a_record_whose_data_are_missing_is_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As after a repair of the filesystem: it stays so, and is nobody's once all are gone that could be on it."""
 
