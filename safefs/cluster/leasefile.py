@@ -118,9 +118,15 @@ class LeasefileBackend:
         self._lease.renew(sent)
 
     async def leave(self) -> None:
-        """End this node's own lease: what it held is free at once."""
-        self._lease = OwnLease(self._site.terms)  # whatever the call comes to
-        await self._call_own(self.files.end, self.node, str(self._count))
+        """End this node's own lease: what it held is free at once.
+
+        A renewal whose outcome is not known, because it was cancelled or got no answer, may have come first.  There is
+        one such at most: the next begins where the last one that was heard of ended.
+        """
+        self._lease = OwnLease(self._site.terms)  # whatever the calls come to
+        for count in (self._count, self._count + 1):
+            if await self._call_own(self.files.end, self.node, str(count)):
+                return
 
     def lease_ends(self) -> float:
         return self._lease.ends()

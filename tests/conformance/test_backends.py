@@ -377,6 +377,56 @@ def test_a_node_that_leaves_is_gone_at_once(cluster: Cluster) -> None:
     play(cluster, scenario)
 
 
+@pytest.mark.parametrize("native_too", [False, True])
+@pytest.mark.parametrize("how", ["cancelled before", "cancelled after", "unanswered", "ended by another"])
+def test_a_node_that_leaves_beside_a_renewal_is_gone_at_once(
+    how: str, native_too: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether the renewal of which it has not heard comes to pass before the end of the lease, or finds that it is."""
+    begun, goes_on, over = (threading.Event() for _ in range(3))
+
+    async def scenario() -> None:
+        one = (native if native_too else leasefile)(tmp_path)
+        two = (native if native_too else leasefile)(tmp_path)
+        await one.join()
+        await two.join()
+        await one.renew()
+        renew = one.files.renew
+
+        def renew_unheard(node: str, count: int) -> bool:
+            try:
+                if how == "cancelled before":
+                    begun.set()
+                    goes_on.wait(SECONDS)
+                renew(node, count)
+                begun.set()
+                if how == "cancelled after":
+                    goes_on.wait(SECONDS)
+            finally:
+                over.set()
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        monkeypatch.setattr(one.files, "renew", renew_unheard)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(renewal, one)
+            await trio.to_thread.run_sync(begun.wait)
+            if how.startswith("cancelled"):
+                nursery.cancel_scope.cancel()
+        if how == "ended by another":
+            assert two.files.end(one.node, str(two.files.heartbeat(one.node)))
+        await one.leave()
+        assert await two.gone([one.node]) == {one.node}
+        goes_on.set()
+        await trio.to_thread.run_sync(over.wait)
+        assert await two.gone([one.node]) == {one.node}
+
+    async def renewal(one: LeasefileBackend) -> None:
+        with pytest.raises(BackendError, match=os.strerror(errno.EIO)):
+            await one.renew()
+
+    trio.run(scenario)
+
+
 def test_a_node_that_renews_stays_and_another_knows_that_it_is_gone_before_others_do(lapsing: Cluster) -> None:
     async def scenario(one: LockBackend, two: LockBackend, three: LockBackend) -> None:
         gone: set[str] = set()
