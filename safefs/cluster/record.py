@@ -246,6 +246,16 @@ class NameRecord:
             raise ForeignRecordError(f"a lock record of format {data['format']!r}: another version of safefs wrote it")
         try:
             locks = NameLocks.from_record(data["locks"])
-            return cls(of_type(str, data["delegate"]), _nodes_from(data["wanted"]), locks, _nodes_from(data["broken"]))
+            delegate, wanted = of_type(str, data["delegate"]), _nodes_from(data["wanted"])
+            record = cls(delegate, wanted, locks, _nodes_from(data["broken"]))
+            record._require_sound()
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"no lock record: {error!r}") from None
+        return record
+
+    def _require_sound(self) -> None:
+        """ValueError for what no step makes: what comes after each relies on it."""
+        if self.delegate and (self.locks or self.broken):
+            raise ValueError("a name is delegated, and has locks on record")
+        for node in self.nodes():
+            node.encode()  # UnicodeEncodeError is a ValueError: a backend could not ask for a node of that name

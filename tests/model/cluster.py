@@ -299,10 +299,11 @@ class Cluster:
 
 def check_record(record: NameRecord) -> str:
     """What is wrong with a record."""
-    if NameRecord.from_json(record.to_json()).to_json() != record.to_json():
-        return "a record is another one when it is read again"
-    if record.delegate and record.locks:
-        return "a name is delegated, and has locks on record"
+    try:
+        if NameRecord.from_json(record.to_json()).to_json() != record.to_json():
+            return "a record is another one when it is read again"
+    except ValueError as error:
+        return str(error)
     if record.delegate in record.wanted:
         return "a name is wanted by the node that has it"
     return next(filter(None, map(_check_table, record.locks.tables.values())), "")

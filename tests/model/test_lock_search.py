@@ -349,6 +349,7 @@ LOCKS = [Lock(Owner("n0", number), Mode.EXCLUSIVE) for number in range(2)]
     ("record", "what"),
     [
         (NameRecord("n0", (), NameLocks({Kind.FLOCK: LockTable(LOCKS[:1])})), "a name is delegated, and has locks"),
+        (NameRecord("n0", broken=("n1",)), "a name is delegated, and has locks"),
         (NameRecord("n0", ("n0",)), "wanted by the node that has it"),
         (NameRecord("", (), NameLocks({Kind.RECORD: LockTable(LOCKS)})), "two locks on record exclude"),
         (NameRecord("", (), NameLocks({Kind.RECORD: LockTable([], [Wait(1, LOCKS[0])])})), "on record for nobody"),

@@ -1441,6 +1441,11 @@ def test_a_record_that_another_version_wrote() -> None:
     parts: list[dict[str, Any]] = [{"locks": []}, {"locks": {"none": {}}}]
     parts += [{part: value} for part in ("wanted", "broken") for value in (1, "ab", [[]], [1], None)]
     parts += [{"delegate": value} for value in (1, [], None)]
+    waiting = {"flock": {"held": [], "waiting": [[1, False, "a", 7, "shared", 0, 1, 7]]}}
+    parts += [{"delegate": "a", "locks": waiting}, {"delegate": "a", "broken": ["b"]}]  # no step makes such
+    parts += [{"delegate": "\ud800"}, {"wanted": ["\ud800"]}, {"broken": ["a", "\ud800"]}]
+    parts += [{"locks": json.loads(json.dumps(waiting).replace('"a"', '"\\ud800"'))}]
+    assert NameRecord.from_json({**whole, "locks": waiting}).locks.nodes() == {"a"}
     for none in ({"format": FORMAT, "delegate": "a"}, {}, [], None, 17, *({**whole, **part} for part in parts)):
         with pytest.raises(ValueError, match="no lock record") as caught:
             NameRecord.from_json(none)
