@@ -190,15 +190,12 @@ class EtcdBackend:
         prefix = self._key("nodes", "")
         for entry in await self._range(prefix, prefix_end(prefix)):
             node = decode(entry["key"])[len(prefix) :].decode("utf-8", "replace")
-            await self._end_if_dead(node, decode(entry["value"]))
+            await self._end_if_dead(node, _value([entry]))
 
-    async def _end_if_dead(self, node: str, value: bytes) -> bool:
+    async def _end_if_dead(self, node: str, value: bytes | None) -> bool:
         """End a node whose process is known to have died, by what it has on record."""
-        try:
-            known = json.loads(value)
-            died, lease = self._has_died(known["process"]), str(known["lease"])
-        except (ValueError, KeyError, TypeError):
-            return False
+        process, lease = _node(value)
+        died = bool(process) and self._has_died(process)
         if died:
             await self._end(node, lease)
         return died
@@ -300,11 +297,7 @@ class EtcdBackend:
         return _names(prefix, entries)
 
     async def process_of(self, node: str) -> ProcessIdentity:
-        value = await self._get(self._key("nodes", node))
-        try:
-            return dict(json.loads(value)["process"]) if value else {}
-        except (ValueError, KeyError, TypeError):
-            return {}
+        return _node(await self._get(self._key("nodes", node)))[0]
 
     async def discard(self, name: str, stored: Stored) -> None:
         """An empty record has no key."""
@@ -506,6 +499,15 @@ def _value(entries: list[Answer]) -> bytes | None:
     return decode(entries[0].get("value", "")) if entries else None
 
 
+def _node(value: bytes | None) -> tuple[ProcessIdentity, str]:
+    """Which process a node is, and its lease, by what it has on record; empty where that says neither."""
+    try:
+        known = json.loads(value or b"")
+        return dict(known["process"]), str(known["lease"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return {}, ""
+
+
 def _stored(entries: list[dict[str, Any]], revision: str) -> Stored:
     """What is under the key of a name.  Of who could be on a record that is damaged this knows nothing."""
     if not entries:
@@ -515,6 +517,6 @@ def _stored(entries: list[dict[str, Any]], revision: str) -> Stored:
         record = NameRecord.from_json(json.loads(_value(entries) or b""))
     except ForeignRecordError as error:
         raise UnreadableError(str(error)) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # lists in lists can be too deep for json
         raise DamagedError(str(error), Stored(version, token=revision)) from None
     return Stored(version, record, revision)

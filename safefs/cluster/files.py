@@ -40,6 +40,8 @@ MOST_PROCESSES = 10_000  # that are remembered
 MOST_DAMAGED = 100  # records whose names are
 LIST_ATTEMPTS = 5  # a listing can miss a file that is renamed meanwhile
 LOST = (errno.EIO, errno.EUCLEAN, errno.EBADMSG)  # what a filesystem says of bytes that it has no more
+# What is raised where JSON is not what it should be; lists in lists can be too deep for json.
+NO_JSON = (ValueError, KeyError, TypeError, RecursionError)
 
 NODE, HOME = re.compile(r"[0-9a-f]{16}"), re.compile(r"[0-9a-f]{32}")  # names of nodes, and of directories of names
 STATE = re.compile(r"(\d+)~([0-9a-f]+|none[0-9a-f]*)")
@@ -149,7 +151,7 @@ class Files:
                 return Stored(version, NameRecord.from_json(data["record"]), token)
         except ForeignRecordError as error:
             raise UnreadableError(self._unreadable(name, error)) from None
-        except (ValueError, KeyError, TypeError) as error:
+        except NO_JSON as error:
             raise self._damage(name, version, token, error) from None
         except OSError as error:
             if error.errno not in LOST:
@@ -375,7 +377,7 @@ class Files:
             try:
                 with open(self.path("nodes", node, "process"), encoding="utf-8") as file:
                     known = dict(json.load(file))
-            except (OSError, ValueError):
+            except (OSError, *NO_JSON):
                 return {}
             if len(self._processes) >= MOST_PROCESSES:
                 self._processes.clear()
@@ -423,7 +425,7 @@ class Files:
                 try:
                     with open(f"{home}/{entry}", encoding="utf-8") as file:
                         return str(json.load(file)["name"])
-                except (OSError, ValueError, KeyError, TypeError):
+                except (OSError, *NO_JSON):
                     pass
             if attempt:
                 seen.add(state)

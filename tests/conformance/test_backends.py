@@ -761,6 +761,14 @@ def test_the_process_of_a_node_is_read_once(tmp_path: Path) -> None:
     assert one.process_of("node") == {"pid": 1} and not one.has_died("node")
 
 
+@pytest.mark.parametrize("text", ["", '"x"', "[1]", "null", "[" * 5000], ids=lambda text: text[:7])
+def test_a_node_whose_process_cannot_be_read_is_not_known_to_have_died(text: str, tmp_path: Path) -> None:
+    one, other = (files_module.Files(str(tmp_path), {"pid": 1}, lambda _identity: True) for _ in range(2))
+    other.join("node")
+    (tmp_path / "nodes" / "node" / "process").write_text(text)
+    assert one.process_of("node") == {} and not one.has_died("node")
+
+
 def test_a_backend_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario() -> None:
         one = leasefile(tmp_path)
@@ -997,7 +1005,11 @@ def test_how_soon_a_notice_is_seen_of_a_name_that_is_lent(tmp_path: Path, monkey
     listening(tmp_path, monkeypatch, scenario)
 
 
-@pytest.mark.parametrize("damage", ["", "{", "\0" * 100, "[]", '{"name": "name", "record": {}}'])
+MIXED = '{"format": 2, "delegate": "a", "wanted": [], "locks": {}, "broken": ["b"]}'
+DAMAGED = ["", "{", "\0" * 100, "[]", '{"name": "name", "record": {}}', f'{{"name": "name", "record": {MIXED}}}']
+
+
+@pytest.mark.parametrize("damage", [*DAMAGED, "[" * 5000], ids=lambda damage: repr(damage[:80]))
 def test_a_record_that_is_damaged(damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As by a power cut.  It is nobody's once all are gone that could be on it; who comes later could not."""
 
@@ -1165,7 +1177,8 @@ def test_a_record_that_the_disk_has_lost_is_for_an_operator_alone(
     trio.run(scenario, clock=without_threads(monkeypatch))
 
 
-def test_names_whose_records_are_damaged_are_listed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", ["damaged", "[" * 5000], ids=lambda damage: damage[:7])
+def test_names_whose_records_are_damaged_are_listed(damage: str, tmp_path: Path) -> None:
     """By their places where nobody has known the names."""
 
     async def scenario() -> None:
@@ -1176,7 +1189,7 @@ def test_names_whose_records_are_damaged_are_listed(tmp_path: Path) -> None:
             assert await one.swap(name, Stored(), held_by("a"))
         home = tmp_path / "names" / files_module.directory_of("name")
         (data,) = home.glob("data~*")
-        data.write_text("damaged")
+        data.write_text(damage)
         with pytest.raises(DamagedError):
             await one.read("name")
         assert set(await one.all_names()) == {"name", "whole"}

@@ -447,7 +447,20 @@ async def write_over(node: EtcdBackend, value: bytes) -> None:
     await node._client.call("/v3/kv/put", {"key": encode(node._key("names", "name")), "value": encode(value)})
 
 
-@pytest.mark.parametrize("value", [b"", b"{", b"\xff", b"[]", b"{}", b'{"format": 2}'])
+NO_RECORDS = [
+    b"",
+    b"{",
+    b"\xff",
+    b"[]",
+    b"{}",
+    b'{"format": 2}',
+    b'{"format": 2, "delegate": "a", "wanted": [], "locks": {}, "broken": ["b"]}',
+    b'{"format": 2, "delegate": "", "wanted": ["\\ud800"], "locks": {}, "broken": []}',
+    b"[" * 5000,
+]
+
+
+@pytest.mark.parametrize("value", NO_RECORDS, ids=lambda value: repr(value[:80]))
 @pytest.mark.parametrize("told", [False, True])
 def test_a_value_that_is_no_record_can_be_replaced(value: bytes, told: bool, secured: Etcd) -> None:
     """All whose leases hold could be on it, and hear that it is broken."""
@@ -468,6 +481,36 @@ def test_a_value_that_is_no_record_can_be_replaced(value: bytes, told: bool, sec
         assert (await two.read("name")).record == held_by("a")
         assert await two.swap("name", stored, held_by("b")) is None
         await follower.aclose()
+
+    play(scenario, access_of(secured))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        b"",
+        b"[]",
+        b'{"process": "x", "lease": "1"}',
+        b'{"process": [1], "lease": "1"}',
+        b'{"process": null, "lease": "1"}',
+        b'{"process": {"pid": 3}}',
+        b"[" * 5000,
+    ],
+    ids=lambda value: repr(value[:80]),
+)
+def test_a_node_of_which_nothing_can_be_read_is_not_known_to_have_died(value: bytes, secured: Etcd) -> None:
+    """And keeps nobody from joining."""
+
+    async def scenario(one: EtcdBackend, _: EtcdBackend) -> None:
+        await one._put(one._key("nodes", "foreign"), value, one._lease_id)
+        prefix = one._prefix.decode()
+        third = EtcdBackend(access_of(secured), prefix, CALM, {}, lambda identity: identity.get("pid") == 3)
+        await third.join()
+        assert await third.process_of("foreign") == {}
+        assert await third.gone(["foreign"]) == set()
+        await one._put(one._key("nodes", "foreign"), b'{"process": {"pid": 3}, "lease": "1"}', one._lease_id)
+        assert await third.process_of("foreign") == {"pid": 3}
+        assert await third.gone(["foreign"]) == {"foreign"}
 
     play(scenario, access_of(secured))
 
