@@ -14,7 +14,7 @@ import trio
 
 from safefs import backing, processes
 from safefs.closers import CALL_SECONDS, CLOSING_NS
-from safefs.cluster.backend import NAMELESS
+from safefs.cluster.backend import NAMELESS, BackendError
 from safefs.filesystem import BY_PATH, FileSystem, Handle, number_key, path_key
 from safefs.hot import MODE_TYPES, TYPE_MODES
 from safefs.identity import DAEMON
@@ -158,13 +158,17 @@ class Locking:
     async def conflict(self, wanted: Wanted) -> tuple[int, int, int, int]:
         """F_GETLK: type, start, length and pid of a lock in the way (pid 0: on another node); else F_UNLCK.
 
-        Asked for F_UNLCK (F_OFD_GETLK, where the kernel has that) it is a lock of the open file's own.
+        Asked for F_UNLCK (F_OFD_GETLK, where the kernel has that) it is a lock of the open file's own.  OSError
+        (ENOLCK): this node has no lease, and cannot say.
         """
         key, owner, first, last = self._key(wanted), self._owner(wanted), wanted.first, wanted.last
         if wanted.mode is None:
             found = self.locks.own(key, wanted.kind, owner, first, last)
         else:
-            found = await self.locks.conflict(key, wanted.kind, Lock(owner, wanted.mode, first, last))
+            try:
+                found = await self.locks.conflict(key, wanted.kind, Lock(owner, wanted.mode, first, last))
+            except BackendError:
+                raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK)) from None
         if found is None:
             return fcntl.F_UNLCK, 0, 0, 0
         length = 0 if found.last == OFFSET_MAX else found.last - found.first + 1

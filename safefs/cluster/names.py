@@ -135,8 +135,11 @@ class Names:
         return pending
 
     async def look(self, key: str) -> NameLocks:
-        """The locks of a name as they are now; what another node serves from memory is put on record for it."""
-        return self._found(key, await self._see(key))
+        """The locks of a name as they are now; what another node serves from memory is put on record for it.
+
+        Raises BackendError where this node has no lease: then it cannot say.
+        """
+        return self._found(await self._see(key))
 
     async def clear(self, key: str) -> NameLocks | None:
         """The same for an operator who is going to break them: a damaged record is taken from everybody.
@@ -147,7 +150,7 @@ class Names:
         pending = await self._see(key, clears=True)
         if pending.refused is not None:
             raise pending.refused
-        return None if pending.cleared else self._found(key, pending)
+        return None if pending.cleared else self._found(pending)
 
     async def _see(self, key: str, *, clears: bool = False) -> Pending:
         nobody = Wait(0, Lock(Owner(self.node, 0), Mode.SHARED))
@@ -155,8 +158,11 @@ class Names:
         await pending.done.wait()
         return pending
 
-    def _found(self, key: str, pending: Pending) -> NameLocks:
-        return self.known(key) if pending.found is None else pending.found
+    @staticmethod
+    def _found(pending: Pending) -> NameLocks:
+        if pending.found is None:
+            raise BackendError("this node has no lease at the moment")
+        return pending.found
 
     async def survey(self) -> Survey:
         """The locks of all names of the cluster.  Raises BackendError."""

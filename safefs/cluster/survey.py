@@ -115,6 +115,8 @@ async def _ask(backend: LockBackend, node: str) -> dict[str, NameLocks] | None:
                 pause = min(2 * pause, longest)
     except BackendError as error:
         log.warning("the locks of node %s are not known: %s", node, error)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # what is there is no answer of ours
+        log.warning("the locks of node %s are not known: its answer is damaged", node)
     return None
 
 

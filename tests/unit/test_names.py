@@ -556,6 +556,34 @@ def test_a_survey_tells_of_whom_it_does_not_know(fails: str, leaves: bool) -> No
     play(scenario, Silent)
 
 
+@pytest.mark.parametrize("text", ["{", "[]", '{"name": 7}', '{"name": {"flock": {}}}', "[" * 100_000])
+def test_a_survey_takes_no_answer_that_is_none(text: str) -> None:
+    class Foreign(MemoryBackend):
+        async def answer(self, question: str, _text: str) -> None:
+            await super().answer(question, text)
+
+    async def scenario(nodes: list[Node]) -> None:
+        assert await nodes[0].acquire("name", 1, Mode.EXCLUSIVE)
+        (said,) = await Locks(nodes[1].names).report()
+        assert said["state"] == "unknown: the node does not answer"
+
+    play(scenario, Foreign)
+
+
+def test_a_node_without_a_lease_does_not_say_that_nobody_has_a_lock() -> None:
+    async def scenario(nodes: list[Node]) -> None:
+        one, two, _ = nodes
+        assert await one.acquire("name", 1, Mode.EXCLUSIVE)
+        locks = Locks(two.names)
+        two.names.lose()
+        with pytest.raises(BackendError, match="no lease"):
+            await locks.break_locks("name")
+        with pytest.raises(BackendError, match="no lease"):
+            await locks.conflict("name", Kind.FLOCK, Lock(Owner("x", 1), Mode.SHARED))
+
+    play(scenario, MemoryBackend)
+
+
 def test_answers_that_nobody_takes_do_not_pile_up() -> None:
     async def scenario(nodes: list[Node]) -> None:
         one, two, _ = nodes
