@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -32,6 +33,7 @@ log = logging.getLogger(__name__)
 LOOK_AGAIN_SECONDS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032)
 MAPS_SECONDS = 0.1  # for a look at a process's mappings, which can be waiting for the very FLUSH (processes.py)
 FPUT_SECONDS = (0.001, 0.004, 0.016)  # the kernel closes a passed-through file a moment after it sends RELEASE
+KEEPING_SECONDS = 10.0  # for what goes to quarantine at the end, after publishes have had their time
 MAPPED_SECONDS = (0.005, 1.0)  # between looks whether a mapping has ended, at first and at most
 
 
@@ -44,6 +46,7 @@ class Closing:
         self._unlock = unlock  # what was locked through a file handle
         self._lingering = Lingering(filesystem, nursery, self._detach)
         self._settling: list[trio.CancelScope] = []
+        self._drained_by = math.inf  # trio.current_time()
 
     # -------------------------------------------------------------- FLUSH
 
@@ -164,16 +167,31 @@ class Closing:
         except SafefsError as error:
             log.info("a late publish of %r was refused: %s", draft.name, error.message)
 
-    def settle_all(self, *, all_closed: bool) -> trio.Event:
-        """The daemon ends: what was closed is published, what is still being written is kept; what to wait for.
+    async def drain(self, seconds: float, *, all_closed: bool) -> None:
+        """The daemon ends: publishes on their way have so long, in all; what is open then is kept, whatever hangs."""
+        self.fs.accepting = False
+        self._drained_by = min(self._drained_by, trio.current_time() + seconds)
+        with trio.move_on_at(self._drained_by) as in_order:
+            await self.fs.ordering.wait_process(None)
+        late = trio.current_time() >= self._drained_by
+        settled = self.settle_all(all_closed=all_closed, in_time=not late)
+        with trio.move_on_at(trio.current_time() + KEEPING_SECONDS if late else self._drained_by) as settling:
+            await settled.wait()
+        if in_order.cancelled_caught or settling.cancelled_caught:
+            log.error("gave up waiting for the backing after %g s of shutdown", seconds)
 
-        `all_closed` says that the mount is gone, so that nothing can be open; the kernel drops RELEASEs then.  Who does
-        not wait any longer does not end it, and neither does what ends the daemon, before `give_up`: a publish that is
-        given up lets go of its locks, and may come to pass yet.
+    def settle_all(self, *, all_closed: bool, in_time: bool = True) -> trio.Event:
+        """What was closed is published, what is still being written is kept; returns what to wait for.
+
+        `all_closed` says that the mount is gone, so that nothing can be open; the kernel drops RELEASEs then.  Where
+        publishes on their way have had their time, and have not come to an end (`in_time`), what was closed after them
+        is kept as well, for it must not be seen before them.  Who does not wait any longer does not end it, and neither
+        does what ends the daemon, before `give_up`: a publish that is given up lets go of its locks, and may come to
+        pass yet.
         """
         done, scope = trio.Event(), trio.CancelScope(shield=True)
         self._settling.append(scope)
-        self._nursery.start_soon(self._settle_all, all_closed, done, scope)
+        self._nursery.start_soon(self._settle_all, all_closed, in_time, done, scope)
         return done
 
     def give_up(self) -> None:
@@ -181,29 +199,30 @@ class Closing:
         for scope in self._settling:
             scope.cancel()
 
-    async def _settle_all(self, all_closed: bool, done: trio.Event, scope: trio.CancelScope) -> None:
+    async def _settle_all(self, all_closed: bool, in_time: bool, done: trio.Event, scope: trio.CancelScope) -> None:
+        """What can take long comes last."""
         being_published = list[Draft]()
         with scope:
-            for draft in self.fs.drafts:
+            for draft in sorted(self.fs.drafts, key=lambda draft: draft.flushed):
                 if draft.gate.is_closed:
                     being_published.append(draft)
                 else:
-                    await self._settle_at_end(draft, all_closed=all_closed)
-            for draft in being_published:
+                    await self._settle_at_end(draft, all_closed, in_time)
+            for draft in being_published if in_time else ():
                 await draft.gate.opened()
-                await self._settle_at_end(draft, all_closed=all_closed)
+                await self._settle_at_end(draft, all_closed, in_time)
             done.set()
 
-    async def _settle_at_end(self, draft: Draft, *, all_closed: bool) -> None:
+    async def _settle_at_end(self, draft: Draft, all_closed: bool, in_time: bool) -> None:
         if not draft.pending:
             return
         try:
-            if draft.flushed and (all_closed or not draft.writers):
+            if in_time and draft.flushed and (all_closed or not draft.writers):
                 await self.settle(draft)
             elif draft.name_class is NameClass.PARTIAL:
                 await self.fs.publisher.end_killed(draft)
             else:
-                await self.fs.publisher.refuse(draft, "safefs was stopped before its writer closed it", errno.EIO)
+                await self.fs.publisher.refuse(draft, "safefs was stopped before it could be published", errno.EIO)
         except Exception as error:  # noqa: BLE001 - a boundary: all others are to be settled as well
             log.error("%r could not be settled at the end: %s", draft.name, error)
 

@@ -477,25 +477,17 @@ class Daemon:
                 log.info("%s: unmounting", signal.Signals(number).name)
                 self.stopping = True
                 sd_notify("STOPPING=1")
-                await self._drain(closing, all_closed=False)
+                await closing.drain(self.settings.drain_seconds, all_closed=False)
                 await trio.to_thread.run_sync(
                     mount.umount, self.settings.mountpoint, self.settings.privileged, MNT_DETACH, abandon_on_cancel=True
                 )
                 if self.serving:  # open files keep the connection up after the mount is gone
                     pyfuse3.terminate()
 
-    async def _drain(self, closing: Closing, *, all_closed: bool) -> None:
-        self.fs.accepting = False
-        with trio.move_on_after(self.settings.drain_seconds) as scope:
-            await self.fs.ordering.wait_process(None)
-            await closing.settle_all(all_closed=all_closed).wait()
-        if scope.cancelled_caught:
-            log.error("gave up waiting for the backing after %g s of shutdown", self.settings.drain_seconds)
-
     async def _end(self, closing: Closing) -> None:
         """The main loop has ended: by umount, by a signal, or because the connection was aborted."""
         unmounted = await trio.to_thread.run_sync(find_mount, self.settings.mountpoint) is None
-        await self._drain(closing, all_closed=unmounted and not self.stopping)
+        await closing.drain(self.settings.drain_seconds, all_closed=unmounted and not self.stopping)
         if not unmounted:
             await trio.to_thread.run_sync(
                 mount.umount, self.settings.mountpoint, self.settings.privileged, MNT_DETACH, abandon_on_cancel=True

@@ -7,18 +7,21 @@ import os
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import trio
 import trio.lowlevel
 import trio.testing
 
 from safefs.closing import Closing
 from safefs.gate import Gate
+from safefs.ordering import Ordering
 from safefs.rules import NameClass
 
 
-def written(name: str) -> SimpleNamespace:
-    """An open draft."""
-    return SimpleNamespace(name=name, gate=Gate(), pending=True, flushed=False, name_class=NameClass.PRIVATE)
+def written(name: str, **state: object) -> Any:
+    """An open draft, if nothing else is said."""
+    described = {"name": name, "gate": Gate(), "pending": True, "flushed": False, "name_class": NameClass.PRIVATE}
+    return SimpleNamespace(**{**described, **state})
 
 
 def filesystem(order: list[str], *drafts: SimpleNamespace) -> Any:
@@ -26,15 +29,16 @@ def filesystem(order: list[str], *drafts: SimpleNamespace) -> Any:
         await trio.lowlevel.checkpoint()
         if draft.name == "bad":
             raise OSError(errno.EIO, os.strerror(errno.EIO))
+        draft.pending = False
         order.append(f"{draft.name} is kept")
 
-    return SimpleNamespace(drafts=drafts, publisher=SimpleNamespace(refuse=refuse))
+    return SimpleNamespace(drafts=drafts, publisher=SimpleNamespace(refuse=refuse), ordering=Ordering())
 
 
 def test_the_end_waits_for_what_a_close_publishes() -> None:
     """Its draft is neither pending any more nor published yet.  All others come before it."""
     order = list[str]()
-    being_published = SimpleNamespace(gate=Gate(), pending=False)
+    being_published = written("", pending=False)
 
     async def main() -> None:
         async with trio.open_nursery() as nursery:
@@ -69,7 +73,7 @@ def test_who_ends_by_an_error_settles_all_the_same() -> None:
 
 
 def test_what_is_given_up_ends() -> None:
-    being_published = SimpleNamespace(gate=Gate(), pending=False)
+    being_published = written("", pending=False)
 
     async def main() -> None:
         async with being_published.gate.closed(), trio.open_nursery() as nursery:
@@ -113,3 +117,27 @@ def test_of_what_is_not_settled_the_hidden_files_stay() -> None:
     assert not trio.run(main, hidden("unpublished", unpublished=True))
     assert trio.run(main, hidden("read"))
     assert dropped == ["read only", "read"]
+
+
+@pytest.mark.parametrize("released", [True, False])
+def test_what_is_open_is_kept_whatever_a_publish_takes(released: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """One by RELEASE, or by a FLUSH; and what waits for its turn behind one is not to be seen before it."""
+    order = list[str]()
+    big = written("big", pending=False, flushed=True, directory=None, opener=None)
+    waits = [written("what waits for its turn", flushed=True, writers=0)] if released else []
+    fs = filesystem(order, big, *waits, written("open"))
+
+    async def main() -> None:
+        async with big.gate.closed(), trio.open_nursery() as nursery:
+            closing = Closing(fs, nursery, lambda _number: None)
+            if released:
+                fs.ordering.begin(big)
+            began = trio.current_time()
+            for _ in range(2):  # at a signal, and at the end
+                await closing.drain(30, all_closed=False)
+            assert trio.current_time() == began + 30
+            closing.give_up()
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+    assert order == ["open is kept", *(f"{each.name} is kept" for each in waits)]
+    assert not fs.accepting and "gave up waiting" in caplog.text
