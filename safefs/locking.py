@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -337,10 +338,10 @@ class Locking:
         """A process has closed a descriptor of an open file; what to wait for until its locks are free."""
         return self.locks.flushed(Owner(self.locks.node, owner), self.fs.nodes.origin(nodeid))
 
-    def writes_through(self, nodeid: int, owner: int) -> Handle | None:
+    def writes_through(self, nodeid: int, owner: int) -> list[Handle]:
         """By which a process that closes a file, and has locks on it, has written what is not published yet.
 
-        That is closed perhaps in the same call, or as the process ends.
+        They are closed perhaps in the same call, in the next ones, or as the process ends.
         """
         file = self.fs.nodes.origin(nodeid)
         pid = self.locks.holder(Owner(self.locks.node, owner), file)
@@ -348,25 +349,29 @@ class Locking:
         written = [draft for draft in drafts if draft.unpublished and draft.node.origin == file]
         handles = self.fs.handles.values() if written else ()
         own = (each for each in handles if each.opener_tgid == pid and each.writable and not each.released)
-        return next((each for each in own if each.draft in written), None)
+        return [each for each in own if each.draft in written]
 
-    def flushed_unpublished(self, nodeid: int, handle: Handle, owner: int, tid: int) -> list[Close]:
+    def flushed_unpublished(self, nodeid: int, handles: Sequence[Handle], owner: int, tid: int) -> list[Close]:
         """The same, where what was written under the locks is not published yet, and will be by RELEASE if it comes.
 
-        The locks end then (`released`), or once it is known that others have the file open (`end_unless_released`, for
-        each of what this returns): close(2) gives them up, and so it did, but for the moment until then.
+        The locks end when that has come of all these open files (`released`), or once it is known that it does not come
+        (`end_unless_released`, for each of what this returns): close(2) gives them up, and so it did, but for the
+        moment until then.
         """
         closer, file = Owner(self.locks.node, owner), self.fs.nodes.origin(nodeid)
-        estate = self.locks.hand_over(closer, file, handle.number)
+        estate = self.locks.hand_over(closer, file, handles[0].number)
         if estate is not None:
             ending = Ending(closer, file, estate)
             self._endings_of[closer, file].append(ending)
             for key in estate.names:
                 self._endings[key].append(ending)
-        return [self._note_close(ending, handle, tid) for ending in self._endings_of.get((closer, file), ())]
+        endings = self._endings_of.get((closer, file), ())
+        return [self._note_close(ending, handle, tid) for ending in endings for handle in handles]
 
     def _note_close(self, ending: Ending, handle: Handle, tid: int) -> Close:
         close = Close(ending, handle, tid)
+        if handle.draft is not None:
+            handle.draft.locked = True  # it is published under the lease, through whatever it was locked
         ending.closes.append(close)
         self._closes[handle.number].append(close)
         self.locks.hold_on(ending.estate, handle.number, ending.file)

@@ -353,17 +353,17 @@ class Operations(pyfuse3.Operations):
             request.reply_err(errno.EIO)
         elif handle is not None and handle.in_place and (handle.error or self._in_place.unsent(number)):
             self._start(request, self._flush_in_place, nodeid, number, owner)
-        elif (writes := self._locking.writes_through(nodeid, owner)) is not None:
+        elif writes := self._locking.writes_through(nodeid, owner):
             self._start(request, self._await_unlocked_close, self._hand_over(nodeid, writes, owner, request.pid))
         elif unlocking := self._locking.flushed(nodeid, owner):
             self._start(request, self._await_unlocked_close, unlocking)
         else:
             request.reply_err(0)
 
-    def _hand_over(self, nodeid: int, handle: Handle, owner: int, tid: int) -> list[trio.Event]:
+    def _hand_over(self, nodeid: int, handles: Sequence[Handle], owner: int, tid: int) -> list[trio.Event]:
         """A close comes before the publish of what was written under locks; what to wait for."""
         unlocking = list[trio.Event]()
-        for close in self._locking.flushed_unpublished(nodeid, handle, owner, tid):
+        for close in self._locking.flushed_unpublished(nodeid, handles, owner, tid):
             unlocking += close.ending.estate.recorded
             self._nursery.start_soon(self._locking.end_unless_released, close)
         return unlocking
@@ -375,7 +375,8 @@ class Operations(pyfuse3.Operations):
                 await self._closing.flush(handle, request.pid)
             finally:  # whoever gets the lock sees what was written under it
                 if handle.draft is not None and handle.draft.unpublished:
-                    unlocking = self._hand_over(nodeid, handle, owner, request.pid)
+                    others = (each for each in self._locking.writes_through(nodeid, owner) if each is not handle)
+                    unlocking = self._hand_over(nodeid, [handle, *others], owner, request.pid)
                 else:
                     unlocking = self._locking.flushed(nodeid, owner)
             await self._await_unlocking(request, unlocking)

@@ -415,7 +415,11 @@ def test_a_new_file_is_locked_while_the_old_one_is_to_be_published(place: Path, 
     two("record(fd, WAIT, EXCLUSIVE, 20, 1)")
 
 
-@pytest.mark.parametrize("how", ["os._exit(0)", "os.closerange(3, 10000); os._exit(0)"])
+@pytest.mark.parametrize(
+    "how",
+    ["os._exit(0)", "os.closerange(3, 10000); os._exit(0)", "os.close(reads); time.sleep(0.01); os.close(fd)"],
+    ids=["exits", "in one call", "in two calls"],
+)
 @pytest.mark.parametrize("first", [os.O_RDWR, os.O_RDONLY], ids=["writes", "reads"])
 def test_who_has_a_file_open_twice_ends(place: Path, party: Make, first: int, how: str) -> None:
     """What was written under the lock is there before it is free, whichever is closed first."""
