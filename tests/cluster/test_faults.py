@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from safefs.lease import DELAY_SECONDS
-from tests.cluster.conftest import CALM_LEASE, LAB, LEASE_SECONDS, Cluster
+from tests.cluster.conftest import CALM_LEASE, LEASE_SECONDS, Cluster
 from tests.cluster.counting import Count
 from tests.cluster.hosts import LOST, Node
 from tests.mount.actors import Actor
@@ -95,7 +95,6 @@ def test_a_killed_daemon(cluster: Cluster, count: Count) -> None:
         assert count.goes_on(nodes, RECOVERY_SECONDS)
 
 
-@pytest.mark.skipif(LAB is not None, reason="it is about a backing of its own, which hangs")
 @pytest.mark.parametrize("hangs", [True, False])
 def test_a_daemon_that_ends_while_a_publish_hangs(cluster: Cluster, parties: Make, tmp_path: Path, hangs: bool) -> None:
     """It may come to pass yet: others have the lock when its lease is over, and not with the end of the daemon.
