@@ -242,7 +242,7 @@ def test_a_node_whose_client_is_cut_off(nodes: list[Mount], servers: Servers, pa
     one.write(fd, b"under a lock that is lost")
     disk = nodes[0].backing.parent / "disk" / STATE_NAME / "locks/nodes"
     assert held(disk) == 2
-    nodes[0].expected_log += ["the lease of this node is lost", "not connected"]
+    nodes[0].expected_log += ["the lease of this node is lost", "not connected", "is for the next daemon"]
     two.start(BLOCK["flock"])
     start = time.monotonic()
     servers[nodes[0].backing].kill()
