@@ -171,14 +171,15 @@ class Closing:
         """The daemon ends: publishes on their way have so long, in all; what is open then is kept, whatever hangs."""
         self.fs.accepting = False
         self._drained_by = min(self._drained_by, trio.current_time() + seconds)
-        with trio.move_on_at(self._drained_by) as in_order:
+        if not (self.fs.ordering or any(draft.unpublished or draft.gate.is_closed for draft in self.fs.drafts)):
+            return
+        with trio.move_on_at(self._drained_by) as in_time:
             await self.fs.ordering.wait_process(None)
-        late = trio.current_time() >= self._drained_by
-        settled = self.settle_all(all_closed=all_closed, in_time=not late)
-        with trio.move_on_at(trio.current_time() + KEEPING_SECONDS if late else self._drained_by) as settling:
-            await settled.wait()
-        if in_order.cancelled_caught or settling.cancelled_caught:
+            await self.settle_all(all_closed=all_closed).wait()
+        if in_time.cancelled_caught:
             log.error("gave up waiting for the backing after %g s of shutdown", seconds)
+            with trio.move_on_after(KEEPING_SECONDS):
+                await self.settle_all(all_closed=all_closed, in_time=False).wait()
 
     def settle_all(self, *, all_closed: bool, in_time: bool = True) -> trio.Event:
         """What was closed is published, what is still being written is kept; returns what to wait for.
@@ -200,20 +201,24 @@ class Closing:
             scope.cancel()
 
     async def _settle_all(self, all_closed: bool, in_time: bool, done: trio.Event, scope: trio.CancelScope) -> None:
-        """What can take long comes last."""
-        being_published = list[Draft]()
+        """What was closed comes one after the other; nothing else waits for anything."""
+        closed = list[Draft]()
         with scope:
-            for draft in sorted(self.fs.drafts, key=lambda draft: draft.flushed):
-                if draft.gate.is_closed:
-                    being_published.append(draft)
-                else:
-                    await self._settle_at_end(draft, all_closed, in_time)
-            for draft in being_published if in_time else ():
-                await draft.gate.opened()
-                await self._settle_at_end(draft, all_closed, in_time)
+            async with trio.open_nursery() as nursery:
+                for draft in self.fs.drafts:
+                    if draft.flushed and not draft.gate.is_closed:
+                        closed.append(draft)
+                    elif in_time or not draft.gate.is_closed:
+                        nursery.start_soon(self._settle_at_end, draft, all_closed, in_time)
+                for draft in closed:
+                    if in_time:
+                        await self._settle_at_end(draft, all_closed, in_time)
+                    else:
+                        nursery.start_soon(self._settle_at_end, draft, all_closed, in_time)
             done.set()
 
     async def _settle_at_end(self, draft: Draft, all_closed: bool, in_time: bool) -> None:
+        await draft.gate.opened()
         if not draft.pending:
             return
         try:

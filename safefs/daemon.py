@@ -79,6 +79,7 @@ EVENTS_SECONDS = 0.5  # between writes of the events that happened
 HOUSEKEEPING_SECONDS = 3600.0
 EVENTS_KEPT_SECONDS = 90 * 86400.0  # after the last of a daemon that is gone
 SWEEP_SECONDS = 60.0
+CONNECTION_SECONDS = 0.5  # between looks whether it is over
 JOIN_SECONDS = 4.0  # for the first lease, and as long again as it takes to see which daemons live
 SURVEY_SECONDS = 20.0  # to ask for the locks of all nodes
 
@@ -132,6 +133,14 @@ def has_posix_acl(path: Path) -> bool:
     return True
 
 
+async def _in_thread(function: Callable[..., T], *arguments: object) -> T:
+    """Of what the end consists of, which comes also where no thread can be started."""
+    try:
+        return await trio.to_thread.run_sync(function, *arguments, abandon_on_cancel=True)
+    except RuntimeError:
+        return function(*arguments)
+
+
 class Daemon:
     """One mount."""
 
@@ -182,7 +191,7 @@ class Daemon:
         if self._hears_readers():
             native.hear_all_closes()
         self.connection: mount.Connection | None = None
-        self.stopping = False
+        self.stopping = self.terminated = False
         self.serving = False
         self.has_served = False
 
@@ -357,12 +366,12 @@ class Daemon:
                 await helpers.start(serve_control, control_socket(self.settings.mountpoint), self._answer)
                 self._mount(Operations(self.fs, tree, files, InPlace(self.fs), closing, locking, requests))
                 try:  # whatever fails from now on: there is a mount to be taken away
-                    helpers.start_soon(self._await_signals, closing)
+                    await helpers.start(self._await_signals, closing)
                     ready()
                     sd_notify("READY=1")
                     log.info("mounted %s on %s", self.settings.backing, self.settings.mountpoint)
                     self.serving = self.has_served = True
-                    await pyfuse3.main(MIN_TASKS, MAX_TASKS)
+                    await self._serve()
                 finally:
                     self.serving = False
                     try:
@@ -372,6 +381,23 @@ class Daemon:
                         # At once: a publish that is given up lets go of its locks, and others must not hear of it.
                         closing.give_up()
                         helpers.cancel_scope.cancel()
+
+    async def _serve(self) -> None:
+        """Answer requests until the connection is over."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._give_up_requests, nursery.cancel_scope)
+            await pyfuse3.main(MIN_TASKS, MAX_TASKS)
+            nursery.cancel_scope.cancel()
+
+    async def _give_up_requests(self, serving: trio.CancelScope) -> None:
+        """Some hang in the backing when the connection is over: nobody waits for their answers, nor do we."""
+        assert self.connection is not None
+        while True:
+            await trio.sleep(CONNECTION_SECONDS)
+            if self.terminated or self.connection.is_over:
+                break
+        await trio.sleep(CLOSING_SECONDS)
+        serving.cancel()
 
     async def _join(self, helpers: trio.Nursery, names: Names, keeper: Keeper) -> None:
         seconds = JOIN_SECONDS + watch_seconds(self.settings.lease_seconds)
@@ -469,32 +495,36 @@ class Daemon:
 
     # -------------------------------------------------------------- the end
 
-    async def _await_signals(self, closing: Closing) -> None:
+    async def _await_signals(
+        self, closing: Closing, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+            task_status.started()
             async for number in signals:
-                if number == signal.SIGHUP or self.stopping:
+                is_ending = self.stopping or (self.has_served and not self.serving)
+                if number == signal.SIGHUP or is_ending:
                     continue
                 log.info("%s: unmounting", signal.Signals(number).name)
                 self.stopping = True
                 sd_notify("STOPPING=1")
                 await closing.drain(self.settings.drain_seconds, all_closed=False)
-                await trio.to_thread.run_sync(
-                    mount.umount, self.settings.mountpoint, self.settings.privileged, MNT_DETACH, abandon_on_cancel=True
-                )
+                await self._umount()
                 if self.serving:  # open files keep the connection up after the mount is gone
                     pyfuse3.terminate()
+                    self.terminated = True
+
+    async def _umount(self) -> None:
+        await _in_thread(mount.umount, self.settings.mountpoint, self.settings.privileged, MNT_DETACH)
 
     async def _end(self, closing: Closing) -> None:
         """The main loop has ended: by umount, by a signal, or because the connection was aborted."""
-        unmounted = await trio.to_thread.run_sync(find_mount, self.settings.mountpoint) is None
+        unmounted = await _in_thread(find_mount, self.settings.mountpoint) is None
         await closing.drain(self.settings.drain_seconds, all_closed=unmounted and not self.stopping)
         if not unmounted:
-            await trio.to_thread.run_sync(
-                mount.umount, self.settings.mountpoint, self.settings.privileged, MNT_DETACH, abandon_on_cancel=True
-            )
+            await self._umount()
         if self.settings.hot:
-            await trio.to_thread.run_sync(native.hot_stop)
-        await trio.to_thread.run_sync(native.closer_wait, CLOSING_SECONDS)
+            await _in_thread(native.hot_stop)
+        await _in_thread(native.closer_wait, CLOSING_SECONDS)
         if self.names is not None:
             await self.names.give_back()
         pyfuse3.close(unmount=False)
@@ -509,8 +539,8 @@ class Daemon:
 
     async def _leaves_nothing(self, closing: Closing) -> bool:
         """Whether there is no hidden file, and none on its way: a call that hangs may make one yet."""
-        with trio.move_on_after(CLOSING_SECONDS):
-            return await closing.drop_temps() and not self.fs.publisher.has_left and await self._is_quiet()
+        with trio.move_on_after(2 * CLOSING_SECONDS):
+            return await self._is_quiet() and await closing.drop_temps() and not self.fs.publisher.has_left
         return False
 
     # --------------------------------------------------------------- status

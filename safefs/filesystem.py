@@ -416,8 +416,8 @@ class FileSystem:
     # ---------------------------------------------------------- families
 
     async def look(self, function: Callable[..., T], *arguments: object) -> T | None:
-        """Look at a process in a thread; None when that takes too long."""
-        with trio.move_on_after(PROCESS_LOOK_SECONDS):
+        """Look at a process in a thread; None when that takes too long, or there is no thread to be had."""
+        with trio.move_on_after(PROCESS_LOOK_SECONDS), suppress(OSError):
             return await self.looks.run(function, *arguments)
         return None
 
@@ -735,6 +735,7 @@ class FileSystem:
                     return
             if self._is_done(draft):
                 self._become_version(draft, fd)
+                await self.drop_temp(draft)
             else:
                 native.close_later(fd)
         if draft.node.draft is not draft and not draft.handles:

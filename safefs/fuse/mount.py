@@ -10,6 +10,7 @@ from __future__ import annotations
 import array
 import errno
 import os
+import select
 import socket
 import struct
 import subprocess
@@ -84,6 +85,13 @@ class Connection:
     @property
     def passthrough(self) -> bool:
         return bool(self.flags2 & FUSE2_PASSTHROUGH)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the kernel has ended it: poll(2) says POLLERR then (fs/fuse/dev.c, fuse_dev_poll)."""
+        poller = select.poll()
+        poller.register(self.fd, 0)
+        return bool(poller.poll(0))
 
 
 def open_device() -> int:

@@ -383,6 +383,28 @@ def test_a_hanging_backing_operation_stalls_nobody_else(
             stuck.result(30)
 
 
+@pytest.mark.parametrize("what", ["mkdir", "write", "rewrite"])
+def test_the_end_waits_for_no_request_that_hangs(
+    what: str, make_mount: MountFactory, backing: Path, tmp_path: Path
+) -> None:
+    """And what others have open elsewhere is kept, as ever.  The process itself may have to wait for its threads."""
+    with hanging_underlay(backing, tmp_path / "source") as underlay:
+        mount = make_mount("-o", "drain_seconds=1,passthrough=off")
+        mount.expected_log += ["gave up waiting", "is for the next daemon", "not connected"]
+        with actor() as stuck, actor() as writer:
+            stuck("slow = p; fd = os.open(slow + '/file', os.O_RDWR)", p=str(mount / "slow"))
+            writer.write(writer.open(mount / "open", CREATE), A)
+            underlay.send_signal(signal.SIGSTOP)
+            stuck.start("os.write(fd, b'x' * (1 << 20))" if what == "write" else HANGING[what])
+            with pytest.raises(AssertionError, match="did not answer"):
+                stuck.result(0.2)
+            mount.process.send_signal(signal.SIGTERM)
+            assert wait_until(lambda: "safefs.daemon: unmounted" in mount.log.read_text(), END_SECONDS)
+            assert in_quarantine(backing, lambda data: data == A)
+            underlay.send_signal(signal.SIGCONT)
+            mount.process.wait(END_SECONDS)
+
+
 def test_many_hanging_operations(make_mount: MountFactory, backing: Path, tmp_path: Path) -> None:
     """Twenty processes that hang in the backing leave room for the others."""
     with hanging_underlay(backing, tmp_path / "source") as underlay:

@@ -59,9 +59,14 @@ def sentinel(writer: Path, readers: list[tuple[str, Path]], rounds: int, mode: s
 
 def test_control_bare_directory_shows_short_files(backing: Path) -> None:
     """Readers that do not wait for the sentinel see empty and short files there; those that wait do not."""
-    patient, eager = sentinel(backing, [("read", backing), ("eager", backing)], 100, "plain")
-    assert patient["counts"] == {"reads": 100 * 20}, patient
-    assert eager["counts"].get("short", 0) + eager["counts"].get("empty", 0) > 0, eager
+    for number in range(CONTROL_RUNS):
+        place = backing / f"run{number}"
+        place.mkdir()
+        patient, eager = sentinel(place, [("read", place), ("eager", place)], 100, "plain")
+        assert patient["counts"] == {"reads": 100 * 20}, patient
+        if eager["counts"].get("short", 0) + eager["counts"].get("empty", 0):
+            return
+    pytest.fail(f"no short file in {CONTROL_RUNS} runs")
 
 
 @pytest.mark.timeout(SECONDS + 40)
@@ -161,9 +166,15 @@ def churn(writer: Path, cleaner: Path, clock: Path, rounds: int) -> tuple[list[d
 
 
 def test_control_unfinished_files_in_a_bare_directory(backing: Path, tmp_path: Path) -> None:
-    _, report = churn(backing, backing, tmp_path / "clock", 60)
-    assert report["counts"].get("unfinished", 0) > 0, report
-    assert not report["counts"].get("came back"), report
+    """How the processes share the processors can keep the cleaner from every moment at which a file is unfinished."""
+    for number in range(CONTROL_RUNS):
+        place = backing / f"run{number}"
+        place.mkdir()
+        _, report = churn(place, place, tmp_path / "clock", 60)
+        assert not report["counts"].get("came back"), report
+        if report["counts"].get("unfinished"):
+            return
+    pytest.fail(f"no unfinished file in {CONTROL_RUNS} runs")
 
 
 def test_nothing_of_a_removed_directory_comes_back(places: tuple[Path, Path], tmp_path: Path) -> None:
