@@ -21,6 +21,7 @@ from tests.tools.processes import ending
 
 CLIENT = Path(__file__).with_name("sentinel_client.py")
 ROUNDS = 500
+CONTROL_RUNS = 20
 # A close whose descriptor a child still holds is looked at again for 63 ms before it is left to the child: 20 files of
 # such rounds take more than a second, so there are fewer of them.
 CHILD_ROUNDS = {"held": 15, "forked": 15, "spawning": 30, "redirected": 10}
