@@ -182,7 +182,7 @@ class Daemon:
         self.locking = Locking(self.fs)
         if self.names is not None:
             self.names.resolve, self.names.told = self.locks.answer, self.locks.told
-            self.names.broken = self.locks.broken
+            self.names.cut, self.names.broken = self.locks.cut, self.locks.broken
             self.fs.can_lose_locks = True
             self.fs.is_shared = not self.mounted.is_local
             self.fs.numbers_are_shared = self.mounted.shares_numbers

@@ -444,8 +444,6 @@ class Locks:
     def give_up(self, waiting: Waiting) -> None:
         """Nobody waits for this lock any more."""
         if self._waiting.pop(waiting.wait.ticket, None) is not None:
-            if waiting.submitted:
-                self._drop_converted(waiting)
             self._do(waiting.key, GiveUp(waiting.kind, waiting.wait))
 
     def holder(self, owner: Owner, file: int) -> int:
@@ -538,11 +536,6 @@ class Locks:
         key, kind, owner = use
         self._held[key, kind].setdefault(owner, LockTable()).request(wait)
 
-    def _drop_converted(self, waiting: Waiting) -> None:
-        """A flock(2) was not had: one that was to be converted to it is gone all the same."""
-        if waiting.kind is Kind.FLOCK:
-            self._drop(waiting.use)
-
     def _drop(self, use: Use) -> None:
         """An owner has nothing more on a name."""
         key, kind, owner = use
@@ -550,6 +543,14 @@ class Locks:
         held.pop(owner, None)
         if not held:
             self._held.pop((key, kind), None)
+
+    def cut(self, key: str, kind: Kind, owner: Owner, locks: NameLocks) -> None:
+        """An owner has no more of a name than what is in these locks, by what it asked for itself."""
+        held = self._held.get((key, kind), {}).get(owner)
+        if held is not None:
+            held.cut([lock for lock in locks[kind].held if lock.owner == owner])
+            if not held:
+                self._drop((key, kind, owner))
 
     def told(self, key: str, kind: Kind, owner: Owner) -> list[Lock]:
         """What an owner has been told that it has."""
@@ -569,8 +570,6 @@ class Locks:
             return False
         waiting.held = held
         waiting.settled.set()
-        if not held:
-            self._drop_converted(waiting)
         if held and waiting.handle is not None:
             self._get(waiting)
         return True

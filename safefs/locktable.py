@@ -186,16 +186,22 @@ class LockTable:
         return self._grant()
 
     def trim(self, owner: Owner, first: int, last: int, told: Iterable[Lock]) -> list[Wait]:
-        """Of what an owner has in a range leave what it is told of, in no stronger mode; returns as `release` does."""
-        mine = [held for held in self.held if held.owner == owner]
+        """Of what an owner has in a range leave what it is told of; returns as `release` does.
+
+        In the mode that it is told of, if nobody has one by now that conflicts.
+        """
+        mine = [held for held in self.held if held.owner == owner and held.overlaps(first, last)]
         self.held = list(_without(self.held, owner, first, last))
-        for lock in told:
-            for had in mine:
-                start, end = max(first, lock.first, had.first), min(last, lock.last, had.last)
-                if start <= end:
-                    weaker = min(lock, had, key=lambda each: each.mode is Mode.EXCLUSIVE)
-                    self._put(replace(weaker, first=start, last=end))
+        for kept, mode in _common([_within(held, first, last) for held in mine], told):
+            known = replace(kept, mode=mode)
+            self._put(known if self.conflict(known) is None else kept)
         return self._grant()
+
+    def cut(self, locks: Iterable[Lock]) -> None:
+        """Of a table of one owner's leave what is in these locks of its, too, in the weaker mode of both."""
+        mine, self.held = self.held, []
+        for kept, mode in _common(mine, locks):
+            self._put(kept if mode is Mode.EXCLUSIVE else replace(kept, mode=mode))
 
     def hand_over(self, owner: Owner, heir: Owner) -> None:
         """What one owner holds is another's from now on; nobody gets his lock by that, for it is not free."""
@@ -258,6 +264,18 @@ def _without(locks: Iterable[Lock], owner: Owner, first: int, last: int) -> Iter
             yield replace(lock, last=first - 1)
         if lock.last > last:
             yield replace(lock, first=last + 1)
+
+
+def _within(lock: Lock, first: int, last: int) -> Lock:
+    return replace(lock, first=max(lock.first, first), last=min(lock.last, last))
+
+
+def _common(mine: Iterable[Lock], others: Iterable[Lock]) -> Iterator[tuple[Lock, Mode]]:
+    """The parts of some locks that are in others as well, and the modes that these have."""
+    for other in others:
+        for lock in mine:
+            if lock.overlaps(other.first, other.last):
+                yield _within(lock, other.first, other.last), other.mode
 
 
 @dataclass

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import trio
 
 from safefs.cluster.backend import Follower, Stored, UnreadableError
-from safefs.cluster.record import Acquire, LetPass, Step, Trim
-from safefs.locktable import Kind, Lock, NameLocks, Wait
+from safefs.cluster.record import Acquire, HandOver, LetPass, Release, Step, Trim
+from safefs.locktable import Kind, Lock, NameLocks, Owner, Wait
 
 
 @dataclass(eq=False)
@@ -32,15 +32,21 @@ class Pending:
 
 @dataclass(frozen=True)
 class Queued:
-    """A request in the queue."""
+    """A request in the queue, or one that is not told yet."""
 
     kind: Kind
     wait: Wait
+    may_wait: bool = True
 
     def trim(self, told: Iterable[Lock]) -> Trim:
-        """What is to be done when it has its lock and nobody waits; `told`: all that its owner knows."""
+        """What is to be done where more may be on record by it than its owner knows; `told`: all that it knows."""
         lock = self.wait.lock
         return Trim(self.kind, lock.owner, lock.first, lock.last, tuple(told))
+
+
+def ends_locks(step: Step, kind: Kind, owner: Owner) -> bool:
+    """Whether by this step an owner has less: as far as it knows, since it asked for that."""
+    return isinstance(step, Release | HandOver) and (step.kind, step.owner) == (kind, owner)
 
 
 def is_refused(step: Step, done: bool) -> bool:
@@ -71,7 +77,7 @@ class Name:
     tells_again: float = -math.inf  # and when next
     pending: list[Pending] = field(default_factory=list)
     waits: dict[int, Queued] = field(default_factory=dict)  # requests of ours in the queue on record, by ticket
-    unwanted: list[Queued] = field(default_factory=list)  # those that have their locks, which nobody waits for any more
+    unwanted: list[Queued] = field(default_factory=list)  # by which more may be on record than their owners know of
     poke: trio.Event = field(default_factory=trio.Event)
     busy: bool = False
     used: float = 0.0

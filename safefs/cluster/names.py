@@ -21,9 +21,9 @@ from safefs.cluster.backend import (
     Stored,
     UnreadableError,
 )
-from safefs.cluster.name import Name, Pending, Queued, is_refused, queued_in
+from safefs.cluster.name import Name, Pending, Queued, ends_locks, is_refused, queued_in
 from safefs.cluster.problems import NOTICES, Problems
-from safefs.cluster.record import Acquire, Break, GiveUp, HandOver, LetPass, NameRecord, Step, carry_out
+from safefs.cluster.record import Acquire, Break, GiveUp, HandOver, LetPass, NameRecord, Release, Step, Trim, carry_out
 from safefs.cluster.survey import QUESTION, Answers, Survey, survey
 from safefs.cluster.sweep import Sweep
 from safefs.lease import boottime
@@ -47,6 +47,8 @@ IDLE_SECONDS = 60.0  # a name that nobody has used for so long is given back wit
 TakeBack = Callable[[str, NameLocks], None]
 # This node's owners have of a name no more than what is in these locks: the rest an operator has broken.
 Broken = Callable[[str, NameLocks], None]
+# An owner of this node has no more of a name than what is in these locks, and knows of no more from now on.
+Cut = Callable[[str, Kind, Owner, NameLocks], None]
 # What an owner of this node has been told that it has.
 Told = Callable[[str, Kind, Owner], Iterable[Lock]]
 # Of a ticket: its lock is held (True), or refused; returns whether somebody still wanted to know.
@@ -63,6 +65,7 @@ class Names:
         self.problems = Problems()
         self.resolve: Resolve = lambda _ticket, _held: False
         self.told: Told = lambda _key, _kind, _owner: ()
+        self.cut: Cut = lambda _key, _kind, _owner, _locks: None
         self.take_back: TakeBack = lambda _key, _locks: None
         self.broken: Broken = lambda _key, _locks: None
         self._names: dict[str, Name] = {}
@@ -400,7 +403,7 @@ class Names:
         name.telling = bool(record.broken)  # whoever broke it may be gone
         if name.gone:
             record, name.gone = record.without(name.gone), set()
-        elif not name.has_steps:  # an unlock or a close that comes before, as far as the owner knows
+        else:
             self._settle_waits(name, record)
         await self._proceed(name, stored, record)
 
@@ -489,18 +492,18 @@ class Names:
 
     def _work_locally(self, name: Name, locks: NameLocks) -> None:
         while name.has_steps:
-            name.pending[:0], name.unwanted = self._trims(name), []
+            name.pending, name.unwanted = self._trims(name) + self._unlocks_first(name), []
             pending = name.pending.pop(0)
             step = pending.step
             queued = queued_in(locks)
             if isinstance(step, Acquire):
-                queued[step.wait.ticket] = Queued(step.kind, step.wait)
+                queued[step.wait.ticket] = Queued(step.kind, step.wait, step.may_wait)
             done, others = carry_out(locks, step)
             if isinstance(step, Break):
                 self.broken(name.key, self._as_asked(name, locks))
             for wait in others:
                 self._granted(name, wait.ticket, queued[wait.ticket])
-            self._note(name, step, done, queued)
+            self._note(name, step, done, queued, locks)
             pending.settle(locks)
 
     async def _give_back(self, name: Name, stored: Stored, locks: NameLocks) -> None:
@@ -523,12 +526,14 @@ class Names:
 
     async def _step(self, name: Name, stored: Stored, record: NameRecord) -> None:
         trims = self._trims(name)
+        name.pending = self._unlocks_first(name)
         batch = trims + self._batch(name.pending)
         locks = record.locks.copy()
         outcomes, asked = [], {}
         for pending in batch:
             if isinstance(pending.step, Acquire):
-                asked[pending.step.wait.ticket] = Queued(pending.step.kind, pending.step.wait)
+                step = pending.step
+                asked[step.wait.ticket] = Queued(step.kind, step.wait, step.may_wait)
             outcomes.append(carry_out(locks, pending.step)[0])
         if any(is_refused(pending.step, done) for pending, done in zip(batch, outcomes, strict=True)):
             # Who only tries does not wait, and who tries again and again must get what a dead node held all the same.
@@ -551,12 +556,17 @@ class Names:
             if isinstance(pending.step, Acquire) and pending.step.may_wait and not done:
                 ticket = pending.step.wait.ticket
                 name.waits[ticket] = asked[ticket]
-            self._note(name, pending.step, done, asked)
+            self._note(name, pending.step, done, asked, locks)
             pending.settle(locks)
-        self._withdraw(name, batch[-1].step, after)
+        self._withdraw(name, batch[-1].step)
         self._settle_waits(name, after)
         # Also where all got what they wanted: else the name would stay shared.
         name.gone = await self._gone(after.nodes())
+
+    @staticmethod
+    def _unlocks_first(name: Name) -> list[Pending]:
+        """What is pending; whoever asks for an unlock has not been told yet of what he has asked for before."""
+        return sorted(name.pending, key=lambda each: not isinstance(each.step, Release | HandOver))
 
     @staticmethod
     def _batch(pending: list[Pending]) -> list[Pending]:
@@ -565,25 +575,34 @@ class Names:
         return pending[:end]
 
     @staticmethod
-    def _withdraw(name: Name, step: Step, record: NameRecord) -> None:
-        """Who gave up waits no more, unless he got his lock before; a GiveUp is the last of its batch."""
-        if isinstance(step, GiveUp) and not record.has(step.kind, step.wait.lock):
-            name.waits.pop(step.wait.ticket, None)
+    def _withdraw(name: Name, step: Step) -> None:
+        """Who gave up waits no more, but may have got his lock before, or a part of it; a GiveUp is last in a batch."""
+        if isinstance(step, GiveUp) and (asked := name.waits.pop(step.wait.ticket, None)) is not None:
+            name.unwanted.append(asked)
 
-    def _note(self, name: Name, step: Step, done: bool, asked: dict[int, Queued]) -> None:
+    def _note(self, name: Name, step: Step, done: bool, asked: dict[int, Queued], locks: NameLocks) -> None:
         """What a step that has been carried out means for those who asked for it."""
-        if isinstance(step, Acquire) and done:
+        if isinstance(step, Trim):
+            self.cut(name.key, step.kind, step.owner, locks)  # to a shared one, where others have that as well by now
+        if not isinstance(step, Acquire):
+            return
+        if done:
             self._granted(name, step.wait.ticket, asked[step.wait.ticket])
-        elif is_refused(step, done):
-            assert isinstance(step, Acquire)
+            return
+        if step.kind is Kind.FLOCK:
+            self.cut(name.key, step.kind, step.wait.lock.owner, locks)  # one that was to be converted is gone
+        if is_refused(step, done):
             self.resolve(step.wait.ticket, False)
 
     def _granted(self, name: Name, ticket: int, asked: Queued) -> None:
         """A request has its lock.  What nobody wants of it any more is unlocked, once all have been told what they got.
 
-        That is before everything else that is pending: the owner may have asked for another lock since.
+        That is before everything else that is pending: the owner may have asked for another lock since.  Who has asked
+        for an unlock meanwhile is told after that is done (`_settle_waits`), which may take from it.
         """
-        if not self.resolve(ticket, True):
+        if any(ends_locks(each.step, asked.kind, asked.wait.lock.owner) for each in name.pending):
+            name.waits[ticket] = asked
+        elif not self.resolve(ticket, True):
             name.unwanted.append(asked)
 
     def _trims(self, name: Name) -> list[Pending]:
@@ -620,8 +639,9 @@ class Names:
                 if record.has(asked.kind, asked.wait.lock):
                     self._granted(name, ticket, asked)
                 else:
-                    again = Acquire(asked.kind, asked.wait, may_wait=True)
+                    again = Acquire(asked.kind, asked.wait, asked.may_wait)
                     name.pending.insert(0, Pending(again))  # before it is given up, if it is
+                    name.unwanted.append(asked)  # a part of it may be left
 
     async def _put(self, name: Name, stored: Stored, new: NameRecord) -> bool:
         """A swap; but a record that would only be written anew is left alone, if it is still there.

@@ -280,7 +280,8 @@ class Node:
         self.extension = extension() if "R" in clients else None
         self.locks = WatchedLocks(self.names, self.extension)
         self.locks.fence = self._broken
-        self.names.resolve, self.names.told, self.names.broken = self.locks.resolve, self.locks.told, self.locks.broken
+        self.names.resolve, self.names.told = self.locks.resolve, self.locks.told
+        self.names.cut, self.names.broken = self.locks.cut, self.locks.broken
         self.clients = [replace(CLIENTS[each]) for each in clients]
         self.joined = True
         self.too_late = False  # somebody got a lock when the lease was over

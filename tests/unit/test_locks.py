@@ -12,7 +12,7 @@ import trio
 import trio.testing
 
 from safefs.cluster.names import Names
-from safefs.cluster.record import Acquire, HandOver, Release, Step
+from safefs.cluster.record import HandOver, Release, Step
 from safefs.locks import Alone, Estate, Locks, Waiting
 from safefs.locktable import OFFSET_MAX, Kind, Lock, Mode, NameLocks, Owner
 from tests.support.lending import Extension
@@ -105,24 +105,6 @@ class Shared(Alone):
     def submit(self, key: str, step: Step) -> trio.Event:
         self.steps.append(step)
         return trio.Event()
-
-
-@pytest.mark.parametrize("given_up", [False, True])
-def test_the_same_on_a_name_that_nodes_share(given_up: bool) -> None:
-    names = Shared("node")
-    locks = Locks(names)
-    locks.acquire(NAME, Kind.FLOCK, Lock(owner(1), Mode.SHARED), HANDLE, may_wait=False)
-    names.is_shared = True
-    waiting = locks.acquire(NAME, Kind.FLOCK, Lock(owner(1), Mode.EXCLUSIVE), HANDLE, may_wait=given_up)
-    assert waiting is not None
-    step = names.steps[-1]
-    assert isinstance(step, Acquire)
-    if given_up:
-        locks.give_up(waiting)
-    else:
-        locks.answer(step.wait.ticket, False)
-    assert locks.own(NAME, Kind.FLOCK, owner(1), 0, 0) is None
-    assert locks.lose() == set()
 
 
 def test_an_open_file_is_bound_to_its_name_while_there_is_something(locks: Locks) -> None:
@@ -384,7 +366,8 @@ def two_nodes(nursery: trio.Nursery) -> list[Locks]:
     for name in ("one", "two"):
         names = Names(MemoryBackend(cluster, name))
         nodes.append(Locks(names))
-        names.resolve, names.told, names.broken = nodes[-1].answer, nodes[-1].told, nodes[-1].broken
+        names.resolve, names.told = nodes[-1].answer, nodes[-1].told
+        names.cut, names.broken = nodes[-1].cut, nodes[-1].broken
         nursery.start_soon(names.run)
     return nodes
 

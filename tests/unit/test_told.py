@@ -8,6 +8,7 @@ import pytest
 import trio
 import trio.testing
 
+from safefs.cluster.backend import Stored
 from safefs.cluster.names import Names
 from safefs.cluster.record import Break, NameRecord
 from safefs.locks import Locks, Waiting
@@ -32,7 +33,8 @@ class Nodes:
     def _join(self, nursery: trio.Nursery, node: str) -> Locks:
         names = Names(MemoryBackend(self.cluster, node))
         locks = Locks(names)
-        names.resolve, names.told, names.broken = locks.answer, locks.told, locks.broken
+        names.resolve, names.told = locks.answer, locks.told
+        names.cut, names.broken = locks.cut, locks.broken
         nursery.start_soon(names.run)
         return locks
 
@@ -135,16 +137,131 @@ def test_a_wider_lock_is_given_up_as_it_is_granted(had: Mode) -> None:
     play(scenario)
 
 
-def test_a_conversion_is_given_up_before_it_is_on_record() -> None:
-    """flock(2): the lock that was to be converted is lost; nobody is left with the new one."""
+@pytest.mark.parametrize("had", list(Mode))
+def test_a_conversion_is_given_up_before_it_is_on_record(had: Mode) -> None:
+    """Nobody is left with the new lock; the old one is known of and on record alike.  So if they are the same."""
 
     async def scenario(nodes: Nodes) -> None:
-        await nodes.lock(Kind.FLOCK, Lock(ME, SHARED))
+        await nodes.lock(Kind.FLOCK, Lock(ME, had))
         waiting = nodes.ask(Kind.FLOCK, Lock(ME, EXCLUSIVE))
         assert waiting is not None
         nodes.here.give_up(waiting)
         await trio.sleep(SETTLED_SECONDS)
+        assert nodes.on_record(Kind.FLOCK, ME) == [(0, OFFSET_MAX, had)]
+        assert nodes.here.told(NAME, Kind.FLOCK, ME) == [Lock(ME, had)]
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("ends", ["given up", "refused", "granted"])
+def test_a_conversion_that_waits(ends: str) -> None:
+    """flock(2): what was to be converted is lost as soon as the other lock cannot be had at once."""
+
+    async def scenario(nodes: Nodes) -> None:
+        await nodes.lock(Kind.FLOCK, Lock(FAR, SHARED), 5)
+        await nodes.lock(Kind.FLOCK, Lock(ME, SHARED))
+        wanted = Lock(ME, EXCLUSIVE)
+        waiting = nodes.here.acquire(NAME, Kind.FLOCK, wanted, 1, may_wait=ends != "refused", file=1)
+        assert waiting is not None
+        await trio.sleep(SETTLED_SECONDS)
         assert not nodes.on_record(Kind.FLOCK, ME) and not nodes.here.told(NAME, Kind.FLOCK, ME)
+        if ends == "given up":
+            nodes.here.give_up(waiting)
+        nodes.there.release(NAME, Kind.FLOCK, FAR)
+        await trio.sleep(SETTLED_SECONDS)
+        assert waiting.held == (ends == "granted")
+        assert nodes.here.told(NAME, Kind.FLOCK, ME) == ([wanted] if waiting.held else [])
+        assert len(nodes.on_record(Kind.FLOCK, ME)) == waiting.held
+        assert (1 in nodes.here.lose()) == waiting.held  # what is fenced
+
+    play(scenario)
+
+
+def test_who_converts_is_not_fenced_by_the_break_that_gives_him_his_lock() -> None:
+    async def scenario(nodes: Nodes) -> None:
+        await nodes.lock(Kind.FLOCK, Lock(FAR, SHARED), 5)
+        await nodes.lock(Kind.FLOCK, Lock(ME, SHARED))
+        waiting = nodes.ask(Kind.FLOCK, Lock(ME, EXCLUSIVE))
+        assert waiting is not None
+        await trio.sleep(SETTLED_SECONDS)
+        nodes.here._names.submit(NAME, Break(frozenset({FAR})))
+        await waiting.settled.wait()
+        assert waiting.held and not nodes.fenced
+
+    play(scenario)
+
+
+def test_a_part_of_what_is_given_up_is_left_by_an_unlock() -> None:
+    """Granted on record, and not told of: a thread unlocks the rest, and a signal comes to the one that waits."""
+
+    async def scenario(nodes: Nodes) -> None:
+        wanted = Lock(ME, EXCLUSIVE, 0, 9)
+        await nodes.lock(Kind.RECORD, Lock(FAR, EXCLUSIVE, 0, 9), 5)
+        waiting = nodes.ask(Kind.RECORD, wanted)
+        assert waiting is not None
+        await trio.sleep(SETTLED_SECONDS)
+        nodes.there.release(NAME, Kind.RECORD, FAR)
+        await nodes.is_granted(Kind.RECORD, wanted)
+        unlocking = nodes.here.unlock_records(ME, 1, 5, 9)
+        nodes.here.give_up(waiting)
+        await unlocking[0].wait()
+        await trio.sleep(SETTLED_SECONDS)
+        assert not nodes.on_record(Kind.RECORD, ME)
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("taken", [False, True])
+def test_a_weaker_and_wider_lock_is_given_up_as_it_is_granted(taken: bool) -> None:
+    """The exclusive one is exclusive again, if nobody has come into its place since the process asked to weaken it."""
+
+    async def scenario(nodes: Nodes) -> None:
+        await nodes.lock(Kind.RECORD, Lock(ME, EXCLUSIVE, 0, 9))
+        await nodes.lock(Kind.RECORD, Lock(FAR, EXCLUSIVE, 50, 59), 5)
+        wider = Lock(ME, SHARED, 0, 59)
+        waiting = nodes.ask(Kind.RECORD, wider)
+        reader = nodes.ask(Kind.RECORD, Lock(FAR, SHARED, 0, 9), 6) if taken else None
+        assert waiting is not None
+        await trio.sleep(SETTLED_SECONDS)
+        nodes.there.release(NAME, Kind.RECORD, FAR)
+        await nodes.is_granted(Kind.RECORD, wider)
+        nodes.here.give_up(waiting)
+        await trio.sleep(SETTLED_SECONDS)
+        assert nodes.on_record(Kind.RECORD, ME) == [(0, 9, SHARED if taken else EXCLUSIVE)]
+        assert reader is None or reader.held
+
+    play(scenario)
+
+
+def test_who_waits_is_not_told_while_his_unlock_is_on_its_way() -> None:
+    """It is asked for while the swap is under way that gives him the lock; and he gets it again after it."""
+
+    async def scenario(nodes: Nodes) -> None:
+        wanted = Lock(ME, EXCLUSIVE, 20, 29)
+        await nodes.lock(Kind.RECORD, Lock(NEIGHBOUR, EXCLUSIVE, 20, 29), 5)
+        await nodes.lock(Kind.RECORD, Lock(ME, EXCLUSIVE, 0, 9))
+        waiting = nodes.ask(Kind.RECORD, wanted, 2)
+        assert waiting is not None
+        await trio.sleep(SETTLED_SECONDS)
+        backend = nodes.here._names._backend
+        swap, begun, goes_on = backend.swap, trio.Event(), trio.Event()
+
+        async def slow(name: str, old: Stored, new: NameRecord) -> Stored | None:
+            begun.set()
+            await goes_on.wait()
+            return await swap(name, old, new)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(backend, "swap", slow)
+            nodes.here.release(NAME, Kind.RECORD, NEIGHBOUR)
+            await begun.wait()
+            unlocking = nodes.here.unlock_records(ME, 1, 0, OFFSET_MAX)
+            goes_on.set()
+            await unlocking[0].wait()
+        await waiting.settled.wait()
+        await trio.sleep(SETTLED_SECONDS)
+        assert waiting.held and nodes.here.told(NAME, Kind.RECORD, ME) == [wanted]
+        assert nodes.on_record(Kind.RECORD, ME) == [(20, 29, EXCLUSIVE)]
 
     play(scenario)
 
@@ -212,7 +329,10 @@ def test_what_is_handed_over_before_a_wider_lock_is_taken_back_stays_held() -> N
         estate = nodes.here.hand_over(ME, 1, 1)
         assert estate is not None
         await trio.sleep(SETTLED_SECONDS)
-        assert nodes.on_record(Kind.RECORD, estate.heir) == [(0, 9, EXCLUSIVE)]
+        assert nodes.record.has(Kind.RECORD, Lock(estate.heir, EXCLUSIVE, 0, 9))
         assert not nodes.on_record(Kind.RECORD, ME)
+        nodes.here.let_go(estate, 1)
+        await trio.sleep(SETTLED_SECONDS)
+        assert not nodes.on_record(Kind.RECORD, estate.heir)
 
     play(scenario)
