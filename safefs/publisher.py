@@ -154,6 +154,9 @@ class Publisher:
                 except OSError as error:
                     reason = f"publishing failed: {error.strerror}"
                     await self._refuse(draft, PublishRefusedError(reason, error.errno or errno.EIO))
+                except Exception as error:  # a boundary: whatever fails, the bytes are kept
+                    log.exception("publishing %r failed", draft.name)
+                    await self._refuse(draft, PublishRefusedError(f"publishing failed: {error!r}", errno.EIO))
             replaced = draft.base.identity if draft.base else None
             self._published(draft, target, name, placed, keep_private)
             if self.on_publish is not None:

@@ -87,7 +87,7 @@ def _refuse(problem: str | None) -> None:
 
 
 def _alongside(sync: Callable[[], None], check: Callable[[], str | None]) -> str | None:
-    """Both at the same time: the disk has its part to do and the processor another."""
+    """Both at the same time: the disk has its part to do and the processor another.  Without a thread in turn."""
     failures: list[OSError] = []
 
     def run() -> None:
@@ -97,7 +97,11 @@ def _alongside(sync: Callable[[], None], check: Callable[[], str | None]) -> str
             failures.append(error)
 
     thread = threading.Thread(target=run, name="safefs-sync", daemon=True)
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError:  # "can't start new thread": the limit of the user, the cgroup or the system
+        sync()
+        return check()
     try:
         digest = check()
     finally:

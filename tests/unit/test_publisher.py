@@ -1,0 +1,120 @@
+"""What a publish that fails leaves: the bytes, wherever they can be, and never unnoticed."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import trio
+
+from safefs import backing, placing
+from safefs import publisher as publisher_module
+from safefs.backing import Backing
+from safefs.draft import Draft, DraftState
+from safefs.errors import PublishRefusedError
+from safefs.events import EventLog
+from safefs.gate import Gate
+from safefs.identity import Identities
+from safefs.model import Caller, Identity
+from safefs.namespace import Node
+from safefs.publisher import Publisher
+from safefs.rules import NameClass, Verify
+from safefs.seal import ALONGSIDE_BYTES
+from safefs.state import DaemonRecord, StateDirectory
+
+NAME = b"name"
+
+
+@dataclass
+class Stage:
+    """A publisher, and a draft of the root's that is about to be published."""
+
+    root: Path
+    store: Backing
+    state: StateDirectory
+    publisher: Publisher
+    draft: Draft
+
+    def kept(self) -> dict[str, bytes]:
+        """The quarantine: reason and bytes."""
+        return {str(kept.record["reason"]): kept.file.read_bytes() for kept in self.state.kept()}
+
+
+@pytest.fixture
+def stage(tmp_path: Path) -> Iterator[Stage]:
+    store = Backing(tmp_path, Identities(impersonate=False), max_threads=1)
+    state = StateDirectory(tmp_path / ".safefs", store.identities)
+    record = DaemonRecord(state, store.node_id, {})
+    events = EventLog(state.events, store.node_id)
+    root = Node(1, backing.identity_of(tmp_path.stat()), stat.S_IFDIR)
+    root.fd = store.root_fd
+    fd, temp_name, status = store.make_temp(store.root_fd, 0o644, store.hidden_name(b"d"))
+    os.truncate(fd, ALONGSIDE_BYTES)
+    draft = Draft(
+        write_id="0123456789abcdef",
+        node=Node(2, Identity(0, 0), stat.S_IFREG),
+        directory=root,
+        name=NAME,
+        name_class=NameClass.PRIVATE,
+        caller=Caller(os.getuid(), os.getgid()),
+        opener=None,
+        pidfd=-1,
+        fd=fd,
+        temp_name=temp_name,
+        shown_ino=status.st_ino,
+        gate=Gate(),
+        created=True,
+        fresh=True,
+        modified=True,
+        size=ALONGSIDE_BYTES,
+    )
+    yield Stage(tmp_path, store, state, Publisher(store, state, record, events, Verify.CACHE, retain_seconds=0), draft)
+    record.remove()
+    for opened in (draft.fd, draft.version_fd, state.quarantine_fd, store.root_fd):
+        if opened >= 0:
+            os.close(opened)
+
+
+def test_a_long_file_is_published_where_no_more_threads_can_be_started(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Syncing and reading it at once would take one beside the worker that there is."""
+    refused = []
+
+    def refuse(thread: threading.Thread) -> None:
+        refused.append(thread.name)
+        raise RuntimeError("can't start new thread")
+
+    async def main() -> None:
+        await stage.store.workers.run(int)  # its thread stays
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+        await stage.publisher.publish(stage.draft)
+
+    trio.run(main)
+    assert refused == ["safefs-sync"]
+    assert stage.draft.state is DraftState.PUBLISHED
+    assert (stage.root / "name").stat().st_size == ALONGSIDE_BYTES
+    assert stage.kept() == {}
+
+
+@pytest.mark.parametrize("failure", [RuntimeError("a defect"), MemoryError()], ids=repr)
+def test_what_could_not_be_published_is_kept_whatever_was_raised(
+    stage: Stage, failure: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(_order: placing.Order) -> placing.Placed:
+        raise failure
+
+    monkeypatch.setattr(publisher_module, "carry_out", fail)
+    with pytest.raises(PublishRefusedError) as refused:
+        trio.run(stage.publisher.publish, stage.draft)
+    assert refused.value.errno == stage.draft.error == errno.EIO
+    assert stage.draft.state is DraftState.QUARANTINED
+    assert stage.kept() == {f"publishing failed: {failure!r}": bytes(ALONGSIDE_BYTES)}
+    assert not (stage.root / "name").exists()
+    assert failure in [record.exc_info[1] for record in caplog.records if record.exc_info]
