@@ -42,6 +42,7 @@ from safefs.state import (
     BEAT_SECONDS,
     DAEMONS,
     JOURNAL,
+    NOT_JSON,
     RECORD_VERSION,
     SOFT_LOCKS,
     WRITER,
@@ -86,7 +87,7 @@ def _entry(line: bytes) -> dict[str, Any] | None:
     """What a line of a journal says; None where it is not what a daemon writes."""
     try:
         found = json.loads(line.decode("ascii"))
-    except ValueError:
+    except NOT_JSON:
         return None
     if not isinstance(found, dict):
         return None

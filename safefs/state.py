@@ -59,6 +59,7 @@ LOCKS = "names.lock"
 LOCK_RANGE = (1 << 62) - 1
 NAME_LOCK_SECONDS = 30.0  # a publish holds it for a rename, and for comparing two files where there is a conflict
 LOCK_PAUSE_SECONDS, LOCK_PAUSES_SECONDS = 0.0005, 0.05  # between attempts, at first and at most
+NOT_JSON = (ValueError, RecursionError)  # of json.loads: the latter where lists are nested deeper than anybody writes
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # the backing has none
 
@@ -174,7 +175,7 @@ def _read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file; empty where there is none: not yet, cut short by a crash, or damaged."""
     try:
         found = json.loads(path.read_text(encoding="ascii"))
-    except (OSError, ValueError):
+    except (OSError, *NOT_JSON):
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -32,6 +32,7 @@ from safefs.softlocks import Mark, all_noted
 from safefs.state import RECORD_VERSION, SOFT_LOCKS, DaemonRecord, StateDirectory, host_identity
 
 OTHER = "0badcafe"
+LOST = "0123456789abcdef"  # its name in the cluster
 HIDDEN = f".safefs~{OTHER}~d~1"
 DEAD_HERE = {"start": 1}  # this process's number, taken by another before it
 ELSEWHERE = {"machine": "another", "host": "another"}
@@ -365,7 +366,7 @@ def test_what_is_noted_while_a_daemon_ends_leaves_no_record(
         if late == "etcd":
             record.note_etcd("id")
         else:
-            record.write_soft_locks({"node": "n", "locks": []})
+            record.write_soft_locks({"node": "", "locks": []})
         rmdir(path)
 
     monkeypatch.setattr(Path, "rmdir", note_before)
@@ -385,7 +386,7 @@ def test_a_note_that_takes_long_stops_no_heartbeat_and_is_removed_at_the_end(
         fsync(fd)
 
     monkeypatch.setattr(os, "fsync", slow)
-    noting = threading.Thread(target=record.write_soft_locks, args=({"node": "n", "locks": []},))
+    noting = threading.Thread(target=record.write_soft_locks, args=({"node": "", "locks": []},))
     noting.start()
     ending = threading.Thread(target=record.remove)
     try:
@@ -613,6 +614,7 @@ def test_what_is_on_record_is_not_remembered_without_end(node: Node, monkeypatch
 # --------------------------------------------------------- damaged records
 
 NOT_ASCII = b"\xff"
+TOO_DEEP = b"[" * 100_000
 
 
 @pytest.mark.parametrize(
@@ -627,6 +629,7 @@ NOT_ASCII = b"\xff"
         b'{"directory": "\\ud800"}\n',
         b'{"directory": "", "hidden": "x"}\n',
         b"\n",
+        TOO_DEEP + b"\n",
     ],
 )
 def test_a_damaged_journal_counts_for_what_it_says_and_is_kept(node: Node, line: bytes) -> None:
@@ -688,7 +691,11 @@ def test_a_line_for_which_the_disk_has_no_space_is_refused(node: Node, monkeypat
     assert [entry["directory"] for entry in found] == ["two"] and not is_whole
 
 
-@pytest.mark.parametrize("damaged", [NOT_ASCII, b"{", b"3", b'{"node": "n"}', b'{"node": "n", "locks": [3]}'])
+@pytest.mark.parametrize(
+    "damaged",
+    [NOT_ASCII, TOO_DEEP, b"{", b"3", b'{"node": ""}', b'{"node": "", "locks": [3]}'],
+    ids=lambda damaged: repr(damaged[:30]),
+)
 def test_a_damaged_list_of_lock_files_is_kept(node: Node, damaged: bytes) -> None:
     (node.other(DEAD_HERE, {"directory": ""}) / SOFT_LOCKS).write_bytes(damaged)
     (node.root / HIDDEN).write_bytes(b"left")
@@ -701,13 +708,35 @@ def test_a_damaged_list_of_lock_files_is_kept(node: Node, damaged: bytes) -> Non
 def test_lock_files_that_a_damaged_list_still_names_are_removed(node: Node) -> None:
     file = node.root / "x.lock"
     file.touch()
-    (node.other(DEAD_HERE) / SOFT_LOCKS).write_text(json.dumps({"node": "n", "locks": [{"path": "y"}, entry_of(file)]}))
+    (node.other(DEAD_HERE) / SOFT_LOCKS).write_text(json.dumps({"node": "", "locks": [{"path": "y"}, entry_of(file)]}))
     node.recovery.settle_dead()
     assert not file.exists()
     assert node.settled
 
 
-@pytest.mark.parametrize("identity", ["3", "[]", "[[1, 2]]", '{"pid": "x"}', NOT_ASCII], ids=repr)
+@pytest.mark.parametrize(
+    "name", ["\ud800", "\0", "n", "../../x", LOST + "\n", LOST.upper(), 3, None, [], {}], ids=ascii
+)
+def test_lock_files_stay_where_the_record_names_no_node(node: Node, name: object) -> None:
+    """Under whose lease they stand is not known: no backend is asked for such a node, and they are not removed."""
+    file = node.root / "x.lock"
+    file.touch()
+    record = node.other({})
+    (record / SOFT_LOCKS).write_text(json.dumps({"node": name, "locks": [entry_of(file)]}))
+    node.recovery.settle_dead()
+    assert node.recovery._noted_by_others() == []
+    (record / "identity.json").write_text(json.dumps({**host_identity(), **DEAD_HERE}))
+    node.recovery._identities.clear()
+    damaged = (record / SOFT_LOCKS).read_bytes()
+    node.recovery.settle_dead()
+    assert node.settled
+    assert file.exists()
+    assert list(node.kept().values()) == [damaged]
+
+
+@pytest.mark.parametrize(
+    "identity", ["3", "[]", "[[1, 2]]", '{"pid": "x"}', NOT_ASCII, TOO_DEEP], ids=lambda identity: repr(identity[:30])
+)
 def test_who_cannot_be_known_of_a_damaged_record_is_judged_by_the_heartbeat(
     node: Node, clock: Clock, identity: str | bytes
 ) -> None:
@@ -846,7 +875,7 @@ def lock_file(node: Node) -> Path:
     """A lock file of another daemon's, on record."""
     file = node.root / "x.lock"
     file.touch()
-    (node.other(DEAD_HERE) / SOFT_LOCKS).write_text(json.dumps({"node": "lost", "locks": [entry_of(file)]}))
+    (node.other(DEAD_HERE) / SOFT_LOCKS).write_text(json.dumps({"node": LOST, "locks": [entry_of(file)]}))
     return file
 
 
@@ -915,7 +944,7 @@ def test_lock_files_of_a_lost_lease_are_removed_as_soon_as_that_works(
     monkeypatch.setattr(recovery_module, "FREE_AGAIN_SECONDS", 0.002)
     file, asked = node.root / "x.lock", list[str]()
     file.touch()
-    (node.other({}) / SOFT_LOCKS).write_text(json.dumps({"node": "lost", "locks": [entry_of(file)]}))
+    (node.other({}) / SOFT_LOCKS).write_text(json.dumps({"node": LOST, "locks": [entry_of(file)]}))
     node.recovery.settle_dead()
     tried = fail_to_open(monkeypatch, number, times=3)
 
@@ -943,7 +972,7 @@ def test_lock_files_of_a_node_with_a_lease_stay_though_its_heart_stops(
     file, lost = node.root / "x.lock", set[str]()
     file.touch()
     other = node.other(ELSEWHERE, {"directory": ""})
-    (other / SOFT_LOCKS).write_text(json.dumps({"node": "mute", "locks": [entry_of(file)]}))
+    (other / SOFT_LOCKS).write_text(json.dumps({"node": LOST, "locks": [entry_of(file)]}))
     (node.root / HIDDEN).write_bytes(b"being written")
 
     async def gone(nodes: Iterable[str]) -> set[str]:
@@ -957,7 +986,7 @@ def test_lock_files_of_a_node_with_a_lease_stay_though_its_heart_stops(
             clock.now += 10 * DEAD_AFTER_SECONDS
             node.recovery.settle_dead()
             assert file.exists() and (node.root / HIDDEN).exists() and OTHER in node.daemons
-            lost.add("mute")
+            lost.add(LOST)
             with trio.fail_after(30):
                 while file.exists() or not node.recovery._freed:  # noqa: ASYNC110 - a file
                     await trio.sleep(0.01)
@@ -1003,10 +1032,10 @@ def test_who_a_daemon_is_is_read_once(node: Node, monkeypatch: pytest.MonkeyPatc
 def test_looks_for_lock_files_list_no_directory(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     """There is one each second, and the directory has an entry for every daemon: it was listed for the heartbeats."""
     lock = {"path": "x.lock", "creator": "alive", "stale": "signalled", "ino": 1, "born": 1, "changed": 1}
-    (node.other({}) / SOFT_LOCKS).write_text(json.dumps({"node": "lost", "locks": [lock]}))
+    (node.other({}) / SOFT_LOCKS).write_text(json.dumps({"node": LOST, "locks": [lock]}))
     node.recovery.settle_dead()
     monkeypatch.setattr(node.recovery, "_others", lambda: pytest.fail("listed"))
-    assert [noted.node for noted in node.recovery._noted_by_others()] == ["lost"]
+    assert [noted.node for noted in node.recovery._noted_by_others()] == [LOST]
 
 
 def test_a_daemon_watches_up_to_the_second_that_is_alive(node: Node, clock: Clock) -> None:

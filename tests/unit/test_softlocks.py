@@ -410,7 +410,7 @@ def test_a_file_that_cannot_be_looked_at_is_noted_later(watched: Watched, monkey
             await until(lambda: watched.noted() == ["x.lock"])
             monkeypatch.setattr(Mark, "of", failing(Mark.of, errno.EIO, 1 << 30))
             (watched.record.path / "softlocks").unlink()
-            watched.locks.joined("n")
+            watched.locks.joined("0123456789abcdef")
             await until(lambda: watched.noted() == ["x.lock"])
 
     trio.run(main)
