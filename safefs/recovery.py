@@ -140,14 +140,17 @@ class Recovery:
         self._watches_leases = True
         while True:
             await trio.sleep(LEASE_LOOK_SECONDS)
+            noted = list[Noted]()
             try:
                 noted = await self._backing.run(SERVICE, self._noted_by_others)
-                lost = await gone(each.node for each in noted)
-                for each in noted:
-                    if each.node in lost:
-                        await self._backing.run(SERVICE, self._free_lost, each)
-            except (OSError, BackendError) as error:
+            except OSError as error:
                 log.warning("the lock files of other nodes cannot be looked at: %s", error)
+            for each in noted:  # one by one: where one cannot be asked for, it keeps no other's from being removed
+                try:
+                    if await gone((each.node,)):
+                        await self._backing.run(SERVICE, self._free_lost, each)
+                except (OSError, BackendError) as error:
+                    log.warning("the lock files of node %s cannot be looked at: %s", each.node, error)
 
     def _noted_by_others(self) -> list[Noted]:
         found = list[Noted | None]()

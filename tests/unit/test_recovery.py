@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import stat
 import threading
@@ -21,6 +22,7 @@ from safefs import backing
 from safefs import recovery as recovery_module
 from safefs import state as state_files
 from safefs.backing import Backing
+from safefs.cluster.backend import BackendError
 from safefs.events import EventLog
 from safefs.identity import DAEMON, Identities, read_back
 from safefs.model import Caller, Identity
@@ -942,26 +944,58 @@ def test_lock_files_of_a_lost_lease_are_removed_as_soon_as_that_works(
     """And then are not looked at any more."""
     monkeypatch.setattr(recovery_module, "LEASE_LOOK_SECONDS", 0.001)
     monkeypatch.setattr(recovery_module, "FREE_AGAIN_SECONDS", 0.002)
-    file, asked = node.root / "x.lock", list[str]()
+    file = node.root / "x.lock"
     file.touch()
     (node.other({}) / SOFT_LOCKS).write_text(json.dumps({"node": LOST, "locks": [entry_of(file)]}))
     node.recovery.settle_dead()
     tried = fail_to_open(monkeypatch, number, times=3)
 
     async def gone(nodes: Iterable[str]) -> set[str]:
-        asked[:] = nodes
-        return set(asked)
+        return set(nodes)
 
     async def main() -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(node.recovery.watch_leases, gone)
             with trio.fail_after(30):
-                while file.exists() or asked:  # noqa: ASYNC110 - a file
+                while file.exists() or node.recovery._freed != {LOST: math.inf}:  # noqa: ASYNC110 - a file
                     await trio.sleep(0.01)
             nursery.cancel_scope.cancel()
 
     trio.run(main)
     assert len(tried) == 4
+    assert node.recovery._noted_by_others() == []
+
+
+def test_a_node_that_cannot_be_asked_for_keeps_no_others_lock_files(
+    node: Node, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(recovery_module, "LEASE_LOOK_SECONDS", 0.001)
+    files = {name: node.root / f"{name}.lock" for name in (LOST, f"{1:016}", f"{2:016}")}
+    for number, (name, file) in enumerate(files.items()):
+        file.touch()
+        record = node.other({}, name=f"{OTHER}{number}")
+        (record / SOFT_LOCKS).write_text(json.dumps({"node": name, "locks": [entry_of(file)]}))
+    node.recovery._watched = tuple(node.recovery._others())
+    unknown = f"{1:016}"  # neither the first nor the last
+
+    async def gone(nodes: Iterable[str]) -> set[str]:
+        asked = set(nodes)
+        if unknown in asked:
+            raise BackendError("its heartbeat cannot be read")
+        return asked
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(node.recovery.watch_leases, gone)
+            with trio.fail_after(30):
+                while sum(file.exists() for file in files.values()) > 1:  # noqa: ASYNC110 - a file
+                    await trio.sleep(0.01)
+            nursery.cancel_scope.cancel()
+
+    trio.run(main)
+    assert files[unknown].exists()
+    said = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert set(said) == {f"the lock files of node {unknown} cannot be looked at: its heartbeat cannot be read"}
 
 
 def test_lock_files_of_a_node_with_a_lease_stay_though_its_heart_stops(
