@@ -72,7 +72,9 @@ class Backing:
         self.workers = Workers(max_threads)
         self.node_id = secrets.token_hex(4)
         self._tmpfile = temp != "hidden"
+        self._root_dev = os.fstat(self.root_fd).st_dev
         self._nameless: set[int] = set()  # filesystems (st_dev) that have shown that O_TMPFILE works on them
+        self._refusing: set[int] = set()  # those that have refused it, somewhere
         self._serial = 0
         self._probes_lock = threading.Lock()
         self._probes: dict[ProbeKey, int] = {}  # nameless inodes to ask for space with
@@ -168,16 +170,27 @@ class Backing:
 
     @property
     def uses_tmpfile(self) -> bool:
-        """Whether drafts are O_TMPFILE inodes, as far as is known."""
-        return self._tmpfile
+        """Whether drafts on the filesystem of the root are O_TMPFILE inodes, as far as is known."""
+        return self._tmpfile and self._root_dev not in self._refusing
 
     def is_nameless(self, directory: Identity) -> bool:
         """Whether drafts in a directory are known to be O_TMPFILE inodes: they leave nothing when the daemon dies."""
-        return self._tmpfile and directory.dev in self._nameless
+        return directory.dev in self._nameless and directory.dev not in self._refusing
+
+    def _tries_tmpfile(self, directory: int) -> bool:
+        """Each filesystem for itself: where one has shown that it works, nobody has put a hidden name on record.
+
+        Which one it is costs a system call, and on shared filesystems a request: only where they differ it is asked.
+        """
+        if not self._tmpfile or not self._refusing:
+            return self._tmpfile
+        if self._root_dev in self._refusing and not self._nameless:
+            return False
+        return os.fstat(directory).st_dev not in self._refusing
 
     def make_temp(self, directory: int, mode: int, hidden: bytes) -> tuple[int, bytes | None, os.stat_result]:
         """A private inode in `directory`, open for reading and writing, and its hidden name where it needs one."""
-        if self._tmpfile:
+        if self._tries_tmpfile(directory):
             try:
                 fd = os.open(b".", os.O_TMPFILE | os.O_RDWR, mode, dir_fd=directory)
                 status = os.fstat(fd)
@@ -188,7 +201,7 @@ class Backing:
                     raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)) from None
                 if error.errno not in NO_TMPFILE:
                     raise
-                self._tmpfile = False
+                self._refusing.add(os.fstat(directory).st_dev)
         fd = os.open(hidden, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_NOFOLLOW, mode, dir_fd=directory)
         return fd, hidden, os.fstat(fd)
 

@@ -10,6 +10,7 @@ import struct
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from safefs import backing
 from safefs.backing import HIDDEN_PREFIX, Backing, identity_of
 from safefs.identity import Identities
+from safefs.model import Identity
 
 HIDDEN = HIDDEN_PREFIX + b"0~r~1"
 TEMPS = pytest.mark.parametrize("temp", ["auto", "hidden"])
@@ -117,6 +119,101 @@ def test_without_o_tmpfile_the_hidden_kind_is_used_from_then_on(
     keep(fd)
     assert name == HIDDEN
     assert not store.uses_tmpfile
+
+
+class TwoFilesystems:
+    """A directory of the backing is another filesystem; those named here have no O_TMPFILE."""
+
+    def __init__(self, root: Path, refusing: set[str], patch: pytest.MonkeyPatch) -> None:
+        (root / "other").mkdir()
+        self.root = root
+        self.refusing = refusing
+        self.looks = 0
+        self._other = (root / "other").stat().st_ino
+        self._open, self._fstat = os.open, os.fstat
+        patch.setattr(os, "open", self._opened)
+        patch.setattr(os, "fstat", self._looked_at)
+
+    def make(self, store: Backing, name: str) -> bytes | None:
+        """A temp in the root ("") or in the other filesystem; its hidden name."""
+        directory = self._open(self.root / name, os.O_PATH)
+        try:
+            fd, hidden, _ = store.make_temp(directory, 0o600, store.hidden_name(b"d"))
+            os.close(fd)
+        finally:
+            os.close(directory)
+        return hidden
+
+    def identity(self, name: str) -> Identity:
+        status = (self.root / name).stat()
+        return Identity(status.st_dev + bool(name), status.st_ino)
+
+    def _opened(self, path: Any, flags: int, *arguments: Any, dir_fd: int | None = None) -> int:
+        if flags & os.O_TMPFILE == os.O_TMPFILE and dir_fd is not None and self._name(dir_fd) in self.refusing:
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        return self._open(path, flags, *arguments, dir_fd=dir_fd)
+
+    def _name(self, fd: int) -> str:
+        path = os.readlink(f"/proc/self/fd/{fd}")
+        return "other" if path.startswith(f"{self.root}/other") else ""
+
+    def _looked_at(self, fd: int) -> os.stat_result:
+        status = self._fstat(fd)
+        self.looks += stat.S_ISDIR(status.st_mode)
+        fields = list(status)
+        fields[stat.ST_DEV] += bool(self._name(fd))
+        return os.stat_result(fields)
+
+
+@pytest.mark.parametrize("refused_first", [False, True])
+@pytest.mark.parametrize("refusing", ["", "other"])
+def test_each_filesystem_of_a_backing_has_its_own_kind_of_temps(
+    tmp_path: Path,
+    make_store: Callable[[str], Backing],
+    monkeypatch: pytest.MonkeyPatch,
+    refusing: str,
+    refused_first: bool,
+) -> None:
+    """Whoever has heard that a filesystem needs no hidden names gets none, whatever happens on another meanwhile."""
+    both, store = TwoFilesystems(tmp_path, {refusing}, monkeypatch), make_store("auto")
+    working = "" if refusing else "other"
+    for _ in range(2):
+        for name in (refusing, working) if refused_first else (working, refusing):
+            nameless = store.is_nameless(both.identity(name))
+            hidden = both.make(store, name)
+            assert hidden is None or not nameless
+    assert both.make(store, refusing) is not None
+    assert not store.is_nameless(both.identity(refusing))
+    if refusing or not refused_first:  # a root without O_TMPFILE is taken for all, as long as no other has shown it
+        assert both.make(store, working) is None
+        assert store.is_nameless(both.identity(working))
+    assert store.uses_tmpfile == bool(refusing)
+
+
+@pytest.mark.parametrize("refusing", [set(), {"", "other"}], ids=["O_TMPFILE", "hidden"])
+def test_a_backing_of_one_kind_is_not_asked_which_filesystem_a_temp_is_on(
+    tmp_path: Path, make_store: Callable[[str], Backing], monkeypatch: pytest.MonkeyPatch, refusing: set[str]
+) -> None:
+    both, store = TwoFilesystems(tmp_path, refusing, monkeypatch), make_store("auto")
+    both.make(store, "")
+    both.looks = 0
+    for _ in range(3):
+        assert (both.make(store, "") is None) == (not refusing)
+    assert both.looks == 0
+
+
+def test_a_filesystem_that_refuses_o_tmpfile_in_places_has_hidden_names_from_then_on(
+    tmp_path: Path, make_store: Callable[[str], Backing], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As unions of several do: what is made next has to be on record."""
+    both, store = TwoFilesystems(tmp_path, set(), monkeypatch), make_store("auto")
+    assert both.make(store, "other") is None
+    assert store.is_nameless(both.identity("other"))
+    both.refusing.add("other")
+    assert both.make(store, "other") is not None
+    both.refusing.clear()
+    assert not store.is_nameless(both.identity("other"))
+    assert both.make(store, "other") is not None
 
 
 @TEMPS
