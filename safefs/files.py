@@ -579,10 +579,10 @@ class Files:
         draft.spare_fds += [draft.fd, base.fd]
         fs.nodes.note_private(draft.node, base.identity)
         old_temp, draft.temp_name = draft.temp_name, hidden
-        if old_temp is not None:
-            await fs.backing.run_for(draft, backing.unlink, draft.directory.fd, old_temp)
         draft.fd, draft.base, draft.fresh = fd, None, True
         fs.note_capability(draft)
+        if old_temp is not None:
+            await fs.publisher.drop_hidden(draft, old_temp)
         return True
 
     def _take_over_file(self, draft: Draft, base: Base, hidden: bytes) -> int | None:

@@ -182,13 +182,17 @@ class Publisher:
         """Forget a copy that nobody needs."""
         native.close_later(inode.fd)
         if inode.temp_name is not None:
-            try:
-                await self._backing.run_for(draft, backing.unlink, draft.directory.fd, inode.temp_name)
-            except FileNotFoundError:
-                pass  # its name shows it
-            except OSError as error:
-                log.warning("a hidden file stays beside %r: %s", draft.name, error)
-                self.has_left = True
+            await self.drop_hidden(draft, inode.temp_name)
+
+    async def drop_hidden(self, draft: Draft, name: bytes) -> None:
+        """Remove a hidden name of a draft's that nobody needs; where it stays, the next daemon has to find it."""
+        try:
+            await self._backing.run_for(draft, backing.unlink, draft.directory.fd, name)
+        except FileNotFoundError:
+            pass  # it has become another name
+        except OSError as error:
+            log.warning("a hidden file stays beside %r: %s", draft.name, error)
+            self.has_left = True
 
     def _published(self, draft: Draft, target: Node, name: bytes, placed: Placed, keep_private: bool) -> None:
         inode, write_id = placed.inode, draft.write_id

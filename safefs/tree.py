@@ -231,9 +231,7 @@ class Tree:
             draft.move(DraftEvent.CANCELLED)
             draft.modified = False
             fs.unlist_draft(draft)
-            temp_name, draft.temp_name = draft.temp_name, None
-            if temp_name is not None:
-                await fs.backing.run_for(draft, backing.unlink, draft.directory.fd, temp_name)
+            await fs.drop_temp(draft)
         fs.publisher.counts["cancelled"] += 1
 
     async def rmdir(self, directory_id: int, name: bytes, caller: Caller) -> None:

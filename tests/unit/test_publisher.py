@@ -8,7 +8,10 @@ import stat
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import trio
@@ -16,9 +19,11 @@ import trio
 from safefs import backing, placing
 from safefs import publisher as publisher_module
 from safefs.backing import Backing
-from safefs.draft import Draft, DraftState
+from safefs.draft import Base, Draft, DraftState
 from safefs.errors import PublishRefusedError
 from safefs.events import EventLog
+from safefs.files import Files
+from safefs.filesystem import FileSystem
 from safefs.gate import Gate
 from safefs.identity import Identities
 from safefs.model import Caller, Identity
@@ -27,6 +32,7 @@ from safefs.publisher import Publisher
 from safefs.rules import NameClass, Verify
 from safefs.seal import ALONGSIDE_BYTES
 from safefs.state import DaemonRecord, StateDirectory
+from safefs.tree import Tree
 
 NAME = b"name"
 
@@ -118,3 +124,68 @@ def test_what_could_not_be_published_is_kept_whatever_was_raised(
     assert stage.kept() == {f"publishing failed: {failure!r}": bytes(ALONGSIDE_BYTES)}
     assert not (stage.root / "name").exists()
     assert failure in [record.exc_info[1] for record in caplog.records if record.exc_info]
+
+
+# ------------------------------------------------- hidden files that stay
+
+
+@pytest.fixture
+def filesystem(stage: Stage) -> Any:
+    """What Files and Tree need of one to drop a hidden name."""
+    fs = SimpleNamespace(
+        backing=stage.store,
+        publisher=stage.publisher,
+        nodes=SimpleNamespace(note_private=lambda _node, _identity: None),
+        note_capability=lambda _draft: None,
+        unlist_draft=lambda _draft: None,
+    )
+    fs.drop_temp = partial(FileSystem.drop_temp, fs)
+    return fs
+
+
+def hide(stage: Stage, monkeypatch: pytest.MonkeyPatch, number: int) -> Path:
+    """Give the draft a hidden name, which cannot be removed."""
+
+    def fail(_directory: int, _name: bytes) -> None:
+        raise OSError(number, os.strerror(number))
+
+    stage.draft.temp_name = stage.store.hidden_name(b"d")
+    hidden = stage.root / os.fsdecode(stage.draft.temp_name)
+    hidden.touch()
+    monkeypatch.setattr(backing, "unlink", fail)
+    return hidden
+
+
+UNLINKS = pytest.mark.parametrize(("number", "stays"), [(errno.EIO, True), (errno.ESTALE, True), (errno.ENOENT, False)])
+
+
+@UNLINKS
+def test_a_hidden_file_that_stays_when_its_draft_is_removed_is_not_forgotten(
+    stage: Stage, filesystem: Any, monkeypatch: pytest.MonkeyPatch, number: int, stays: bool
+) -> None:
+    """The daemon keeps its record then; and it tries again where the draft ends."""
+    draft = stage.draft
+    hide(stage, monkeypatch, number)
+    trio.run(Tree(filesystem, Files(filesystem), refresh_misses=False)._cancel, draft)
+    assert draft.discarded
+    assert stage.publisher.has_left is stays
+    assert (draft.temp_name is not None) is stays
+
+
+@UNLINKS
+def test_a_hidden_file_that_stays_when_a_partial_file_is_taken_over_is_not_forgotten(
+    stage: Stage, filesystem: Any, monkeypatch: pytest.MonkeyPatch, number: int, stays: bool
+) -> None:
+    """And the download goes on where it stopped."""
+    draft, partial_file = stage.draft, stage.root / "name"
+    partial_file.write_bytes(b"half")
+    base = Base(os.open(partial_file, os.O_RDONLY), backing.identity_of(partial_file.stat()))
+    draft.base = base
+    hidden = hide(stage, monkeypatch, number)
+    assert trio.run(Files(filesystem)._take_over, draft, base)
+    assert stage.publisher.has_left is stays
+    assert draft.temp_name is not None
+    assert draft.temp_name != os.fsencode(hidden.name)
+    assert os.pread(draft.fd, 5, 0) == (stage.root / os.fsdecode(draft.temp_name)).read_bytes() == b"half"
+    for fd in draft.spare_fds:
+        os.close(fd)
