@@ -94,7 +94,7 @@ def test_the_first_draft_of_a_daemon_that_is_killed(
         kill_daemon(doomed)
         successor = make_mount(backing=root)
         assert in_quarantine(root, lambda data: data == A)
-        assert os.listdir(tmp_path / "disk/dir") == []
+        assert wait_until(lambda: os.listdir(tmp_path / "disk/dir") == [])
         successor.stop()
         assert process.poll() is None
 

@@ -21,6 +21,7 @@ from safefs.rules import NameClass
 def written(name: str, **state: object) -> Any:
     """An open draft, if nothing else is said."""
     described = {"name": name, "gate": Gate(), "pending": True, "flushed": False, "name_class": NameClass.PRIVATE}
+    described["unpublished"] = True
     return SimpleNamespace(**{**described, **state})
 
 
@@ -29,7 +30,8 @@ def filesystem(order: list[str], *drafts: SimpleNamespace) -> Any:
         await trio.lowlevel.checkpoint()
         if draft.name == "bad":
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        draft.pending = False
+        async with draft.gate.closed():
+            draft.pending = draft.unpublished = False
         order.append(f"{draft.name} is kept")
 
     return SimpleNamespace(drafts=drafts, publisher=SimpleNamespace(refuse=refuse), ordering=Ordering())
@@ -139,5 +141,20 @@ def test_what_is_open_is_kept_whatever_a_publish_takes(released: bool, caplog: p
             closing.give_up()
 
     trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
-    assert order == ["open is kept", *(f"{each.name} is kept" for each in waits)]
+    assert sorted(order) == ["open is kept", *(f"{each.name} is kept" for each in waits)]
     assert not fs.accepting and "gave up waiting" in caplog.text
+
+
+def test_one_that_cannot_be_settled_keeps_no_other_from_being_kept() -> None:
+    """A small write into it hangs in the backing, and passes its gate all the time."""
+    order = list[str]()
+    hangs, other = written("hangs"), written("other")
+
+    async def main() -> None:
+        async with hangs.gate.passing(), trio.open_nursery() as nursery:
+            closing = Closing(filesystem(order, hangs, other), nursery, lambda _number: None)
+            await closing.drain(30, all_closed=False)
+            closing.give_up()
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+    assert order == ["other is kept"]
