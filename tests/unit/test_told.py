@@ -13,12 +13,25 @@ from safefs.cluster.names import Names
 from safefs.cluster.record import Break, NameRecord
 from safefs.locks import Locks, Waiting
 from safefs.locktable import OFFSET_MAX, Kind, Lock, Mode, Owner
-from tests.support.memory_backend import MemoryBackend, MemoryCluster
+from tests.support.memory_backend import MemoryBackend, MemoryCluster, MemoryFollower
 
 NAME = "1/x.lock"
-SETTLED_SECONDS = 2.0  # of a clock that jumps
+SETTLED_SECONDS = 10.3  # of a clock that jumps, and never when a node looks, which is twice a second
 ME, NEIGHBOUR, FAR = Owner("here", 1), Owner("here", 2), Owner("there", 3)
 EXCLUSIVE, SHARED = Mode.EXCLUSIVE, Mode.SHARED
+
+
+class LateFollower(MemoryFollower):
+    """What others have changed its node sees when it looks for itself, which takes time."""
+
+    async def next_change(self, _seen: Stored, seconds: float, _turns: int = 0) -> Stored | None:
+        await trio.sleep(seconds)
+        return None
+
+
+class LateBackend(MemoryBackend):
+    def follow(self, name: str) -> MemoryFollower:
+        return LateFollower(self._cluster, name)
 
 
 class Nodes:
@@ -31,7 +44,7 @@ class Nodes:
         self.here.fence = self.fenced.update
 
     def _join(self, nursery: trio.Nursery, node: str) -> Locks:
-        names = Names(MemoryBackend(self.cluster, node))
+        names = Names(LateBackend(self.cluster, node))
         locks = Locks(names)
         names.resolve, names.told = locks.answer, locks.told
         names.cut, names.broken = locks.cut, locks.broken
@@ -57,7 +70,7 @@ class Nodes:
             assert waiting.held
 
     async def is_granted(self, kind: Kind, lock: Lock) -> None:
-        """Until it is on record; the other node has not looked by then."""
+        """Until it is on record; no time passes, so that the other node has not looked by then."""
         while not self.record.has(kind, lock):
             await trio.lowlevel.checkpoint()
 
