@@ -17,7 +17,7 @@ from tests.support.memory_backend import MemoryBackend, MemoryCluster, MemoryFol
 
 NAME = "1/x.lock"
 SETTLED_SECONDS = 10.3  # of a clock that jumps, and never when a node looks, which is twice a second
-ME, NEIGHBOUR, FAR = Owner("here", 1), Owner("here", 2), Owner("there", 3)
+ME, NEIGHBOUR, FAR, READER = Owner("here", 1), Owner("here", 2), Owner("there", 3), Owner("there", 4)
 EXCLUSIVE, SHARED = Mode.EXCLUSIVE, Mode.SHARED
 
 
@@ -73,6 +73,16 @@ class Nodes:
         """Until it is on record; no time passes, so that the other node has not looked by then."""
         while not self.record.has(kind, lock):
             await trio.lowlevel.checkpoint()
+
+    async def granted_behind_another(self, lock: Lock, handle: int = 1) -> Waiting:
+        """A request that has waited for a range of the other node's, and has its lock on record by now."""
+        await self.lock(Kind.RECORD, Lock(FAR, EXCLUSIVE, 50, 59), 5)
+        waiting = self.ask(Kind.RECORD, lock, handle)
+        assert waiting is not None
+        await trio.sleep(SETTLED_SECONDS)
+        self.there.release(NAME, Kind.RECORD, FAR)
+        await self.is_granted(Kind.RECORD, lock)
+        return waiting
 
 
 Scenario = Callable[[Nodes], Awaitable[None]]
@@ -133,14 +143,7 @@ def test_a_wider_lock_is_given_up_as_it_is_granted(had: Mode) -> None:
 
     async def scenario(nodes: Nodes) -> None:
         await nodes.lock(Kind.RECORD, Lock(ME, had, 0, 9))
-        await nodes.lock(Kind.RECORD, Lock(FAR, EXCLUSIVE, 50, 59), 5)
-        wider = Lock(ME, EXCLUSIVE, 0, 59)
-        waiting = nodes.ask(Kind.RECORD, wider)
-        assert waiting is not None
-        await trio.sleep(SETTLED_SECONDS)
-        nodes.there.release(NAME, Kind.RECORD, FAR)
-        await nodes.is_granted(Kind.RECORD, wider)
-        nodes.here.give_up(waiting)
+        nodes.here.give_up(await nodes.granted_behind_another(Lock(ME, EXCLUSIVE, 0, 59)))
         await trio.sleep(SETTLED_SECONDS)
         assert nodes.on_record(Kind.RECORD, ME) == [(0, 9, had)]
         for event in nodes.here.unlock_records(ME, 1, 0, 9):
@@ -230,15 +233,8 @@ def test_a_weaker_and_wider_lock_is_given_up_as_it_is_granted(taken: bool) -> No
 
     async def scenario(nodes: Nodes) -> None:
         await nodes.lock(Kind.RECORD, Lock(ME, EXCLUSIVE, 0, 9))
-        await nodes.lock(Kind.RECORD, Lock(FAR, EXCLUSIVE, 50, 59), 5)
-        wider = Lock(ME, SHARED, 0, 59)
-        waiting = nodes.ask(Kind.RECORD, wider)
-        reader = nodes.ask(Kind.RECORD, Lock(FAR, SHARED, 0, 9), 6) if taken else None
-        assert waiting is not None
-        await trio.sleep(SETTLED_SECONDS)
-        nodes.there.release(NAME, Kind.RECORD, FAR)
-        await nodes.is_granted(Kind.RECORD, wider)
-        nodes.here.give_up(waiting)
+        reader = nodes.ask(Kind.RECORD, Lock(READER, SHARED, 0, 9), 6) if taken else None
+        nodes.here.give_up(await nodes.granted_behind_another(Lock(ME, SHARED, 0, 59)))
         await trio.sleep(SETTLED_SECONDS)
         assert nodes.on_record(Kind.RECORD, ME) == [(0, 9, SHARED if taken else EXCLUSIVE)]
         assert reader is None or reader.held
@@ -332,13 +328,7 @@ def test_what_is_handed_over_before_a_wider_lock_is_taken_back_stays_held() -> N
 
     async def scenario(nodes: Nodes) -> None:
         await nodes.lock(Kind.RECORD, Lock(ME, EXCLUSIVE, 0, 9))
-        await nodes.lock(Kind.RECORD, Lock(FAR, EXCLUSIVE, 50, 59), 5)
-        waiting = nodes.ask(Kind.RECORD, Lock(ME, EXCLUSIVE, 0, 59), 2)
-        assert waiting is not None
-        await trio.sleep(SETTLED_SECONDS)
-        nodes.there.release(NAME, Kind.RECORD, FAR)
-        await nodes.is_granted(Kind.RECORD, Lock(ME, EXCLUSIVE, 0, 59))
-        nodes.here.give_up(waiting)
+        nodes.here.give_up(await nodes.granted_behind_another(Lock(ME, EXCLUSIVE, 0, 59), 2))
         estate = nodes.here.hand_over(ME, 1, 1)
         assert estate is not None
         await trio.sleep(SETTLED_SECONDS)
