@@ -213,8 +213,7 @@ class Locks:
 
     def own(self, key: str, kind: Kind, owner: Owner, first: int, last: int) -> Lock | None:
         """The first that an owner of this node has in a range itself."""
-        held = self._held.get((key, kind), {}).get(owner)
-        return next((lock for lock in held.held if lock.overlaps(first, last)), None) if held is not None else None
+        return next((lock for lock in self.told(key, kind, owner) if lock.overlaps(first, last)), None)
 
     async def _latest(self, key: str) -> NameLocks:
         """The locks of a name as they are now, on all nodes."""

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import trio
 
 from safefs.cluster.backend import Follower, Stored, UnreadableError
-from safefs.cluster.record import Acquire, HandOver, LetPass, Release, Step, Trim
-from safefs.locktable import Kind, Lock, NameLocks, Owner, Wait
+from safefs.cluster.record import Acquire, HandOver, LetPass, Release, Step
+from safefs.locktable import Kind, NameLocks, Owner
 
 
 @dataclass(eq=False)
@@ -30,20 +29,6 @@ class Pending:
         self.done.set()
 
 
-@dataclass(frozen=True)
-class Queued:
-    """A request in the queue, or one that is not told yet."""
-
-    kind: Kind
-    wait: Wait
-    may_wait: bool = True
-
-    def trim(self, told: Iterable[Lock]) -> Trim:
-        """What is to be done where more may be on record by it than its owner knows; `told`: all that it knows."""
-        lock = self.wait.lock
-        return Trim(self.kind, lock.owner, lock.first, lock.last, tuple(told))
-
-
 def ends_locks(step: Step, kind: Kind, owner: Owner) -> bool:
     """Whether by this step an owner has less: as far as it knows, since it asked for that."""
     return isinstance(step, Release | HandOver) and (step.kind, step.owner) == (kind, owner)
@@ -54,9 +39,10 @@ def is_refused(step: Step, done: bool) -> bool:
     return isinstance(step, Acquire) and not step.may_wait and not done
 
 
-def queued_in(locks: NameLocks) -> dict[int, Queued]:
+def queued_in(locks: NameLocks) -> dict[int, Acquire]:
     """All requests in the queues, by ticket."""
-    return {wait.ticket: Queued(kind, wait) for kind, table in locks.tables.items() for wait in table.waiting}
+    tables = locks.tables.items()
+    return {wait.ticket: Acquire(kind, wait, may_wait=True) for kind, table in tables for wait in table.waiting}
 
 
 @dataclass(eq=False)
@@ -76,8 +62,8 @@ class Name:
     telling: bool = False  # other nodes, that what they held is broken, until they have seen it,
     tells_again: float = -math.inf  # and when next
     pending: list[Pending] = field(default_factory=list)
-    waits: dict[int, Queued] = field(default_factory=dict)  # requests of ours in the queue on record, by ticket
-    unwanted: list[Queued] = field(default_factory=list)  # by which more may be on record than their owners know of
+    waits: dict[int, Acquire] = field(default_factory=dict)  # requests of ours in the queue, or not told yet, by ticket
+    unwanted: list[Acquire] = field(default_factory=list)  # by which more may be on record than their owners know of
     poke: trio.Event = field(default_factory=trio.Event)
     busy: bool = False
     used: float = 0.0

@@ -21,7 +21,7 @@ from safefs.cluster.backend import (
     Stored,
     UnreadableError,
 )
-from safefs.cluster.name import Name, Pending, Queued, ends_locks, is_refused, queued_in
+from safefs.cluster.name import Name, Pending, ends_locks, is_refused, queued_in
 from safefs.cluster.problems import NOTICES, Problems
 from safefs.cluster.record import Acquire, Break, GiveUp, HandOver, LetPass, NameRecord, Release, Step, Trim, carry_out
 from safefs.cluster.survey import QUESTION, Answers, Survey, survey
@@ -496,14 +496,12 @@ class Names:
             pending = name.pending.pop(0)
             step = pending.step
             queued = queued_in(locks)
-            if isinstance(step, Acquire):
-                queued[step.wait.ticket] = Queued(step.kind, step.wait, step.may_wait)
             done, others = carry_out(locks, step)
             if isinstance(step, Break):
                 self.broken(name.key, self._as_asked(name, locks))
             for wait in others:
-                self._granted(name, wait.ticket, queued[wait.ticket])
-            self._note(name, step, done, queued, locks)
+                self._granted(name, queued[wait.ticket])
+            self._note(name, step, done, locks)
             pending.settle(locks)
 
     async def _give_back(self, name: Name, stored: Stored, locks: NameLocks) -> None:
@@ -529,12 +527,7 @@ class Names:
         name.pending = self._unlocks_first(name)
         batch = trims + self._batch(name.pending)
         locks = record.locks.copy()
-        outcomes, asked = [], {}
-        for pending in batch:
-            if isinstance(pending.step, Acquire):
-                step = pending.step
-                asked[step.wait.ticket] = Queued(step.kind, step.wait, step.may_wait)
-            outcomes.append(carry_out(locks, pending.step)[0])
+        outcomes = [carry_out(locks, pending.step)[0] for pending in batch]
         if any(is_refused(pending.step, done) for pending, done in zip(batch, outcomes, strict=True)):
             # Who only tries does not wait, and who tries again and again must get what a dead node held all the same.
             name.gone = await self._gone(record.nodes())
@@ -554,9 +547,8 @@ class Names:
         del name.pending[: len(batch) - len(trims)]
         for pending, done in zip(batch, outcomes, strict=True):
             if isinstance(pending.step, Acquire) and pending.step.may_wait and not done:
-                ticket = pending.step.wait.ticket
-                name.waits[ticket] = asked[ticket]
-            self._note(name, pending.step, done, asked, locks)
+                name.waits[pending.step.wait.ticket] = pending.step
+            self._note(name, pending.step, done, locks)
             pending.settle(locks)
         self._withdraw(name, batch[-1].step)
         self._settle_waits(name, after)
@@ -580,34 +572,37 @@ class Names:
         if isinstance(step, GiveUp) and (asked := name.waits.pop(step.wait.ticket, None)) is not None:
             name.unwanted.append(asked)
 
-    def _note(self, name: Name, step: Step, done: bool, asked: dict[int, Queued], locks: NameLocks) -> None:
+    def _note(self, name: Name, step: Step, done: bool, locks: NameLocks) -> None:
         """What a step that has been carried out means for those who asked for it."""
         if isinstance(step, Trim):
             self.cut(name.key, step.kind, step.owner, locks)  # to a shared one, where others have that as well by now
         if not isinstance(step, Acquire):
             return
         if done:
-            self._granted(name, step.wait.ticket, asked[step.wait.ticket])
+            self._granted(name, step)
             return
         if step.kind is Kind.FLOCK:
             self.cut(name.key, step.kind, step.wait.lock.owner, locks)  # one that was to be converted is gone
         if is_refused(step, done):
             self.resolve(step.wait.ticket, False)
 
-    def _granted(self, name: Name, ticket: int, asked: Queued) -> None:
+    def _granted(self, name: Name, asked: Acquire) -> None:
         """A request has its lock.  What nobody wants of it any more is unlocked, once all have been told what they got.
 
         That is before everything else that is pending: the owner may have asked for another lock since.  Who has asked
         for an unlock meanwhile is told after that is done (`_settle_waits`), which may take from it.
         """
         if any(ends_locks(each.step, asked.kind, asked.wait.lock.owner) for each in name.pending):
-            name.waits[ticket] = asked
-        elif not self.resolve(ticket, True):
+            name.waits[asked.wait.ticket] = asked
+        elif not self.resolve(asked.wait.ticket, True):
             name.unwanted.append(asked)
 
     def _trims(self, name: Name) -> list[Pending]:
         """The steps by which no owner has more than it has been told of, because it gave up waiting."""
-        return [Pending(each.trim(self._known_to(name, each.kind, each.wait.lock.owner))) for each in name.unwanted]
+        return [Pending(self._trim(name, each.kind, each.wait.lock)) for each in name.unwanted]
+
+    def _trim(self, name: Name, kind: Kind, lock: Lock) -> Trim:
+        return Trim(kind, lock.owner, lock.first, lock.last, tuple(self._known_to(name, kind, lock.owner)))
 
     def _known_to(self, name: Name, kind: Kind, owner: Owner) -> Iterator[Lock]:
         """What an owner has been told of, with what it has handed over while that is not on record."""
@@ -637,10 +632,9 @@ class Names:
             if not record.waits(self._backend.node, asked.kind, ticket):
                 del name.waits[ticket]
                 if record.has(asked.kind, asked.wait.lock):
-                    self._granted(name, ticket, asked)
+                    self._granted(name, asked)
                 else:
-                    again = Acquire(asked.kind, asked.wait, asked.may_wait)
-                    name.pending.insert(0, Pending(again))  # before it is given up, if it is
+                    name.pending.insert(0, Pending(asked))  # before it is given up, if it is
                     name.unwanted.append(asked)  # a part of it may be left
 
     async def _put(self, name: Name, stored: Stored, new: NameRecord) -> bool:
