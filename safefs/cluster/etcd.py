@@ -39,7 +39,7 @@ from safefs.cluster.backend import (
     UnreadableError,
 )
 from safefs.cluster.etcd_client import Access, Answer, EtcdClient, RefusedError, Watch, decode, encode, prefix_end
-from safefs.cluster.record import ForeignRecordError, NameRecord
+from safefs.cluster.record import NO_JSON, ForeignRecordError, NameRecord
 from safefs.lease import OwnLease, Terms, boottime
 
 log = logging.getLogger(__name__)
@@ -504,7 +504,7 @@ def _node(value: bytes | None) -> tuple[ProcessIdentity, str]:
     try:
         known = json.loads(value or b"")
         return dict(known["process"]), str(known["lease"])
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except NO_JSON:
         return {}, ""
 
 

@@ -34,14 +34,12 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext, suppress
 
 from safefs.cluster.backend import NAMELESS, DamagedError, HasDied, ProcessIdentity, Stored, UnreadableError
-from safefs.cluster.record import ForeignRecordError, NameRecord
+from safefs.cluster.record import NO_JSON, ForeignRecordError, NameRecord
 
 MOST_PROCESSES = 10_000  # that are remembered
 MOST_DAMAGED = 100  # records whose names are
 LIST_ATTEMPTS = 5  # a listing can miss a file that is renamed meanwhile
 LOST = (errno.EIO, errno.EUCLEAN, errno.EBADMSG)  # what a filesystem says of bytes that it has no more
-# What is raised where JSON is not what it should be; lists in lists can be too deep for json.
-NO_JSON = (ValueError, KeyError, TypeError, RecursionError)
 
 NODE, HOME = re.compile(r"[0-9a-f]{16}"), re.compile(r"[0-9a-f]{32}")  # names of nodes, and of directories of names
 STATE = re.compile(r"(\d+)~([0-9a-f]+|none[0-9a-f]*)")
