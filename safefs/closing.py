@@ -206,15 +206,12 @@ class Closing:
         with scope:
             async with trio.open_nursery() as nursery:
                 for draft in self.fs.drafts:
-                    if draft.flushed and not draft.gate.is_closed:
+                    if in_time and draft.flushed and not draft.gate.is_closed:
                         closed.append(draft)
                     elif in_time or not draft.gate.is_closed:
                         nursery.start_soon(self._settle_at_end, draft, all_closed, in_time)
                 for draft in closed:
-                    if in_time:
-                        await self._settle_at_end(draft, all_closed, in_time)
-                    else:
-                        nursery.start_soon(self._settle_at_end, draft, all_closed, in_time)
+                    await self._settle_at_end(draft, all_closed, in_time)
             done.set()
 
     async def _settle_at_end(self, draft: Draft, all_closed: bool, in_time: bool) -> None:

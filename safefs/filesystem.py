@@ -780,15 +780,8 @@ class FileSystem:
 
     async def drop_temp(self, draft: Draft) -> None:
         """The hidden name of a draft that has nothing to be kept, if it has one."""
-        if draft.temp_name is None:
-            return
-        try:
-            with suppress(FileNotFoundError):
-                await self.backing.run_for(draft, backing.unlink, draft.directory.fd, draft.temp_name)
+        if draft.temp_name is not None and await self.publisher.drop_hidden(draft, draft.temp_name):
             draft.temp_name = None
-        except OSError as error:
-            log.warning("the hidden file of %r stays: %s", draft.name, error)
-            self.publisher.has_left = True
 
     # ----------------------------------------------------------- tickets
 

@@ -184,8 +184,8 @@ class Publisher:
         if inode.temp_name is not None:
             await self.drop_hidden(draft, inode.temp_name)
 
-    async def drop_hidden(self, draft: Draft, name: bytes) -> None:
-        """Remove a hidden name of a draft's that nobody needs; where it stays, the next daemon has to find it."""
+    async def drop_hidden(self, draft: Draft, name: bytes) -> bool:
+        """Remove a hidden name that nobody needs; where it stays (False), the next daemon has to find it."""
         try:
             await self._backing.run_for(draft, backing.unlink, draft.directory.fd, name)
         except FileNotFoundError:
@@ -193,6 +193,8 @@ class Publisher:
         except OSError as error:
             log.warning("a hidden file stays beside %r: %s", draft.name, error)
             self.has_left = True
+            return False
+        return True
 
     def _published(self, draft: Draft, target: Node, name: bytes, placed: Placed, keep_private: bool) -> None:
         inode, write_id = placed.inode, draft.write_id
