@@ -263,13 +263,10 @@ class Locks:
         for kind in (Kind.FLOCK, Kind.RECORD):
             waiting = {each.wait.lock.owner for each in self._waiting.values() if each.use[:2] == (key, kind)}
             for owner, held in list(self._held.get((key, kind), {}).items()):
-                left = [lock for lock in held.held if locks[kind].has(lock)]
-                if left == held.held and owner not in waiting:
-                    continue
-                fenced.update(self._uses.handles((key, kind, owner)))
-                held.held = left
-                if not left:
-                    self._drop((key, kind, owner))
+                told = list(held.held)
+                self.cut(key, kind, owner, locks)
+                if owner in waiting or self.told(key, kind, owner) != told:
+                    fenced.update(self._uses.handles((key, kind, owner)))
         if fenced:
             self.fence(fenced)
 

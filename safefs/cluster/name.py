@@ -21,6 +21,7 @@ class Pending:
     clears: bool = False  # a record that is damaged
     cleared: bool = False  # there was one, and another is in its place
     refused: UnreadableError | None = None  # it is not damaged, and nobody's to clear
+    tried: bool = False  # a swap that had it may have been carried out, without an answer
     done: trio.Event = field(default_factory=trio.Event)
 
     def settle(self, locks: NameLocks) -> None:
@@ -55,6 +56,7 @@ class Name:
     leaving: NameLocks | None = None  # what is to be on record once the name is shared
     stored: Stored | None = None  # as last read, written or told; None: has to be read
     replaced: Stored | None = None  # a record that a swap has found replaced
+    under_way: Stored | None = None  # a record that a swap may still replace of which there is no answer
     substitute: Stored | None = None  # what an operator puts into the place of a record that is damaged
     follower: Follower | None = None
     asked: bool = False  # somebody else wants the name of this node

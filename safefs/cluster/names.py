@@ -503,6 +503,7 @@ class Names:
                 self._granted(name, queued[wait.ticket])
             self._note(name, step, done, locks)
             pending.settle(locks)
+            name.unwanted += self._left(name, pending, done, locks)
 
     async def _give_back(self, name: Name, stored: Stored, locks: NameLocks) -> None:
         node, record = self._backend.node, stored.record
@@ -538,6 +539,8 @@ class Names:
         breaks = [pending.step.owners for pending in batch if isinstance(pending.step, Break)]
         if breaks:
             after = after.broke({owner.node for owner in record.locks.holders() & frozenset().union(*breaks)} - {node})
+        for pending in batch:
+            pending.tried = True
         if not await self._put(name, stored, after):
             return
         if breaks:
@@ -550,10 +553,20 @@ class Names:
                 name.waits[pending.step.wait.ticket] = pending.step
             self._note(name, pending.step, done, locks)
             pending.settle(locks)
+            name.unwanted += self._left(name, pending, done, locks)
         self._withdraw(name, batch[-1].step)
         self._settle_waits(name, after)
         # Also where all got what they wanted: else the name would stay shared.
         name.gone = await self._gone(after.nodes())
+
+    def _left(self, name: Name, pending: Pending, done: bool, locks: NameLocks) -> list[Acquire]:
+        """A request that is not had, if part of it is on record: it was granted without an answer, and trimmed then."""
+        step = pending.step
+        if done or not pending.tried or not isinstance(step, Acquire):
+            return []
+        trimmed = locks.copy()
+        carry_out(trimmed, self._trim(name, step.kind, step.wait.lock))
+        return [step] if trimmed != locks else []
 
     @staticmethod
     def _unlocks_first(name: Name) -> list[Pending]:
@@ -562,9 +575,16 @@ class Names:
 
     @staticmethod
     def _batch(pending: list[Pending]) -> list[Pending]:
-        """What is put on record together: up to a request that is given up, which may leave something to unlock."""
-        end = next((at for at, each in enumerate(pending, 1) if isinstance(each.step, GiveUp)), len(pending))
-        return pending[:end]
+        """What is put on record together: up to a request that is given up, which may leave something to unlock.
+
+        An operator's break goes alone: what is granted before it is not had any more.
+        """
+        for at, each in enumerate(pending):
+            if isinstance(each.step, Break):
+                return pending[: max(at, 1)]
+            if isinstance(each.step, GiveUp):
+                return pending[: at + 1]
+        return pending
 
     @staticmethod
     def _withdraw(name: Name, step: Step) -> None:
@@ -641,8 +661,10 @@ class Names:
         """A swap; but a record that would only be written anew is left alone, if it is still there.
 
         Writing it would fail the swaps of others and wake all who wait, as often as somebody tries what he cannot have.
+        It is written all the same where a swap of ours may still arrive, which asks for what is given up by now.
         """
-        if new.to_json() != stored.record.to_json():
+        is_at_stake = name.under_way is not None and name.under_way.version == stored.version
+        if is_at_stake or new.to_json() != stored.record.to_json():
             return await self._swap(name, stored, new)
         name.stored = None
         if await self._backend.is_current(name.key, stored):
@@ -652,9 +674,10 @@ class Names:
 
     async def _swap(self, name: Name, stored: Stored, new: NameRecord) -> bool:
         self._require_lease(name)
-        name.stored = None  # what becomes of it is not known until the answer is there
+        name.stored, name.under_way = None, stored  # what becomes of it is not known until the answer is there
         name.stored = await self._backend.swap(name.key, stored, new)
-        name.replaced = stored if name.stored is None else None
+        name.under_way = stored if name.stored is None else None
+        name.replaced = name.under_way
         if name.stored is not None and stored is name.substitute:
             for pending in name.pending:
                 pending.cleared = pending.clears

@@ -35,58 +35,10 @@ from safefs.cluster.survey import MOST_ANSWERS, QUESTION
 from safefs.cluster.sweep import SWEEP_SECONDS
 from safefs.locks import Locks
 from safefs.locktable import OFFSET_MAX, Kind, Lock, Mode, NameLocks, Owner, Wait
+from tests.support.faulty_backend import FaultyBackend
 from tests.support.memory_backend import MemoryBackend, MemoryCluster, MemoryFollower
 
 HOURS = 3600.0
-
-
-class Faulty(MemoryBackend):
-    """Answers come late, and some not at all: of a swap that was carried out, or of one that was not."""
-
-    def __init__(self, cluster: MemoryCluster, node: str, chance: random.Random, share: float) -> None:
-        super().__init__(cluster, node)
-        self._chance = chance
-        self._share = share
-        self.calls = 0
-
-    async def _may_fail(self) -> None:
-        self.calls += 1
-        await trio.sleep(self._chance.random() / 100)
-        if self._chance.random() < self._share:
-            raise BackendError("no answer")
-
-    async def read(self, name: str) -> Stored:
-        await self._may_fail()
-        return await super().read(name)
-
-    async def swap(self, name: str, old: Stored, new: NameRecord) -> Stored | None:
-        await self._may_fail()
-        stored = await super().swap(name, old, new)
-        await self._may_fail()
-        return stored
-
-    async def is_current(self, name: str, stored: Stored) -> bool:
-        await self._may_fail()
-        return await super().is_current(name, stored)
-
-    def follow(self, name: str) -> MemoryFollower:
-        return FaultyFollower(self._cluster, name, self._may_fail)
-
-    async def notify(self, node: str, name: str) -> None:
-        if self._chance.random() > self._share:  # notices are lost without a word
-            await super().notify(node, name)
-
-
-@dataclass
-class FaultyFollower(MemoryFollower):
-    """What is told comes late, and sometimes it is said that nothing can be told."""
-
-    may_fail: Callable[[], Awaitable[None]]
-
-    async def next_change(self, seen: Stored, seconds: float, turns: int = 0) -> Stored | None:
-        stored = await super().next_change(seen, seconds)
-        await self.may_fail()
-        return stored
 
 
 @dataclass
@@ -184,7 +136,7 @@ def play(scenario: Scenario, backends: Callable[[MemoryCluster, str], MemoryBack
 
 def faulty(seed: int, share: float) -> Callable[[MemoryCluster, str], MemoryBackend]:
     chance = random.Random(seed)
-    return lambda cluster, node: Faulty(cluster, node, chance, share)
+    return lambda cluster, node: FaultyBackend(cluster, node, chance, share)
 
 
 class Overlap:
@@ -714,7 +666,7 @@ def test_a_node_hears_that_what_it_held_is_broken(share: float, breaker: int) ->
                     break
                 await trio.sleep(1)
 
-    play(scenario, lambda cluster, node: Faulty(cluster, node, chance, share))
+    play(scenario, lambda cluster, node: FaultyBackend(cluster, node, chance, share))
 
 
 async def share(one: Node, two: Node) -> None:

@@ -8,17 +8,26 @@ import pytest
 import trio
 import trio.testing
 
-from safefs.cluster.backend import Stored
+from safefs.cluster.backend import BackendError, Stored
 from safefs.cluster.names import Names
 from safefs.cluster.record import Break, NameRecord
 from safefs.locks import Locks, Waiting
-from safefs.locktable import OFFSET_MAX, Kind, Lock, Mode, Owner
+from safefs.locktable import OFFSET_MAX, Kind, Lock, Mode, NameLocks, Owner
 from tests.support.memory_backend import MemoryBackend, MemoryCluster, MemoryFollower
 
 NAME = "1/x.lock"
 SETTLED_SECONDS = 10.3  # of a clock that jumps, and never when a node looks, which is twice a second
 ME, NEIGHBOUR, FAR, READER = Owner("here", 1), Owner("here", 2), Owner("there", 3), Owner("there", 4)
 EXCLUSIVE, SHARED = Mode.EXCLUSIVE, Mode.SHARED
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """No time passes meanwhile."""
+    for _ in range(1000):
+        if condition():
+            return
+        await trio.lowlevel.checkpoint()
+    pytest.fail("it does not come to that")
 
 
 class LateFollower(MemoryFollower):
@@ -71,8 +80,7 @@ class Nodes:
 
     async def is_granted(self, kind: Kind, lock: Lock) -> None:
         """Until it is on record; no time passes, so that the other node has not looked by then."""
-        while not self.record.has(kind, lock):
-            await trio.lowlevel.checkpoint()
+        await until(lambda: self.record.has(kind, lock))
 
     async def granted_behind_another(self, lock: Lock, handle: int = 1) -> Waiting:
         """A request that has waited for a range of the other node's, and has its lock on record by now."""
@@ -310,8 +318,7 @@ def test_what_is_handed_over_while_an_operator_breaks_another_lock_is_not_broken
         await trio.sleep(SETTLED_SECONDS)
         done = nodes.there._names.submit(NAME, Break(frozenset({NEIGHBOUR})))
         await trio.lowlevel.checkpoint()
-        while not nodes.record.broken:
-            await trio.lowlevel.checkpoint()
+        await until(lambda: bool(nodes.record.broken))
         estate = nodes.here.hand_over(ME, 1, 1)  # this node has not heard of it
         assert estate is not None
         await estate.recorded[0].wait()
@@ -337,5 +344,95 @@ def test_what_is_handed_over_before_a_wider_lock_is_taken_back_stays_held() -> N
         nodes.here.let_go(estate, 1)
         await trio.sleep(SETTLED_SECONDS)
         assert not nodes.on_record(Kind.RECORD, estate.heir)
+
+    play(scenario)
+
+
+def test_what_was_granted_right_before_an_operator_breaks_it_is_not_had() -> None:
+    async def scenario(nodes: Nodes) -> None:
+        await nodes.lock(Kind.RECORD, Lock(ME, EXCLUSIVE, 0, 9))
+        again = nodes.ask(Kind.RECORD, Lock(ME, EXCLUSIVE, 0, 9), 2)
+        assert again is not None
+        await nodes.here._names.submit(NAME, Break(frozenset({ME}))).wait()
+        await trio.sleep(SETTLED_SECONDS)
+        assert again.held and nodes.fenced == {1, 2}
+        assert not nodes.on_record(Kind.RECORD, ME) and not nodes.here.told(NAME, Kind.RECORD, ME)
+
+    play(scenario)
+
+
+def test_who_has_it_in_parts_since_another_was_broken_is_not_fenced() -> None:
+    """It asks for an exclusive lock within, and gives up; there is no answer, but both are on record."""
+
+    async def scenario(nodes: Nodes) -> None:
+        await nodes.lock(Kind.RECORD, Lock(ME, SHARED, 0, 9))
+        had = NameLocks()
+        had[Kind.RECORD].held = [Lock(ME, SHARED, 0, 2), Lock(ME, EXCLUSIVE, 3, 6), Lock(ME, SHARED, 7, 9)]
+        nodes.here.broken(NAME, had)
+        assert 1 not in nodes.fenced and nodes.here.told(NAME, Kind.RECORD, ME) == [Lock(ME, SHARED, 0, 9)]
+        had[Kind.RECORD].held.pop()
+        nodes.here.broken(NAME, had)
+        assert 1 in nodes.fenced and nodes.here.told(NAME, Kind.RECORD, ME) == [Lock(ME, SHARED, 0, 6)]
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("may_wait", [False, True])
+def test_what_was_granted_without_an_answer_is_not_left_in_part(may_wait: bool) -> None:
+    """A narrower request was given up, and what it got is taken back; by then another waits for a part of that."""
+
+    async def scenario(nodes: Nodes) -> None:
+        mine, theirs = Lock(ME, SHARED, 0, 7), Lock(FAR, EXCLUSIVE, 3, 3)
+        backend = nodes.here._names._backend
+        swap = backend.swap
+
+        async def lost(name: str, old: Stored, new: NameRecord) -> Stored | None:
+            stored = await swap(name, old, new)
+            if nodes.record.has(Kind.RECORD, mine):
+                patch.undo()
+                nodes.ask(Kind.RECORD, theirs, 5)
+                await trio.sleep(SETTLED_SECONDS)
+                raise BackendError("no answer")
+            return stored
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(backend, "swap", lost)
+            narrower = nodes.ask(Kind.RECORD, Lock(ME, SHARED, 3, 7))
+            assert narrower is not None
+            nodes.here.give_up(narrower)
+            waiting = nodes.here.acquire(NAME, Kind.RECORD, mine, 1, may_wait=may_wait, file=1)
+            assert waiting is not None
+            await trio.sleep(2 * SETTLED_SECONDS)
+        assert nodes.record.has(Kind.RECORD, theirs)
+        assert waiting.settled.is_set() != may_wait and not waiting.held
+        assert not nodes.on_record(Kind.RECORD, ME)
+        nodes.there.release(NAME, Kind.RECORD, FAR)
+        await trio.sleep(SETTLED_SECONDS)
+        assert waiting.held == may_wait and len(nodes.on_record(Kind.RECORD, ME)) == may_wait
+
+    play(scenario)
+
+
+def test_a_swap_that_arrives_late_asks_for_nothing_that_is_given_up() -> None:
+    async def scenario(nodes: Nodes) -> None:
+        await nodes.lock(Kind.RECORD, Lock(FAR, EXCLUSIVE, 0, 9), 5)
+        await trio.sleep(SETTLED_SECONDS)
+        backend = nodes.here._names._backend
+        late = list[tuple[str, Stored, NameRecord]]()
+
+        async def slow(name: str, old: Stored, new: NameRecord) -> Stored | None:
+            late.append((name, old, new))
+            patch.undo()
+            raise BackendError("no answer in time")
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(backend, "swap", slow)
+            waiting = nodes.ask(Kind.RECORD, Lock(ME, EXCLUSIVE, 0, 9))
+            assert waiting is not None
+            await until(lambda: bool(late))
+            nodes.here.give_up(waiting)
+            await trio.sleep(SETTLED_SECONDS)
+        assert await backend.swap(*late[0]) is None
+        assert not nodes.record.locks[Kind.RECORD].waiting
 
     play(scenario)
