@@ -123,8 +123,10 @@ class Cluster:
         return is_known or any(node == at for node, _, _ in state.answers)
 
     def is_settled(self, state: State) -> bool:
-        """Whether every client of a node that lives has got what it asked for, and has unlocked it."""
-        return all(SETTLED.issuperset(view.phases) for at, view in self.views(state) if at not in state.dead)
+        """Whether every client of a node that lives has got what it asked for, and nothing of its is on record."""
+        living = [view for at, view in self.views(state) if at not in state.dead]
+        has_locks = on_record(state.record[1]).locks.nodes()
+        return all(SETTLED.issuperset(view.phases) and view.name not in has_locks for view in living)
 
     @staticmethod
     def may_act(view: View) -> bool:

@@ -79,6 +79,7 @@ DEEP = [
     (["XS", "S"], Faults()),
     (["X", "X"], LEASES),
     (["X", "S"], CALLS),
+    (["X", "TG"], PROMPT_CALLS),
     (["X", "S"], PROMPT_LEASES),
     (["R", "X"], Faults()),
     (["R", "X"], replace(PROMPT, tidies=True)),
