@@ -25,6 +25,7 @@ from typing import Any, Protocol
 import trio
 import xxhash
 
+from safefs.cluster.backend import BackendError
 from safefs.cluster.names import TakeBack
 from safefs.cluster.record import Acquire, Break, GiveUp, HandOver, LetPass, Release, Step, carry_out
 from safefs.cluster.survey import Survey
@@ -240,8 +241,9 @@ class Locks:
     async def break_locks(self, key: str) -> int:
         """Take all locks on a name from their holders, whose open files are fenced; how many there were.
 
-        A record that is damaged counts as one.
+        A record that is damaged counts as one.  Raises BackendError where it is not known whether they are broken.
         """
+        node = self.node
         locks = self._names.local(key)
         if locks is None:
             locks = await self._names.clear(key)
@@ -251,6 +253,8 @@ class Locks:
         done = self._do(key, Break(frozenset(locks.holders())))
         if done is not None:
             await done.wait()
+            if self.node != node or not self.lease_holds():
+                raise BackendError("this node has lost its lease meanwhile: see what is locked, and try again")
         return held
 
     def broken(self, key: str, locks: NameLocks) -> None:

@@ -190,11 +190,14 @@ class LockTable:
 
         In the mode that it is told of, if nobody has one by now that conflicts.
         """
-        mine = [held for held in self.held if held.owner == owner and held.overlaps(first, last)]
-        self.held = list(_without(self.held, owner, first, last))
+        before = self.held
+        mine = [held for held in before if held.owner == owner and held.overlaps(first, last)]
+        self.held = list(_without(before, owner, first, last))
         for kept, mode in _common([_within(held, first, last) for held in mine], told):
             known = replace(kept, mode=mode)
             self._put(known if self.conflict(known) is None else kept)
+        if _of(owner, self.held) == _of(owner, before):
+            self.held = before  # in the order in which owners began to hold something
         return self._grant()
 
     def cut(self, locks: Iterable[Lock]) -> None:
@@ -264,6 +267,10 @@ def _without(locks: Iterable[Lock], owner: Owner, first: int, last: int) -> Iter
             yield replace(lock, last=first - 1)
         if lock.last > last:
             yield replace(lock, first=last + 1)
+
+
+def _of(owner: Owner, locks: Iterable[Lock]) -> list[Lock]:
+    return [lock for lock in locks if lock.owner == owner]
 
 
 def _within(lock: Lock, first: int, last: int) -> Lock:

@@ -21,7 +21,7 @@ class Pending:
     clears: bool = False  # a record that is damaged
     cleared: bool = False  # there was one, and another is in its place
     refused: UnreadableError | None = None  # it is not damaged, and nobody's to clear
-    tried: bool = False  # a swap that had it may have been carried out, without an answer
+    tries: int = 0  # to put it on record; each but the last may have been carried out without an answer
     done: trio.Event = field(default_factory=trio.Event)
 
     def settle(self, locks: NameLocks) -> None:

@@ -396,7 +396,8 @@ class Names:
             self._backend.expect_notices()
             name.asked, name.waits = bool(record.wanted), {}
             return
-        name.taking = None
+        if name.under_way is None or name.under_way.version != stored.version:
+            name.taking = None  # else it may be taken still, whatever is tried now
         if node in record.broken:
             self.broken(name.key, self._as_asked(name, record.locks))
             record = record.heeded(node)
@@ -492,8 +493,13 @@ class Names:
 
     def _work_locally(self, name: Name, locks: NameLocks) -> None:
         while name.has_steps:
-            name.pending, name.unwanted = self._trims(name) + self._unlocks_first(name), []
-            pending = name.pending.pop(0)
+            if name.unwanted:  # one at a time: what comes of it may be told, and the next has to know of that
+                asked = name.unwanted.pop(0)
+                pending = Pending(self._trim(name, asked.kind, asked.wait.lock))
+            else:
+                name.pending = self._unlocks_first(name)
+                pending = name.pending.pop(0)
+            pending.tries += 1
             step = pending.step
             queued = queued_in(locks)
             done, others = carry_out(locks, step)
@@ -540,7 +546,7 @@ class Names:
         if breaks:
             after = after.broke({owner.node for owner in record.locks.holders() & frozenset().union(*breaks)} - {node})
         for pending in batch:
-            pending.tried = True
+            pending.tries += 1
         if not await self._put(name, stored, after):
             return
         if breaks:
@@ -562,7 +568,7 @@ class Names:
     def _left(self, name: Name, pending: Pending, done: bool, locks: NameLocks) -> list[Acquire]:
         """A request that is not had, if part of it is on record: it was granted without an answer, and trimmed then."""
         step = pending.step
-        if done or not pending.tried or not isinstance(step, Acquire):
+        if done or pending.tries == 1 or not isinstance(step, Acquire):
             return []
         trimmed = locks.copy()
         carry_out(trimmed, self._trim(name, step.kind, step.wait.lock))

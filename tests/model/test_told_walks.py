@@ -193,6 +193,7 @@ class Member:
     def __init__(self, walk: Walk, number: int) -> None:
         self.walk = walk
         self.backend = FaultyBackend(walk.cluster, f"n{number}", walk.chance, walk.share)
+        self.backend.tells_changes = walk.tells_changes
         self.names = walk.service(self.backend)
         self.locks = Locks(self.names)
         self.names.resolve, self.names.told = self.locks.answer, self.locks.told
@@ -271,6 +272,8 @@ class Walk:
         self.chance = random.Random(number)
         self.share = self.chance.choice([0, 0, 0.05, 0.2])
         self.faults = [fault for fault in ("break", "lease") if self.chance.random() < 0.3]
+        self.tells_changes = self.chance.random() < 0.7  # as etcd does, else nodes look for them, as with lease files
+        self.idle_seconds = self.chance.choice([2.0, module.IDLE_SECONDS])
         self.cluster = MemoryCluster()
         self.has_broken = self.is_over = False
         self.may_go_on = trio.Event()
@@ -354,6 +357,7 @@ def walk(number: int, service: type[Names] = Names) -> list[str]:
     taken = Walk(number, service)
     with pytest.MonkeyPatch.context() as patch, repeatable(number):
         patch.setattr(module, "boottime", trio.current_time)
+        patch.setattr(module, "IDLE_SECONDS", taken.idle_seconds)
         try:
             trio.run(taken.main, clock=trio.testing.MockClock(autojump_threshold=0))
         except BaseException as raised:

@@ -357,3 +357,13 @@ def test_a_record_with_values_of_wrong_types(kind: str) -> None:
             record["flock"][kind][0][at] = wrong
             with pytest.raises((ValueError, TypeError)):
                 NameLocks.from_record(record)
+
+
+def test_what_is_trimmed_to_what_it_is_keeps_its_place() -> None:
+    """F_GETLK answers with the first in the way, which is whose owner began first to hold something."""
+    held = [Lock(Owner("a", 1), Mode.SHARED, 0, 9), Lock(Owner("b", 1), Mode.SHARED, 0, 9)]
+    table = LockTable([*held])
+    table.trim(held[0].owner, 0, 9, [held[0]])
+    assert table.held == held
+    table.trim(held[0].owner, 0, 4, [])
+    assert table.conflict(Lock(Owner("c", 1), Mode.EXCLUSIVE, 0, 4)) == held[1]

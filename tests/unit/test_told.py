@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 
 import pytest
 import trio
@@ -10,9 +10,9 @@ import trio.testing
 
 from safefs.cluster.backend import BackendError, Stored
 from safefs.cluster.names import Names
-from safefs.cluster.record import Break, NameRecord
+from safefs.cluster.record import Acquire, Break, NameRecord, Step
 from safefs.locks import Locks, Waiting
-from safefs.locktable import OFFSET_MAX, Kind, Lock, Mode, NameLocks, Owner
+from safefs.locktable import OFFSET_MAX, Kind, Lock, Mode, NameLocks, Owner, Wait
 from tests.support.memory_backend import MemoryBackend, MemoryCluster, MemoryFollower
 
 NAME = "1/x.lock"
@@ -434,5 +434,108 @@ def test_a_swap_that_arrives_late_asks_for_nothing_that_is_given_up() -> None:
             await trio.sleep(SETTLED_SECONDS)
         assert await backend.swap(*late[0]) is None
         assert not nodes.record.locks[Kind.RECORD].waiting
+
+    play(scenario)
+
+
+def test_who_holds_and_tries_for_more_changes_nothing_on_record() -> None:
+    """As SQLite does, which holds a shared lock and tries for an exclusive one."""
+
+    async def scenario(nodes: Nodes) -> None:
+        for owner, handle in ((ME, 1), (FAR, 5)):
+            await nodes.lock(Kind.RECORD, Lock(owner, SHARED, 0, 9), handle)
+        await trio.sleep(SETTLED_SECONDS)
+        version = nodes.cluster.records[NAME].version
+        for locks, owner, handle in [(nodes.here, ME, 1), (nodes.there, FAR, 5)] * 3:
+            wanted = Lock(owner, EXCLUSIVE, 0, 9)
+            waiting = locks.acquire(NAME, Kind.RECORD, wanted, handle, may_wait=False, file=1)
+            assert waiting is not None
+            await waiting.settled.wait()
+            assert not waiting.held
+            await trio.sleep(SETTLED_SECONDS)
+        assert nodes.cluster.records[NAME].version == version
+
+    play(scenario)
+
+
+def test_a_name_that_is_taken_late_is_taken_with_all_that_was_on_record() -> None:
+    """It was asked for since another node is gone, and there was no answer; the next try did not know that it is."""
+
+    async def scenario(nodes: Nodes) -> None:
+        mine, more = Lock(ME, EXCLUSIVE, 0, 9), Lock(ME, EXCLUSIVE, 20, 29)
+        await nodes.lock(Kind.RECORD, mine)
+        await trio.sleep(SETTLED_SECONDS)
+        backend = nodes.here._names._backend
+        swap, gone = backend.swap, backend.gone
+        late = list[tuple[str, Stored, NameRecord]]()
+
+        async def slow(name: str, old: Stored, new: NameRecord) -> Stored | None:
+            if new.delegate and not late:
+                late.append((name, old, new))
+                raise BackendError("no answer in time")
+            if late:
+                patch.undo()
+                assert await swap(*late.pop()) is not None
+            return await swap(name, old, new)
+
+        async def has_ended(nodes_asked: Iterable[str]) -> set[str]:
+            found = await gone(nodes_asked)
+            if found:
+                nodes.ask(Kind.RECORD, more, 2)
+            return found
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(backend, "swap", slow)
+            patch.setattr(backend, "gone", has_ended)
+            nodes.cluster.ended.add("there")
+            nodes.ask(Kind.RECORD, Lock(NEIGHBOUR, EXCLUSIVE, 40, 49), 3)
+            await trio.sleep(SETTLED_SECONDS)
+        assert nodes.record.delegate == "here" and not late
+        with pytest.raises(BlockingIOError):
+            nodes.here.acquire(NAME, Kind.RECORD, Lock(NEIGHBOUR, EXCLUSIVE, 0, 9), 3, may_wait=False, file=1)
+        assert nodes.here.told(NAME, Kind.RECORD, ME) == [mine, more]
+
+    play(scenario)
+
+
+def test_an_operator_whose_node_loses_its_lease_is_not_told_that_something_is_broken() -> None:
+    async def scenario(nodes: Nodes) -> None:
+        await nodes.lock(Kind.RECORD, Lock(FAR, EXCLUSIVE, 0, 9), 5)
+        await trio.sleep(SETTLED_SECONDS)
+        names = nodes.here._names
+        submit = names.submit
+
+        def lost(key: str, step: Step) -> trio.Event:
+            done = submit(key, step)
+            nodes.cluster.ended.add("here")
+            names.lose()
+            return done
+
+        names.submit = lost  # type: ignore[method-assign]
+        with pytest.raises(BackendError, match="lost its lease"):
+            await nodes.here.break_locks(NAME)
+        await trio.sleep(SETTLED_SECONDS)
+        assert nodes.on_record(Kind.RECORD, FAR) == [(0, 9, EXCLUSIVE)]
+
+    play(scenario)
+
+
+def test_what_is_granted_as_another_is_trimmed_is_not_trimmed_itself() -> None:
+    """In memory: a lock that nobody wants is taken back, and who waited for it is told at once that he has it."""
+
+    async def scenario(nodes: Nodes) -> None:
+        names, wanted = nodes.here._names, Lock(NEIGHBOUR, EXCLUSIVE, 0, 4)
+        nodes.there.release(NAME, Kind.RECORD, Owner("there", 94))
+        await trio.sleep(SETTLED_SECONDS)
+        await nodes.lock(Kind.RECORD, Lock(ME, EXCLUSIVE, 0, 9))
+        waiting = nodes.ask(Kind.RECORD, wanted, 2)
+        name = names._names[NAME]
+        assert waiting is not None and name.mine is not None
+        nodes.here.cut(NAME, Kind.RECORD, ME, NameLocks())  # it has never been told
+        for owner in (ME, NEIGHBOUR):
+            name.unwanted.append(Acquire(Kind.RECORD, Wait(1000, Lock(owner, EXCLUSIVE, 0, 9)), may_wait=True))
+        names._work_locally(name, name.mine)
+        assert waiting.held and nodes.here.told(NAME, Kind.RECORD, NEIGHBOUR) == [wanted]
+        assert [lock for lock in name.mine[Kind.RECORD].held if lock.overlaps(0, 9)] == [wanted]
 
     play(scenario)
