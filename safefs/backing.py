@@ -737,15 +737,21 @@ def _place_without_replacing(
         unlink(directory, temp_name)
 
 
-def put_back(directory: int, hidden: bytes, name: bytes) -> None:
-    """Give a file that was renamed to a hidden name its own again, or remove it where that was taken meanwhile."""
+def give_back(directory: int, hidden: bytes, name: bytes) -> None:
+    """Give a file that was renamed to a hidden name its own again.  FileExistsError where that was taken meanwhile."""
     fd = os.open(hidden, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
     try:
         _place_without_replacing(fd, hidden, directory, directory, name)
-    except FileExistsError:
-        unlink(directory, hidden)
     finally:
         os.close(fd)
+
+
+def put_back(directory: int, hidden: bytes, name: bytes) -> None:
+    """The same; where the name was taken the file is removed, as it is where one that has its name is replaced."""
+    try:
+        give_back(directory, hidden, name)
+    except FileExistsError:
+        unlink(directory, hidden)
 
 
 def take_over(base: int, identity: Identity, directory: int, name: bytes, hidden: bytes) -> int | None:
@@ -758,6 +764,6 @@ def take_over(base: int, identity: Identity, directory: int, name: bytes, hidden
         return None  # another has taken it over since the look
     if identity_at(directory, hidden) != identity:
         # Somebody published between the look and the rename: his file goes back where it was.
-        rename(directory, hidden, directory, name, RENAME_NOREPLACE)
+        put_back(directory, hidden, name)
         return None
     return reopen(base, os.O_RDWR)

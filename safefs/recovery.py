@@ -32,7 +32,7 @@ from typing import Any
 import trio
 
 from safefs import backing
-from safefs.backing import RENAME_NOREPLACE, Backing
+from safefs.backing import Backing
 from safefs.cluster.backend import BackendError
 from safefs.events import EventKind, EventLog
 from safefs.identity import DAEMON, SERVICE, read_back
@@ -356,11 +356,16 @@ class Recovery:
 
     def _put_back(self, directory: int, hidden: bytes, name: bytes, writers: tuple[Caller, ...]) -> int:
         """A partial file that was taken over goes back under its name, unless there is a new one."""
-        as_owner = partial(self._backing.identities.as_owner, others=writers)
-        if as_owner(directory, backing.identity_at, directory, hidden) is None:
-            return 0
+        give_back = backing.give_back, directory, hidden, name
         try:
-            as_owner(directory, backing.rename, directory, hidden, directory, name, RENAME_NOREPLACE)
-        except OSError:
-            self._state.keep_leftover(directory, hidden, "its daemon ended, and its name has a new file", writers)
+            self._backing.identities.as_owner(directory, *give_back, others=writers)
+        except FileNotFoundError:
+            return 0  # it was published, or another daemon has settled it
+        except FileExistsError:
+            reason = "its name has a new file"
+        except OSError as error:
+            reason = f"it could not go back under its name: {error.strerror}"
+        else:
+            return 1
+        self._state.keep_leftover(directory, hidden, f"its daemon ended, and {reason}", writers)
         return 1

@@ -20,6 +20,7 @@ from safefs import backing
 from safefs.backing import HIDDEN_PREFIX, Backing, identity_of
 from safefs.identity import Identities
 from safefs.model import Identity
+from tests.support.underlays import rename_without_flags
 
 HIDDEN = HIDDEN_PREFIX + b"0~r~1"
 TEMPS = pytest.mark.parametrize("temp", ["auto", "hidden"])
@@ -375,10 +376,7 @@ def test_where_renameat2_cannot_keep_a_link_does(
     elif taken == "same":
         os.link(tmp_path / os.fsdecode(HIDDEN), tmp_path / "name")
 
-    def unsupported(*_: object) -> None:
-        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-
-    monkeypatch.setattr(backing, "rename", unsupported)
+    monkeypatch.setattr(backing, "rename", rename_without_flags)
     if taken == "other":
         with pytest.raises(FileExistsError):
             backing.place(fd, temp_name, directory, directory, b"name", replace=False, hidden=HIDDEN)
@@ -418,24 +416,35 @@ def test_take_over_leaves_what_is_not_its_base(
     assert os.listdir(tmp_path) == (["x.part"] if replaced else [])
 
 
+@pytest.mark.parametrize("rename", [backing.rename, rename_without_flags])
+@pytest.mark.parametrize("third", [None, b"a third's"])
 def test_take_over_puts_back_a_file_that_came_between_look_and_rename(
-    tmp_path: Path, directory: int, keep: Callable[[int], int], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    directory: int,
+    keep: Callable[[int], int],
+    monkeypatch: pytest.MonkeyPatch,
+    rename: Callable[..., None],
+    third: bytes | None,
 ) -> None:
+    """Unless yet another has come there while it was out of its place: he would have replaced it."""
     (tmp_path / "x.part").write_bytes(b"half")
     base = keep(os.open(tmp_path / "x.part", os.O_RDONLY))
     identity, real = identity_of(os.fstat(base)), backing.identity_at
 
     def look_and_be_overtaken(where: int, name: bytes) -> object:
         seen = real(where, name)
-        if name == b"x.part":
+        if seen == identity:
             (tmp_path / "x.new").write_bytes(b"another's")
             (tmp_path / "x.new").rename(tmp_path / "x.part")
+        elif name == HIDDEN and third is not None:
+            (tmp_path / "x.part").write_bytes(third)
         return seen
 
+    monkeypatch.setattr(backing, "rename", rename)
     monkeypatch.setattr(backing, "identity_at", look_and_be_overtaken)
     assert backing.take_over(base, identity, directory, b"x.part", HIDDEN) is None
     assert os.listdir(tmp_path) == ["x.part"]
-    assert (tmp_path / "x.part").read_bytes() == b"another's"
+    assert (tmp_path / "x.part").read_bytes() == (third or b"another's")
 
 
 def test_of_two_that_take_a_file_over_one_has_it(

@@ -32,6 +32,7 @@ from safefs.recovery import DEAD_AFTER_SECONDS, Recovery, _read_journal
 from safefs.rules import Verify
 from safefs.softlocks import Mark, all_noted
 from safefs.state import RECORD_VERSION, SOFT_LOCKS, DaemonRecord, StateDirectory, host_identity
+from tests.support.underlays import rename_without_flags
 
 OTHER = "0badcafe"
 LOST = "0123456789abcdef"  # its name in the cluster
@@ -528,6 +529,14 @@ PARTIAL = f".safefs~{OTHER}~p~7"
 NOTE = {"directory": "", "hidden": PARTIAL, "name": "x.part"}
 
 
+@pytest.fixture(params=["renameat2", "rename"])
+def renames(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With and without RENAME_NOREPLACE, which NFS and others do not have."""
+    if request.param == "rename":
+        monkeypatch.setattr(backing, "rename", rename_without_flags)
+
+
+@pytest.mark.usefixtures("renames")
 @pytest.mark.parametrize("journal", [(NOTE,), ({"directory": ""}, NOTE), (NOTE, {"directory": ""})])
 def test_a_partial_file_goes_back_under_its_name(node: Node, journal: tuple[dict[str, str], ...]) -> None:
     node.other(DEAD_HERE, *journal)
@@ -539,6 +548,7 @@ def test_a_partial_file_goes_back_under_its_name(node: Node, journal: tuple[dict
     assert node.settled
 
 
+@pytest.mark.usefixtures("renames")
 def test_a_partial_file_whose_name_is_taken_is_kept(node: Node) -> None:
     node.other(DEAD_HERE, NOTE)
     (node.root / PARTIAL).write_bytes(b"half")
@@ -547,6 +557,32 @@ def test_a_partial_file_whose_name_is_taken_is_kept(node: Node) -> None:
     assert (node.root / "x.part").read_bytes() == b"a new download"
     assert node.kept() == {"its daemon ended, and its name has a new file": b"half"}
     assert not (node.root / PARTIAL).exists()
+
+
+def test_a_partial_file_that_cannot_go_back_is_kept(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its record says what was wrong; nobody has taken its name."""
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    node.other(DEAD_HERE, NOTE)
+    (node.root / PARTIAL).write_bytes(b"half")
+    monkeypatch.setattr(backing, "rename", fail)
+    node.recovery.settle_dead()
+    assert not (node.root / "x.part").exists()
+    assert node.kept() == {"its daemon ended, and it could not go back under its name: Disk quota exceeded": b"half"}
+
+
+def test_a_partial_file_that_went_back_in_part_has_its_name_alone(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no RENAME_NOREPLACE it has both names for a moment, in which who settles it can end."""
+    node.other(DEAD_HERE, NOTE)
+    (node.root / "x.part").write_bytes(b"half")
+    (node.root / PARTIAL).hardlink_to(node.root / "x.part")
+    monkeypatch.setattr(backing, "rename", rename_without_flags)
+    node.recovery.settle_dead()
+    assert (node.root / "x.part").read_bytes() == b"half"
+    assert not (node.root / PARTIAL).exists()
+    assert node.kept() == {}
 
 
 def test_a_partial_file_that_was_published_again_is_not_missed(node: Node) -> None:
