@@ -653,17 +653,40 @@ class FileSystem:
         draft.node.draft = draft
         draft.directory.pins += 1
 
-    def rename_draft(self, draft: Draft, directory: Node, name: bytes) -> None:
-        """The draft's file goes by another name from now on."""
-        directory.pins += 1
-        if draft.listed:
-            self.drafts.discard(draft)
-        self._hear_closes_of(name, draft.name)
-        old, draft.directory, draft.name = draft.directory, directory, name
-        if draft.listed:
-            self.drafts.add(draft)
-        self.unpin(old)
-        draft.node.parent, draft.node.name = directory.nodeid, name
+    async def rename_draft(self, draft: Draft, directory: Node, name: bytes) -> None:
+        """The draft's file goes by another name from now on.  `directory` is pinned by the caller.
+
+        With the gate closed: a publish that is under way needs the draft's directory until its end.
+        """
+        async with draft.gate.closed():
+            if draft.temp_name is not None and directory is not draft.directory:
+                await self._move_temp(draft, draft.temp_name, directory)
+            directory.pins += 1
+            if draft.listed:
+                self.drafts.discard(draft)
+            self._hear_closes_of(name, draft.name)
+            old, draft.directory, draft.name = draft.directory, directory, name
+            if draft.listed:
+                self.drafts.add(draft)
+            self.unpin(old)
+            draft.node.parent, draft.node.name = directory.nodeid, name
+
+    async def _move_temp(self, draft: Draft, temp_name: bytes, directory: Node) -> None:
+        """The hidden name lies in the draft's directory, wherever that is: there it is published from, and removed.
+
+        The file has its new name already, so this must not fail.  Where the hidden name stays, the draft goes on as one
+        that has none, by its descriptor, and the next daemon settles what is there.
+        """
+        await self.publisher.note_directory(directory, draft.caller)  # on record it is in both
+        moved, renaming = False, (draft.directory.fd, temp_name, directory.fd, temp_name, 0)
+        try:
+            await self.backing.run_for(draft, backing.rename, *renaming)
+            moved = True
+        except OSError as error:
+            log.warning("a hidden file does not follow %r to another directory: %s", draft.name, error)
+        finally:
+            draft.temp_name = temp_name if moved else None
+            self.publisher.has_left = self.publisher.has_left or not moved
 
     def unlist_draft(self, draft: Draft) -> None:
         """Nobody finds the draft by its name any more."""

@@ -324,7 +324,7 @@ class Tree:
             if moved is not None and moved is not fs.root:
                 fs.moved(moved, *place, (before[0].nodeid, before[1]))
             if draft is not None:
-                fs.rename_draft(draft, *place)
+                await fs.rename_draft(draft, *place)
 
     @staticmethod
     def _exchange_entries(old: int, name: bytes, new: int, new_name: bytes) -> tuple[Identity, Identity]:
@@ -354,7 +354,7 @@ class Tree:
             if moved is not None and moved is not fs.root:
                 fs.moved(moved, new, new_name, (old.nodeid, name))
         if own is not None:
-            fs.rename_draft(own, new, new_name)
+            await fs.rename_draft(own, new, new_name)
 
     @staticmethod
     def _rename_entry(

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import MountFactory
 from tests.mount.actors import Actor, actor
 from tests.mount.conftest import both_temps
 from tests.mount.places import A, B, content, in_quarantine, leftovers, quarantined
-from tests.support.mounting import Mount, wait_until
+from tests.support.mounting import STOP_SECONDS, Mount, wait_until
 
 Nodes = tuple[Mount, Mount]
 CREATE = os.O_CREAT | os.O_TRUNC | os.O_WRONLY
@@ -114,8 +115,9 @@ def test_rename_by_a_child(nodes: Nodes, writer: Actor) -> None:
     assert_everywhere(nodes, "final", A)
 
 
+@both_temps
 def test_rename_of_an_open_draft_into_another_directory(nodes: Nodes, writer: Actor) -> None:
-    """The same across directories."""
+    """The same across directories; what is written after it is published there."""
     first, _ = nodes
     (first / "tmp").mkdir()
     (first / "out").mkdir()
@@ -123,9 +125,58 @@ def test_rename_of_an_open_draft_into_another_directory(nodes: Nodes, writer: Ac
     writer.write(fd, A)
     writer("os.rename(p, q)", p=str(first / "tmp" / "x"), q=str(first / "out" / "y"))
     assert_everywhere(nodes, "out/y", A)
+    writer.write(fd, B)
+    assert_everywhere(nodes, "out/y", A)
     writer.closefd(fd)
     assert_everywhere(nodes, "tmp/x", None)
-    assert_everywhere(nodes, "out/y", A)
+    assert_everywhere(nodes, "out/y", A + B)
+    assert not list(quarantined(first.backing))
+    assert_nothing_left(nodes)
+
+
+MOVE = "subprocess.run(['mv', p, q], check=True)"
+EXCHANGE = "ctypes.CDLL(None).renameat2(-100, os.fsencode(p), -100, os.fsencode(q), 2)"
+
+
+@both_temps
+@pytest.mark.parametrize("written", [True, False])
+@pytest.mark.parametrize("way", ["os.rename(p, q)", MOVE, EXCHANGE], ids=["itself", "child", "exchange"])
+def test_a_version_that_is_open_for_writing_goes_to_another_directory(
+    nodes: Nodes, writer: Actor, way: str, written: bool
+) -> None:
+    """What is written after the rename is published there, and no hidden file stays in either directory."""
+    first, _ = nodes
+    for name, data in (("from/x", V), ("to/y", W)):
+        (first / name).parent.mkdir()
+        (first / name).write_bytes(data)
+    fd = writer.open(first / "from" / "x", os.O_RDWR)
+    writer(way, p=str(first / "from" / "x"), q=str(first / "to" / "y"))
+    if written:
+        writer.write(fd, A)
+    assert writer.errno("os.close(fd)", fd=fd) == 0
+    assert_everywhere(nodes, "to/y", A if written else V)
+    assert_everywhere(nodes, "from/x", W if way == EXCHANGE else None)
+    assert not list(quarantined(first.backing))
+    assert_nothing_left(nodes)
+
+
+def test_a_killed_daemon_after_a_draft_went_to_another_directory(make_mount: MountFactory, writer: Actor) -> None:
+    """Its successor finds the hidden file where the rename has brought it."""
+    dead = make_mount("-o", "temp=hidden")
+    for name in ("from", "to"):
+        (dead / name).mkdir()
+    (dead / "from" / "x").write_bytes(V)
+    fd = writer.open(dead / "from" / "x", os.O_RDWR)
+    writer("os.rename(p, q)", p=str(dead / "from" / "x"), q=str(dead / "to" / "y"))
+    writer.write(fd, A)
+    writer("os.fsync(fd)", fd=fd)
+    assert [Path(path).parent.name for path in leftovers(dead.backing)] == ["to"]
+    dead.process.kill()
+    dead.process.wait(STOP_SECONDS)
+    successor = make_mount("-o", "temp=hidden")
+    assert in_quarantine(successor.backing, lambda data: data == A)
+    assert content(successor / "to" / "y") == V
+    assert wait_until(lambda: not leftovers(successor.backing))
 
 
 @both_temps

@@ -19,7 +19,7 @@ import trio
 from safefs import backing, placing
 from safefs import publisher as publisher_module
 from safefs.backing import Backing
-from safefs.draft import Base, Draft, DraftState
+from safefs.draft import Base, Draft, DraftState, DraftTable
 from safefs.errors import PublishRefusedError
 from safefs.events import EventLog
 from safefs.files import Files
@@ -154,6 +154,52 @@ def hide(stage: Stage, monkeypatch: pytest.MonkeyPatch, number: int) -> Path:
     hidden.touch()
     monkeypatch.setattr(backing, "unlink", fail)
     return hidden
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_a_hidden_file_that_cannot_follow_its_draft_is_not_forgotten(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, cancelled: bool
+) -> None:
+    """The rename of the name has been done by then: the draft is published by its descriptor."""
+    draft, old = stage.draft, stage.draft.directory
+    (stage.root / "b").mkdir()
+    new = Node(3, backing.identity_of((stage.root / "b").stat()), stat.S_IFDIR)
+    new.fd = os.open(stage.root / "b", os.O_PATH)
+    draft.temp_name = stage.store.hidden_name(b"d")
+    hidden = stage.root / os.fsdecode(draft.temp_name)
+    backing.link_inode(draft.fd, old.fd, draft.temp_name)
+    fs: Any = SimpleNamespace(
+        backing=stage.store,
+        publisher=stage.publisher,
+        drafts=DraftTable(),
+        unpin=lambda _node: None,
+        _hear_closes_of=lambda _name, _before: None,
+    )
+    fs._move_temp = partial(FileSystem._move_temp, fs)
+
+    async def main() -> None:
+        token = trio.lowlevel.current_trio_token()
+        with trio.CancelScope() as scope:
+
+            def fail(*_: object) -> None:
+                if cancelled:
+                    trio.from_thread.run_sync(scope.cancel, trio_token=token)
+                raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+            with monkeypatch.context() as patched:
+                patched.setattr(backing, "rename", fail)
+                await FileSystem.rename_draft(fs, draft, new, b"renamed")
+        assert scope.cancelled_caught is cancelled
+        assert (draft.directory, draft.name) == ((old, NAME) if cancelled else (new, b"renamed"))
+        assert draft.temp_name is None
+        assert stage.publisher.has_left
+        assert not draft.gate.is_closed
+        await stage.publisher.publish(draft)
+
+    trio.run(main)
+    published = stage.root / ("name" if cancelled else "b/renamed")
+    assert published.samefile(hidden)  # for the next daemon to settle
+    os.close(new.fd)
 
 
 UNLINKS = pytest.mark.parametrize(("number", "stays"), [(errno.EIO, True), (errno.ESTALE, True), (errno.ENOENT, False)])
