@@ -429,12 +429,11 @@ class Daemon:
                 purged = await self.backing.run(
                     SERVICE, self.state.prune, settings.quarantine_age_seconds, settings.quarantine_bytes
                 )
+                for kept in purged:
+                    self.events.note(EventKind.PURGED, kept.path, write_id=kept.write_id, size=kept.size_bytes)
                 await self.backing.run(SERVICE, self.state.prune_events, EVENTS_KEPT_SECONDS)
             except OSError as error:
                 log.warning("the state directory could not be tidied up: %s", error)
-            else:
-                for kept in purged:
-                    self.events.note(EventKind.PURGED, kept.path, write_id=kept.write_id, size=kept.size_bytes)
             await trio.sleep(HOUSEKEEPING_SECONDS)
 
     async def _sweep_retained(self) -> None:

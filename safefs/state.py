@@ -171,6 +171,12 @@ def is_name(found: Any) -> bool:
         return False
 
 
+def _file_names(directory: Path) -> list[str]:
+    """The regular files in a directory."""
+    with os.scandir(directory) as found:
+        return [entry.name for entry in found if entry.is_file(follow_symlinks=False)]
+
+
 def _read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file; empty where there is none: not yet, cut short by a crash, or damaged."""
     try:
@@ -374,8 +380,13 @@ class StateDirectory:
 
     def kept(self) -> list[Kept]:
         """What is in quarantine, the oldest first.  Blocks."""
-        entries = [self._kept(name) for name in os.listdir(self.path / QUARANTINE) if not name.endswith(RECORD_SUFFIX)]
+        entries = [self._kept(name) for name in self._kept_names()]
         return sorted((entry for entry in entries if entry is not None), key=lambda entry: entry.time)
+
+    def _kept_names(self) -> list[str]:
+        """The files in quarantine.  Directories, which others put anywhere (`@eaDir`, `.AppleDouble`), are none."""
+        names = _file_names(self.path / QUARANTINE)
+        return [name for name in names if not name.endswith(RECORD_SUFFIX)]
 
     def _kept(self, write_id: str) -> Kept | None:
         path = self.path / QUARANTINE / write_id
@@ -409,14 +420,15 @@ class StateDirectory:
     def prune_events(self, age_seconds: float) -> None:
         """Remove the events of daemons that have no record any more, once nothing was added for so long."""
         living = set(os.listdir(self.path / DAEMONS))
-        for path in self.events.iterdir():
+        for name in _file_names(self.events):
+            path = self.events / name
             with suppress(FileNotFoundError):
-                if path.name.partition(".")[0] not in living and time.time() - path.stat().st_mtime > age_seconds:
+                if name.partition(".")[0] not in living and time.time() - path.stat().st_mtime > age_seconds:
                     path.unlink()
 
     def count(self) -> int:
         """How many drafts are in quarantine."""
-        return sum(not name.endswith(RECORD_SUFFIX) for name in os.listdir(self.path / QUARANTINE))
+        return len(self._kept_names())
 
 
 class DaemonRecord:

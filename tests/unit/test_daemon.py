@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -16,6 +18,7 @@ from safefs.backing import Backing
 from safefs.daemon import Daemon
 from safefs.events import EventKind, EventLog, EventReader
 from safefs.identity import Identities
+from safefs.state import StateDirectory
 
 
 def test_events_that_cannot_be_written_for_want_of_a_thread_are_written_later(
@@ -44,3 +47,57 @@ def test_events_that_cannot_be_written_for_want_of_a_thread_are_written_later(
 
     trio.run(main)
     os.close(store.root_fd)
+
+
+@dataclass
+class Keeping:
+    """What a daemon tidies up with, on a backing of its own."""
+
+    store: Backing
+    state: StateDirectory
+    events: EventLog
+
+    def keep(self, write_id: str, record: str) -> Path:
+        """A file in quarantine."""
+        file = self.state.path / "quarantine" / write_id
+        file.write_bytes(b"bytes")
+        file.with_name(f"{write_id}.json").write_text(record)
+        return file
+
+    def keep_house(self, until: Callable[[], bool]) -> None:
+        """Until something has come of it."""
+        settings = SimpleNamespace(read_only=False, quarantine_age_seconds=60.0, quarantine_bytes=0)
+        parts = {"backing": self.store, "state": self.state, "events": self.events, "settings": settings}
+
+        async def main() -> None:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(Daemon._keep_house, cast(Daemon, SimpleNamespace(**parts)))
+                with trio.fail_after(30):
+                    while not until():  # noqa: ASYNC110 - files
+                        await trio.sleep(0.01)
+                nursery.cancel_scope.cancel()
+
+        trio.run(main)
+
+
+@pytest.fixture
+def keeping(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Keeping]:
+    monkeypatch.setattr(daemon_module, "HOUSEKEEPING_SECONDS", 0.01)
+    store = Backing(tmp_path, Identities(impersonate=False), max_threads=1)
+    state = StateDirectory(tmp_path / ".safefs", store.identities)
+    yield Keeping(store, state, EventLog(state.events, "node"))
+    os.close(state.quarantine_fd)
+    os.close(store.root_fd)
+
+
+def test_what_was_purged_is_told_where_the_next_step_fails(keeping: Keeping, monkeypatch: pytest.MonkeyPatch) -> None:
+    failures = list[str]()
+
+    def fail(_seconds: float) -> None:
+        failures.append("events")
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(keeping.state, "prune_events", fail)
+    keeping.keep("old", '{"time": 5, "path": "dir/file"}')
+    keeping.keep_house(lambda: len(failures) > 1)
+    assert [(event["event"], event["path"]) for event in keeping.events.taken()] == [("purged", "dir/file")]

@@ -1077,6 +1077,19 @@ def test_a_damaged_record_of_a_file_in_quarantine(node: Node, record: str) -> No
     assert [entry.time for entry in node.state.kept()] == [(quarantine / "id").stat().st_mtime]
 
 
+def test_directories_that_others_make_come_in_no_retentions_way(node: Node) -> None:
+    """A NAS puts `@eaDir` everywhere.  It stays, is no draft, and keeps nothing else from being removed."""
+    for name in ("quarantine", "events"):
+        (node.state.path / name / "@eaDir").mkdir()
+        (node.state.path / name / "old").write_bytes(b"bytes")
+        for old in ("@eaDir", "old"):
+            os.utime(node.state.path / name / old, (1, 1))
+    assert node.state.count() == 1
+    assert [entry.write_id for entry in node.state.prune(60, 0)] == ["old"]
+    node.state.prune_events(60)
+    assert os.listdir(node.state.path / "quarantine") == os.listdir(node.state.path / "events") == ["@eaDir"]
+
+
 # ----------------------------------------------------------- who watches whom
 
 
