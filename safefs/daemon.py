@@ -432,15 +432,17 @@ class Daemon:
                 for kept in purged:
                     self.events.note(EventKind.PURGED, kept.path, write_id=kept.write_id, size=kept.size_bytes)
                 await self.backing.run(SERVICE, self.state.prune_events, EVENTS_KEPT_SECONDS)
-            except OSError as error:
-                log.warning("the state directory could not be tidied up: %s", error)
+            except Exception as error:  # noqa: BLE001 - a boundary: nothing that others left there may end the mount
+                log.warning("the state directory could not be tidied up: %r", error)
             await trio.sleep(HOUSEKEEPING_SECONDS)
 
     async def _sweep_retained(self) -> None:
         while True:
             await trio.sleep(SWEEP_SECONDS)
-            with suppress(OSError):
+            try:
                 await self.backing.run(SERVICE, self.state.retained.sweep)
+            except Exception as error:  # noqa: BLE001 - the same boundary
+                log.warning("versions whose time is over could not be removed: %r", error)
 
     def _refreshes_misses(self) -> bool:
         choice = self.settings.negative_refresh

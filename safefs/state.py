@@ -60,6 +60,7 @@ LOCK_RANGE = (1 << 62) - 1
 NAME_LOCK_SECONDS = 30.0  # a publish holds it for a rename, and for comparing two files where there is a conflict
 LOCK_PAUSE_SECONDS, LOCK_PAUSES_SECONDS = 0.0005, 0.05  # between attempts, at first and at most
 NOT_JSON = (ValueError, RecursionError)  # of json.loads: the latter where lists are nested deeper than anybody writes
+NO_TIME = 1e11  # seconds since the epoch, thousands of years from now: no clock says so, and all before can be shown
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # the backing has none
 
@@ -169,6 +170,14 @@ def is_name(found: Any) -> bool:
         return b"\0" not in os.fsencode(found)
     except (TypeError, ValueError):
         return False
+
+
+def _time_of(record: Mapping[str, Any], otherwise: float) -> float:
+    """When a file was kept, by its record; where that is damaged something else."""
+    noted = record.get("time")
+    if isinstance(noted, int | float) and not isinstance(noted, bool) and 0 <= noted < NO_TIME:
+        return float(noted)
+    return otherwise
 
 
 def _file_names(directory: Path) -> list[str]:
@@ -395,10 +404,7 @@ class StateDirectory:
         except FileNotFoundError:
             return None  # purged meanwhile
         record = _read_object(path.with_name(write_id + RECORD_SUFFIX))
-        noted = record.get("time")
-        return Kept(
-            write_id, path, status.st_size, float(noted if isinstance(noted, int | float) else status.st_mtime), record
-        )
+        return Kept(write_id, path, status.st_size, _time_of(record, status.st_mtime), record)
 
     def purge(self, write_id: str) -> None:
         """Remove one file from quarantine, and its record after it."""

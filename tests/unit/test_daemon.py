@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -64,14 +64,14 @@ class Keeping:
         file.with_name(f"{write_id}.json").write_text(record)
         return file
 
-    def keep_house(self, until: Callable[[], bool]) -> None:
-        """Until something has come of it."""
+    def run(self, task: Callable[[Daemon], Awaitable[None]], until: Callable[[], bool]) -> None:
+        """A task of a daemon, until something has come of it."""
         settings = SimpleNamespace(read_only=False, quarantine_age_seconds=60.0, quarantine_bytes=0)
         parts = {"backing": self.store, "state": self.state, "events": self.events, "settings": settings}
 
         async def main() -> None:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(Daemon._keep_house, cast(Daemon, SimpleNamespace(**parts)))
+                nursery.start_soon(task, cast(Daemon, SimpleNamespace(**parts)))
                 with trio.fail_after(30):
                     while not until():  # noqa: ASYNC110 - files
                         await trio.sleep(0.01)
@@ -83,6 +83,7 @@ class Keeping:
 @pytest.fixture
 def keeping(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Keeping]:
     monkeypatch.setattr(daemon_module, "HOUSEKEEPING_SECONDS", 0.01)
+    monkeypatch.setattr(daemon_module, "SWEEP_SECONDS", 0.01)
     store = Backing(tmp_path, Identities(impersonate=False), max_threads=1)
     state = StateDirectory(tmp_path / ".safefs", store.identities)
     yield Keeping(store, state, EventLog(state.events, "node"))
@@ -99,5 +100,27 @@ def test_what_was_purged_is_told_where_the_next_step_fails(keeping: Keeping, mon
 
     monkeypatch.setattr(keeping.state, "prune_events", fail)
     keeping.keep("old", '{"time": 5, "path": "dir/file"}')
-    keeping.keep_house(lambda: len(failures) > 1)
+    keeping.run(Daemon._keep_house, lambda: len(failures) > 1)
     assert [(event["event"], event["path"]) for event in keeping.events.taken()] == [("purged", "dir/file")]
+
+
+@pytest.mark.parametrize("task", [Daemon._keep_house, Daemon._sweep_retained], ids=["quarantine", "versions"])
+def test_whatever_fails_while_a_daemon_tidies_up_does_not_end_the_mount(
+    keeping: Keeping,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    task: Callable[[Daemon], Awaitable[None]],
+) -> None:
+    """It is logged, and tried again."""
+    calls = list[str]()
+
+    def fail(*_: Any) -> list[Any]:
+        calls.append("call")
+        if len(calls) == 1:
+            raise OverflowError("out of what somebody else has written")
+        return []
+
+    monkeypatch.setattr(keeping.state, "prune", fail)
+    monkeypatch.setattr(keeping.state.retained, "sweep", fail)
+    keeping.run(task, lambda: len(calls) > 1)
+    assert ["OverflowError" in record.getMessage() for record in caplog.records] == [True]

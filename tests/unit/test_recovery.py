@@ -1068,7 +1068,17 @@ def test_lock_files_of_a_node_with_a_lease_stay_though_its_heart_stops(
     assert list(node.kept().values()) == [b"being written"]
 
 
-@pytest.mark.parametrize("record", ["3", '{"time": "then"}'])
+@pytest.mark.parametrize("time_text", ['"then"', "true", "-1e300", "-1", "NaN", "1e999", "1e18", f"1{400 * '0'}"])
+def test_a_damaged_time_of_a_file_in_quarantine(node: Node, time_text: str) -> None:
+    """It is shown with that of its file, which is what its age is then."""
+    quarantine = node.state.path / "quarantine"
+    (quarantine / "id").write_bytes(b"bytes")
+    (quarantine / "id.json").write_text(f'{{"time": {time_text}}}')
+    assert [entry.time for entry in node.state.kept()] == [(quarantine / "id").stat().st_mtime]
+    assert node.state.prune(3600, 0) == []
+
+
+@pytest.mark.parametrize("record", ["3", '{"path": "file"}'])
 def test_a_damaged_record_of_a_file_in_quarantine(node: Node, record: str) -> None:
     """It is shown, and goes when its time is over."""
     quarantine = node.state.path / "quarantine"
