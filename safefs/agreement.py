@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from safefs.errors import SafefsError
+from safefs.lease import LONGEST_LEASE_SECONDS
 from safefs.model import STATE_NAME
 from safefs.state import (
     BEAT_SECONDS,
@@ -104,8 +105,9 @@ def _settings_of(identity: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _lease_of(identity: Mapping[str, Any]) -> float:
+    """How long a daemon's lease is; 0 where it has none, or where that is damaged: it would be waited for."""
     seconds = _settings_of(identity).get("lease_seconds")
-    return float(seconds) if isinstance(seconds, int | float) else 0.0
+    return float(seconds) if isinstance(seconds, int | float) and 0 < seconds <= LONGEST_LEASE_SECONDS else 0.0
 
 
 def require_same_etcd(record: DaemonRecord, etcd: str, is_dead: IsDead, lease_seconds: float) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from safefs.errors import ConfigError
-from safefs.lease import LEASE_SECONDS
+from safefs.lease import LEASE_SECONDS, LONGEST_LEASE_SECONDS
 from safefs.model import STATE_NAME, Caller
 from safefs.rules import Rule, RuleSet, Verify, parse_duration, parse_rules, rule_lines, shipped_rules
 
@@ -289,7 +289,7 @@ _VALUE_OPTIONS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "etcd_key": ("etcd_key", _absolute_path),
     "etcd_user": ("etcd_user", _word),
     "etcd_password_file": ("etcd_password_file", _absolute_path),
-    "lease_seconds": ("lease_seconds", _number(1, 3600)),
+    "lease_seconds": ("lease_seconds", _number(1, LONGEST_LEASE_SECONDS)),
     "retain": ("retain_seconds", _retain),
     "quarantine_age": ("quarantine_age_seconds", parse_duration),
     "quarantine_size": ("quarantine_bytes", parse_size),

@@ -15,6 +15,7 @@ import time
 from dataclasses import dataclass, field
 
 LEASE_SECONDS = 15.0
+LONGEST_LEASE_SECONDS = 3600.0
 DELAY_SECONDS = 3.0
 RENEWALS = 3  # attempts within a lease
 

@@ -72,8 +72,8 @@ class RetainedVersions:
             names = sorted(os.listdir(home))
             try:
                 path = str(json.loads((home / PATH_FILE).read_text(encoding="ascii")))
-            except (OSError, ValueError):
-                path = ""  # cut short by a crash
+            except (OSError, ValueError, RecursionError):  # the last where lists are nested deeper than anybody writes
+                path = ""  # cut short by a crash, or damaged
             for name in names:
                 with suppress(ValueError):
                     replaced, expires, ino = name.split("-")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import threading
 import time
@@ -108,6 +109,16 @@ def test_one_whose_heartbeat_is_damaged(daemons: Daemons) -> None:
     daemons.require("a")
     with During(daemons.other.beat), pytest.raises(SafefsError, match="on there"):
         daemons.require("a")
+
+
+@pytest.mark.parametrize(
+    "seconds", [10**400, math.inf, math.nan, -1, 0, 3601, "15", None], ids=lambda each: repr(each)[:9]
+)
+def test_a_lease_that_is_damaged_is_not_waited_for(daemons: Daemons, seconds: object) -> None:
+    """Not for longer than nodes can agree on; and it keeps nobody from starting."""
+    daemons.identify({**HERE, "sharing": {"lease_seconds": seconds}})
+    assert agreement._lease_of(identity_of(daemons.other.path)) == 0
+    require_same_settings(daemons.own, {"lease_seconds": 15.0}, known_here(dead=True))
 
 
 @pytest.mark.parametrize("identity", ["3", "[]", "\xff"])

@@ -61,3 +61,12 @@ def test_nonsense_in_the_directory_is_left_alone(tmp_path: Path, directory: int)
     (tmp_path / "retained" / slot_of(7, b"file") / "what").touch()
     assert len(list(kept.all())) == 1
     assert kept.sweep() == 0
+
+
+@pytest.mark.parametrize("text", ['"dir/fi', 100_000 * "[", f"1{5000 * '0'}"], ids=["cut short", "deep", "long"])
+def test_a_damaged_path_keeps_no_version_from_going(tmp_path: Path, directory: int, text: str) -> None:
+    kept = RetainedVersions(tmp_path / "retained")
+    replaced(kept, directory, tmp_path, b"old", -1)
+    (tmp_path / "retained" / slot_of(7, b"file") / "path.json").write_text(text)
+    assert [version.path for version in kept.all()] == [""]
+    assert kept.sweep() == 1
