@@ -464,7 +464,8 @@ def _is_entry(found: Any) -> bool:
     """Whether something in a record is what `SoftLocks._entry` makes."""
     if not isinstance(found, dict) or not all(isinstance(found.get(key), str) for key in ("path", "creator", "stale")):
         return False
-    return is_name(found["path"]) and all(isinstance(found.get(key), int) for key in ("ino", "born", "changed"))
+    # The file is known by the first three; who made it is shown.
+    return is_name(found["path"]) and all(isinstance(found.get(key), int) for key in ("ino", "born", "changed", "pid"))
 
 
 def all_noted(state: StateDirectory) -> list[dict[str, Any]]:

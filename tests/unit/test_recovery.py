@@ -22,6 +22,7 @@ from safefs import backing
 from safefs import recovery as recovery_module
 from safefs import state as state_files
 from safefs.backing import Backing
+from safefs.cli.locks import _row as lock_row
 from safefs.cluster.backend import BackendError
 from safefs.events import EventLog
 from safefs.identity import DAEMON, Identities, read_back
@@ -49,7 +50,12 @@ def entry_of(file: Path) -> dict[str, Any]:
     finally:
         os.close(fd)
     known = {"ino": mark.ino, "born": mark.born, "changed": mark.changed}
-    return {"path": file.name, "creator": "alive", "stale": "signalled", **known}
+    return {"path": file.name, "creator": "alive", "stale": "signalled", "pid": 1, **known}
+
+
+def touched(path: Path) -> Path:
+    path.touch()
+    return path
 
 
 @dataclass
@@ -743,6 +749,18 @@ def test_a_damaged_list_of_lock_files_is_kept(node: Node, damaged: bytes) -> Non
     assert sorted(node.kept().values()) == sorted([b"left", damaged])
 
 
+@pytest.mark.parametrize("missing", ["path", "creator", "stale", "pid", "ino", "born", "changed"])
+def test_a_lock_file_of_which_a_part_is_missing_is_not_shown(node: Node, missing: str) -> None:
+    """`safefs locks` shows the others."""
+    whole, damaged = [entry_of(touched(node.root / name)) for name in ("x.lock", "y.lock")]
+    del damaged[missing]
+    (node.other({}) / SOFT_LOCKS).write_text(json.dumps({"node": LOST, "locks": [damaged, whole]}))
+    host = node.me["host"]
+    assert [lock_row(entry) for entry in all_noted(node.state)] == [
+        ("x.lock", "file, exclusive", "held", "all", host, "1", LOST)
+    ]
+
+
 def test_lock_files_that_a_damaged_list_still_names_are_removed(node: Node) -> None:
     file = node.root / "x.lock"
     file.touch()
@@ -1124,7 +1142,7 @@ def test_who_a_daemon_is_is_read_once(node: Node, monkeypatch: pytest.MonkeyPatc
 
 def test_looks_for_lock_files_list_no_directory(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     """There is one each second, and the directory has an entry for every daemon: it was listed for the heartbeats."""
-    lock = {"path": "x.lock", "creator": "alive", "stale": "signalled", "ino": 1, "born": 1, "changed": 1}
+    lock = entry_of(touched(node.root / "x.lock"))
     (node.other({}) / SOFT_LOCKS).write_text(json.dumps({"node": LOST, "locks": [lock]}))
     node.recovery.settle_dead()
     monkeypatch.setattr(node.recovery, "_others", lambda: pytest.fail("listed"))
