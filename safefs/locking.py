@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -37,6 +38,7 @@ MAX_KIN = 16
 RELEASE_SECONDS, LEFT_LOOKS, RELEASE_LOOKS = 0.02, 5, 10
 BACKLOG_SECONDS = 0.002  # between looks whether what the kernel had to say has been received
 
+_UNKNOWN_DIRECTORY = re.compile(rb"inode ([0-9]+)")  # how `Locking.report` calls one that the mount has not come to
 _FLOCK_MODES = {fcntl.LOCK_SH: Mode.SHARED, fcntl.LOCK_EX: Mode.EXCLUSIVE}
 
 
@@ -326,7 +328,14 @@ class Locking:
         return await self.locks.break_locks(name_key(key, name))
 
     def _key_of_path(self, directory: bytes) -> str:
-        fd = self.fs.backing.open_below(directory)
+        """Of a directory below the root; where nothing has that name, of one that is reported by its number."""
+        try:
+            fd = self.fs.backing.open_below(directory)
+        except FileNotFoundError:
+            unknown = _UNKNOWN_DIRECTORY.fullmatch(directory) if self.fs.numbers_are_shared else None
+            if unknown is None:
+                raise
+            return number_key(int(unknown[1]))
         try:
             if self.fs.numbers_are_shared:
                 return number_key(os.fstat(fd).st_ino)

@@ -784,6 +784,28 @@ def test_what_is_on_record_of_names_that_are_being_made_can_be_broken(
         assert [(mount / directory / f"of {each.pid}").read_text() for each in (one, two)] == ["one", "two"]
 
 
+def test_a_lock_in_a_directory_that_this_mount_has_not_come_to_can_be_broken(
+    two_mounts: tuple[Mount, Mount], party: Make
+) -> None:
+    """By the number that `safefs locks` shows in place of a path, unless a directory has that for its name."""
+    (two_mounts[0] / "d").mkdir()
+    (two_mounts[0] / "d/data").touch()
+    one = party()
+    opened(one, two_mounts[0] / "d/data")
+    one(TRY["flock"])
+    (shown,) = (entry["path"] for entry in locks_of(two_mounts[1]))
+    directory = f"inode {(two_mounts[0].backing / 'd').stat().st_ino}"
+    assert shown == f"{directory}/data"
+    (two_mounts[0].backing / directory).mkdir()
+    assert "nobody holds a lock" in safefs("locks", "break", two_mounts[1] / shown).stderr
+    (two_mounts[0].backing / directory).rmdir()
+    for unknown in ("inode", "inode 0x1", "inode 1 "):
+        assert "No such file" in safefs("locks", "break", two_mounts[1] / unknown / "data").stderr
+    done = safefs("locks", "break", two_mounts[1] / shown)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "1 broken\n", "")
+    assert locks_of(two_mounts[1]) == []
+
+
 def test_a_soft_lock_is_broken_also_where_the_locks_of_its_name_cannot_be(
     two_mounts: tuple[Mount, Mount], party: Make
 ) -> None:
