@@ -2,7 +2,8 @@
 
 Whether another daemon is dead is never guessed.  On this host its process is gone (same boot, same pid namespace); a
 host that has booted again has no processes of before; any other daemon is watched, and is dead when its heartbeat has
-not changed for `DEAD_AFTER_SECONDS` of this daemon's own monotonic clock.  No clocks or mtimes are compared.
+not changed for `DEAD_AFTER_SECONDS` of this daemon's own monotonic clock, in which its own heart has beaten.  No clocks
+or mtimes are compared.
 
 Where nodes have leases (safefs/cluster), the lock files of one whose lease is over go at once, dead or not; and by its
 heartbeat alone no daemon is dead as long as the lease under which it has lock files is not known to be over.
@@ -112,6 +113,8 @@ class Recovery:
         self._watches_leases = False
         self._failing: dict[str, float] = {}  # node ids of records that could not be settled yet → since when
         self._heart = Workers(1)
+        self._beat_began = math.inf  # since when a heartbeat of this daemon's own is on its way
+        self._missed_beat = -math.inf  # when one failed last, or came late
 
     async def beat(self) -> None:
         """Until cancelled: show others that this daemon lives.
@@ -120,8 +123,18 @@ class Recovery:
         itself, with all that is being written through it.  And in a thread of its own: calls of clients can hang in
         another part of the backing, as many as there are threads for them.
         """
-        as_service = self._backing.identities.call
-        await self._again_and_again(partial(self._heart.run, as_service, SERVICE, self._record.beat))
+        await self._again_and_again(self._beat)
+
+    async def _beat(self) -> None:
+        self._beat_began = time.monotonic()
+        is_in_time = False
+        try:
+            await self._heart.run(self._backing.identities.call, SERVICE, self._record.beat)
+            is_in_time = time.monotonic() - self._beat_began <= ALIVE_SECONDS
+        finally:
+            if not is_in_time:
+                self._missed_beat = time.monotonic()
+            self._beat_began = math.inf
 
     async def run(self) -> None:
         """Until cancelled: settle what dead daemons left."""
@@ -243,6 +256,11 @@ class Recovery:
         return identity
 
     def _has_stopped_beating(self, path: Path) -> bool:
+        """Who could not beat himself counts from then on: what kept him from it may have kept the others.
+
+        Where the directory is full, or does not answer, all stop at once; and when that ends, one may look before the
+        next has beaten again.
+        """
         beat, now = heartbeat_of(path), time.monotonic()
         last, since = self._beats.get(path.name, (None, now))
         if beat != last:
@@ -250,6 +268,9 @@ class Recovery:
             if last is not None:
                 self._living.add(path.name)
             return False
+        if now - self._beat_began > ALIVE_SECONDS:  # looked at first: once it has ended, the other is known
+            return False
+        since = max(since, self._missed_beat)
         if now - since > ALIVE_SECONDS:
             self._living.discard(path.name)
         return now - since > DEAD_AFTER_SECONDS

@@ -246,6 +246,65 @@ def test_a_record_that_is_gone_is_not_made_of_a_heartbeat_where_there_is_no_spac
     assert state_files.heartbeat_of(node.record.path)
 
 
+@dataclass
+class Heart:
+    """This daemon's: of its beats the first does not end, or not well."""
+
+    fails: bool
+    beats: int = 0
+
+    def __post_init__(self) -> None:
+        self.may_end = threading.Event()
+
+    def beat(self) -> None:
+        self.beats += 1
+        if self.beats == 1:
+            assert self.may_end.wait(60)
+            if self.fails:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    async def until(self, beats: int) -> None:
+        with trio.fail_after(30):
+            while self.beats < beats:  # noqa: ASYNC110 - another thread
+                await trio.sleep(0.01)
+
+
+@pytest.mark.parametrize("fails", [True, False], ids=["fails", "hangs"])
+def test_who_cannot_beat_himself_takes_nobody_for_dead(
+    node: Node, clock: Clock, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    """What keeps him from it keeps the others too, and when it ends he may be the first."""
+    heart = Heart(fails)
+    monkeypatch.setattr(recovery_module, "BEAT_SECONDS", 0.01)
+    monkeypatch.setattr(node.record, "beat", heart.beat)
+    node.other(ELSEWHERE, {"directory": ""})
+    (node.root / HIDDEN).write_bytes(b"being written")
+    node.recovery.settle_dead()
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            if fails:
+                clock.now += DEAD_AFTER_SECONDS + 1
+            nursery.start_soon(node.recovery.beat)
+            await heart.until(1)
+            if not fails:
+                clock.now += DEAD_AFTER_SECONDS + 1
+                node.recovery.settle_dead()
+                assert OTHER in node.daemons
+            heart.may_end.set()
+            await heart.until(2)
+            nursery.cancel_scope.cancel()
+
+    trio.run(main)
+    node.recovery.settle_dead()
+    clock.now += DEAD_AFTER_SECONDS
+    node.recovery.settle_dead()
+    assert OTHER in node.daemons
+    clock.now += 1
+    node.recovery.settle_dead()
+    assert node.settled
+
+
 def test_a_living_daemon_of_this_host_is_left_alone_however_slow_its_heart(node: Node, clock: Clock) -> None:
     node.other({}, {"directory": ""})
     (node.root / HIDDEN).write_bytes(b"being written")
