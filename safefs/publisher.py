@@ -15,10 +15,12 @@ import secrets
 import stat
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+
+import trio
 
 from safefs import backing
 from safefs.backing import Backing
@@ -166,23 +168,33 @@ class Publisher:
         self, draft: Draft, target: Node, name: bytes, lease: str, replace: bool, keep_private: bool
     ) -> Placed:
         copy = keep_private or draft.unlinkable
-        inode = await self._copy(draft) if copy else PrivateInode(draft.fd, draft.temp_name)
-        demands = self._demands(target, name, None if copy else draft.written)
-        order = self._order(draft, inode, target, name, demands, lease, may_replace=replace)
-        if inode.temp_name is None:
-            await self.note_directory(target, draft.caller)
-        try:
+        own = PrivateInode(draft.fd, draft.temp_name)
+        async with self._copied(draft) if copy else nullcontext(own) as inode:
+            demands = self._demands(target, name, None if copy else draft.written)
+            order = self._order(draft, inode, target, name, demands, lease, may_replace=replace)
+            if inode.temp_name is None:
+                await self.note_directory(target, draft.caller)
             return await self._backing.run_or_daemon(draft.caller, carry_out, order, owned=target.fd)
-        except BaseException:
-            if copy:
-                await self._drop(draft, inode)
-            raise
 
-    async def _drop(self, draft: Draft, inode: PrivateInode) -> None:
-        """Forget a copy that nobody needs."""
-        native.close_later(inode.fd)
-        if inode.temp_name is not None:
-            await self.drop_hidden(draft, inode.temp_name)
+    @asynccontextmanager
+    async def _copied(self, draft: Draft) -> AsyncIterator[PrivateInode]:
+        """Around what makes a name show a copy of the draft's inode; where that fails, nobody needs the copy.
+
+        Where it is given up, because the daemon ends, a thread goes on with the copy: its descriptor stays open, for
+        its number would be another file's, and what hidden name there is has to be found.
+        """
+        try:
+            inode = await self._copy(draft)
+            try:
+                yield inode
+            except Exception:
+                native.close_later(inode.fd)
+                if inode.temp_name is not None:
+                    await self.drop_hidden(draft, inode.temp_name)
+                raise
+        except trio.Cancelled:
+            self.has_left = True
+            raise
 
     async def drop_hidden(self, draft: Draft, name: bytes) -> bool:
         """Remove a hidden name that nobody needs; where it stays (False), the next daemon has to find it."""
@@ -419,17 +431,12 @@ class Publisher:
         """
         if draft.state is not DraftState.PUBLISHED or draft.base is None or draft.base.fd != draft.fd:
             return
-        inode = await self._copy(draft)
-        async with self.holding(draft.directory, draft.name):
-            home = draft.directory
+        home = draft.directory
+        async with self._copied(draft) as inode, self.holding(home, draft.name):
             # The name has shown these bytes already: that they do not suit it would be no news.
             demands = dataclasses.replace(self._demands(home, draft.name, None), policy=Policy())
             order = self._order(draft, inode, home, draft.name, demands, self.lease())
-            try:
-                placed = await self._backing.run_or_daemon(draft.caller, take_place, order, owned=home.fd)
-            except BaseException:
-                await self._drop(draft, inode)
-                raise
+            placed = await self._backing.run_or_daemon(draft.caller, take_place, order, owned=home.fd)
         self._rebase(draft, inode.fd)
         self._go_on_from_copy(draft)
         draft.unlinkable = True

@@ -6,7 +6,7 @@ import errno
 import os
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -124,6 +124,86 @@ def test_what_could_not_be_published_is_kept_whatever_was_raised(
     assert stage.kept() == {f"publishing failed: {failure!r}": bytes(ALONGSIDE_BYTES)}
     assert not (stage.root / "name").exists()
     assert failure in [record.exc_info[1] for record in caplog.records if record.exc_info]
+
+
+# ------------------------------------------------------- what is given up
+
+
+class Hanging:
+    """A call to the backing that does not come back before it is told to."""
+
+    def __init__(self) -> None:
+        self._began, self._comes_back = threading.Event(), threading.Event()
+        self.order: placing.Order | None = None
+
+    def __call__(self, *arguments: Any) -> Any:
+        self.order = next((each for each in arguments if isinstance(each, placing.Order)), None)
+        self._began.set()
+        self._comes_back.wait()
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    async def give_up(self, store: Backing, function: Callable[..., Awaitable[None]], *arguments: Any) -> None:
+        """Cancel who waits for it, and see it end afterwards."""
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(function, *arguments)
+                await trio.to_thread.run_sync(self._began.wait)
+                nursery.cancel_scope.cancel()
+        finally:
+            self._comes_back.set()
+        await store.workers.quiet()
+
+
+@pytest.mark.parametrize("temp", ["tmpfile", "hidden"])
+@pytest.mark.parametrize("call", ["carry_out", "take_place"])
+def test_a_copy_that_is_given_up_keeps_its_descriptor(
+    stage: Stage, call: str, temp: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread goes on with it: if its number were used again, the name would show another file."""
+    closed = list[int]()
+    monkeypatch.setattr(publisher_module, "native", SimpleNamespace(close_later=closed.append))
+    hanging = Hanging()
+    monkeypatch.setattr(publisher_module, call, hanging)
+    publisher, draft = stage.publisher, stage.draft
+    monkeypatch.setattr(stage.store, "_tries_tmpfile", lambda _directory: temp == "tmpfile")
+    draft.unseen = True
+    if call == "carry_out":
+        trio.run(hanging.give_up, stage.store, partial(publisher.publish, keep_private=True), draft)
+    else:
+        draft.state, draft.base = DraftState.PUBLISHED, Base(draft.fd, backing.identity_of(os.fstat(draft.fd)))
+        trio.run(hanging.give_up, stage.store, publisher.detach, draft)
+    assert hanging.order is not None
+    assert hanging.order.inode.fd != draft.fd
+    assert closed == []
+    assert publisher.has_left
+    os.close(hanging.order.inode.fd)
+
+
+@pytest.mark.parametrize("call", ["carry_out", "take_place"])
+def test_a_copy_that_cannot_be_placed_leaves_nothing(stage: Stage, call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed, copies = list[int](), list[placing.PrivateInode]()
+
+    def fail(order: placing.Order) -> placing.Placed:
+        copies.append(order.inode)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(publisher_module, "native", SimpleNamespace(close_later=closed.append))
+    monkeypatch.setattr(publisher_module, call, fail)
+    publisher, draft = stage.publisher, stage.draft
+    monkeypatch.setattr(stage.store, "_tries_tmpfile", lambda _directory: False)
+    draft.unseen = True
+    if call == "carry_out":
+        with pytest.raises(PublishRefusedError):
+            trio.run(partial(publisher.publish, keep_private=True), draft)
+    else:
+        draft.state, draft.base = DraftState.PUBLISHED, Base(draft.fd, backing.identity_of(os.fstat(draft.fd)))
+        with pytest.raises(OSError, match="Input/output error"):
+            trio.run(publisher.detach, draft)
+    assert closed == [copies[0].fd] != [draft.fd]
+    assert copies[0].temp_name is not None
+    assert os.fsdecode(copies[0].temp_name) not in os.listdir(stage.root)
+    assert not publisher.has_left
+    os.close(copies[0].fd)
 
 
 # ------------------------------------------------- hidden files that stay
