@@ -532,14 +532,17 @@ class Publisher:
         record = self._describe(draft, error)
         kind = _REFUSALS.get(error.errno, EventKind.REFUSED)
         self._note(kind, draft, record["path"], reason=error.message, write_id=draft.write_id)
+        hidden, is_settled = draft.temp_name, False
         try:
-            if await self._backing.run(SERVICE, self._keep, draft, record):
+            if await self._backing.run(SERVICE, self._keep, draft, hidden, record):
                 self.counts["quarantined"] += 1
+            is_settled = True
             log.warning("not published: %s (%s)", record["path"], error.message)
-        except OSError as problem:
-            log.error("not published and not kept: %s (%s; quarantine: %s)", record["path"], error.message, problem)
-            self.has_left = self.has_left or draft.temp_name is not None
-        draft.temp_name = None
+        except Exception as problem:  # noqa: BLE001 - a boundary: what is refused is refused, kept or not
+            log.error("not published and not kept: %s (%s; quarantine: %r)", record["path"], error.message, problem)
+        finally:  # also where it is given up: what is not kept is for the next daemon to find, and not to be removed
+            self.has_left = self.has_left or (hidden is not None and not is_settled)
+            draft.temp_name = None
         raise error
 
     def _refusal(self, write_id: str, directory: int, name: bytes, error: PublishRefusedError) -> dict[str, Any]:
@@ -561,13 +564,13 @@ class Publisher:
             "size_bytes": os.fstat(draft.fd).st_size if draft.unseen else draft.size,
         }
 
-    def _keep(self, draft: Draft, record: dict[str, Any]) -> bool:
+    def _keep(self, draft: Draft, hidden: bytes | None, record: dict[str, Any]) -> bool:
         with suppress(OSError):
             write_gathered(draft)  # what there is of it
-        hidden = None if draft.temp_name is None else (draft.directory.fd, draft.temp_name)
+        shown = None if hidden is None else (draft.directory.fd, hidden)
         if not os.fstat(draft.fd).st_size:
-            if hidden is not None:
-                self._backing.call_for(draft, backing.unlink, *hidden)
+            if shown is not None:
+                self._backing.call_for(draft, backing.unlink, *shown)
             return False
-        self._state.keep(draft.fd, draft.write_id, record, hidden, (draft.caller,))
+        self._state.keep(draft.fd, draft.write_id, record, shown, (draft.caller,))
         return True

@@ -206,6 +206,39 @@ def test_a_copy_that_cannot_be_placed_leaves_nothing(stage: Stage, call: str, mo
     os.close(copies[0].fd)
 
 
+@pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "no space"), MemoryError(), None], ids=repr)
+def test_what_is_not_kept_stays_under_its_hidden_name(
+    stage: Stage, filesystem: Any, failure: Exception | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where keeping it is given up, and fails then: the next daemon finds it."""
+    publisher, draft = stage.publisher, stage.draft
+    draft.temp_name = stage.store.hidden_name(b"d")
+    hidden = stage.root / os.fsdecode(draft.temp_name)
+    hidden.write_bytes(b"precious")
+    hanging = Hanging()
+
+    def fail(*_arguments: Any) -> None:
+        assert failure is not None
+        raise failure
+
+    monkeypatch.setattr(stage.state, "keep", hanging if failure is None else fail)
+
+    async def main() -> None:
+        refusal = draft, "its writer was killed", errno.EINTR
+        if failure is None:
+            await hanging.give_up(stage.store, publisher.refuse, *refusal)
+        else:
+            await publisher.refuse(*refusal)
+        await filesystem.drop_temp(draft)  # as at the end of a draft, and of a daemon
+
+    trio.run(main)
+    assert draft.state is DraftState.QUARANTINED
+    assert draft.error == errno.EINTR
+    assert hidden.read_bytes() == b"precious"
+    assert publisher.has_left
+    assert publisher.counts["quarantined"] == 0
+
+
 # ------------------------------------------------- hidden files that stay
 
 
