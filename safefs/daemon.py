@@ -386,7 +386,11 @@ class Daemon:
         """Answer requests until the connection is over."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._give_up_requests, nursery.cancel_scope)
-            await pyfuse3.main(MIN_TASKS, MAX_TASKS)
+            try:
+                await pyfuse3.main(MIN_TASKS, MAX_TASKS)
+            except BaseException:  # requests were given up: what their calls may yet make has to be found
+                self.fs.publisher.has_left = True
+                raise
             nursery.cancel_scope.cancel()
 
     async def _give_up_requests(self, serving: trio.CancelScope) -> None:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import trio
+import trio.testing
 
 from safefs import daemon as daemon_module
 from safefs.backing import Backing
@@ -124,3 +127,55 @@ def test_whatever_fails_while_a_daemon_tidies_up_does_not_end_the_mount(
     monkeypatch.setattr(keeping.state.retained, "sweep", fail)
     keeping.run(task, lambda: len(calls) > 1)
     assert ["OverflowError" in record.getMessage() for record in caplog.records] == [True]
+
+
+# ------------------------------------------------------ requests at the end
+
+
+def serving(monkeypatch: pytest.MonkeyPatch, main: Callable[..., Awaitable[None]], **state: Any) -> Any:
+    """A daemon whose connection is over, and what is left of its requests."""
+    monkeypatch.setattr(daemon_module.pyfuse3, "main", main)
+    daemon = SimpleNamespace(
+        fs=SimpleNamespace(publisher=SimpleNamespace(has_left=False), drafts=[]),
+        connection=SimpleNamespace(is_over=True),
+        terminated=False,
+        **state,
+    )
+    daemon._give_up_requests = partial(Daemon._give_up_requests, daemon)
+    return daemon
+
+
+async def answered(*_tasks: int) -> None:
+    await trio.sleep(0.1)
+
+
+async def hangs(*_tasks: int) -> None:
+    await trio.sleep_forever()
+
+
+async def fails(*_tasks: int) -> None:
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+@pytest.mark.parametrize(("request_", "given_up"), [(answered, False), (hangs, True), (fails, True)])
+def test_what_a_request_that_is_given_up_may_yet_make_is_left_for_the_next_daemon(
+    request_: Callable[..., Awaitable[None]], given_up: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its call goes on without it: nobody would know of a hidden name that it makes."""
+    daemon = serving(monkeypatch, request_)
+    with suppress(BaseExceptionGroup):
+        trio.run(Daemon._serve, daemon, clock=trio.testing.MockClock(autojump_threshold=0))
+    assert daemon.fs.publisher.has_left is given_up
+
+
+def test_requests_that_the_end_of_something_else_gives_up_are_left_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    daemon = serving(monkeypatch, hangs)
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(Daemon._serve, daemon)
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.cancel_scope.cancel()
+
+    trio.run(main)
+    assert daemon.fs.publisher.has_left
