@@ -167,10 +167,21 @@ class Closing:
         except SafefsError as error:
             log.info("a late publish of %r was refused: %s", draft.name, error.message)
 
-    async def drain(self, seconds: float, *, all_closed: bool) -> None:
-        """The daemon ends: publishes on their way have so long, in all; what is open then is kept, whatever hangs."""
+    async def finish_publishes(self, seconds: float) -> None:
+        """The connection is over: wait for the publishes that requests have begun, within the time that `drain` has."""
+        self._begin_end(seconds)
+        with trio.move_on_at(self._drained_by):
+            while publishing := [draft for draft in self.fs.drafts if draft.gate.is_closed]:
+                await publishing[0].gate.opened()
+
+    def _begin_end(self, seconds: float) -> None:
+        """Nothing new is begun from now on, and publishes on their way have so long, in all."""
         self.fs.accepting = False
         self._drained_by = min(self._drained_by, trio.current_time() + seconds)
+
+    async def drain(self, seconds: float, *, all_closed: bool) -> None:
+        """The daemon ends: publishes on their way have so long, in all; what is open then is kept, whatever hangs."""
+        self._begin_end(seconds)
         if not (self.fs.ordering or any(draft.unpublished or draft.gate.is_closed for draft in self.fs.drafts)):
             return
         with trio.move_on_at(self._drained_by) as in_time:

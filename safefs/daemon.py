@@ -371,7 +371,7 @@ class Daemon:
                     sd_notify("READY=1")
                     log.info("mounted %s on %s", self.settings.backing, self.settings.mountpoint)
                     self.serving = self.has_served = True
-                    await self._serve()
+                    await self._serve(closing)
                 finally:
                     self.serving = False
                     try:
@@ -382,10 +382,10 @@ class Daemon:
                         closing.give_up()
                         helpers.cancel_scope.cancel()
 
-    async def _serve(self) -> None:
+    async def _serve(self, closing: Closing) -> None:
         """Answer requests until the connection is over."""
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._give_up_requests, nursery.cancel_scope)
+            nursery.start_soon(self._give_up_requests, closing, nursery.cancel_scope)
             try:
                 await pyfuse3.main(MIN_TASKS, MAX_TASKS)
             except BaseException:  # requests were given up: what their calls may yet make has to be found
@@ -393,13 +393,17 @@ class Daemon:
                 raise
             nursery.cancel_scope.cancel()
 
-    async def _give_up_requests(self, serving: trio.CancelScope) -> None:
-        """Some hang in the backing when the connection is over: nobody waits for their answers, nor do we."""
+    async def _give_up_requests(self, closing: Closing, serving: trio.CancelScope) -> None:
+        """Some hang in the backing when the connection is over: nobody waits for their answers, nor do we.
+
+        Those that publish (a FLUSH, a rename) have the time that publishes have at the end.
+        """
         assert self.connection is not None
         while True:
             await trio.sleep(CONNECTION_SECONDS)
             if self.terminated or self.connection.is_over:
                 break
+        await closing.finish_publishes(self.settings.drain_seconds)
         await trio.sleep(CLOSING_SECONDS)
         serving.cancel()
 

@@ -18,8 +18,10 @@ import trio.testing
 
 from safefs import daemon as daemon_module
 from safefs.backing import Backing
+from safefs.closing import Closing
 from safefs.daemon import Daemon
 from safefs.events import EventKind, EventLog, EventReader
+from safefs.gate import Gate
 from safefs.identity import Identities
 from safefs.state import StateDirectory
 
@@ -136,6 +138,7 @@ def serving(monkeypatch: pytest.MonkeyPatch, main: Callable[..., Awaitable[None]
     """A daemon whose connection is over, and what is left of its requests."""
     monkeypatch.setattr(daemon_module.pyfuse3, "main", main)
     daemon = SimpleNamespace(
+        settings=SimpleNamespace(drain_seconds=30),
         fs=SimpleNamespace(publisher=SimpleNamespace(has_left=False), drafts=[]),
         connection=SimpleNamespace(is_over=True),
         terminated=False,
@@ -143,6 +146,10 @@ def serving(monkeypatch: pytest.MonkeyPatch, main: Callable[..., Awaitable[None]
     )
     daemon._give_up_requests = partial(Daemon._give_up_requests, daemon)
     return daemon
+
+
+def closing_of(daemon: Any) -> Closing:
+    return Closing(daemon.fs, cast(trio.Nursery, None), lambda _number: None)
 
 
 async def answered(*_tasks: int) -> None:
@@ -164,7 +171,7 @@ def test_what_a_request_that_is_given_up_may_yet_make_is_left_for_the_next_daemo
     """Its call goes on without it: nobody would know of a hidden name that it makes."""
     daemon = serving(monkeypatch, request_)
     with suppress(BaseExceptionGroup):
-        trio.run(Daemon._serve, daemon, clock=trio.testing.MockClock(autojump_threshold=0))
+        trio.run(Daemon._serve, daemon, closing_of(daemon), clock=trio.testing.MockClock(autojump_threshold=0))
     assert daemon.fs.publisher.has_left is given_up
 
 
@@ -173,9 +180,39 @@ def test_requests_that_the_end_of_something_else_gives_up_are_left_as_well(monke
 
     async def main() -> None:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(Daemon._serve, daemon)
+            nursery.start_soon(Daemon._serve, daemon, closing_of(daemon))
             await trio.testing.wait_all_tasks_blocked()
             nursery.cancel_scope.cancel()
 
     trio.run(main)
     assert daemon.fs.publisher.has_left
+
+
+@pytest.mark.parametrize(("seconds", "is_published"), [(20, True), (40, False)])
+def test_a_rename_that_publishes_has_the_time_of_a_publish(
+    seconds: float, is_published: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Given up as early as other requests, it would end in the middle of a publish, and nameless bytes would be lost.
+
+    What it publishes after that is waited for as well.
+    """
+    drafts = [SimpleNamespace(gate=Gate()), SimpleNamespace(gate=Gate())]
+    published = []
+
+    async def rename(*_tasks: int) -> None:
+        for draft in reversed(drafts):
+            async with draft.gate.closed():
+                await trio.sleep(seconds / 2)
+            published.append(draft)
+
+    daemon = serving(monkeypatch, rename)
+    daemon.fs.drafts = drafts
+
+    async def main() -> float:
+        began = trio.current_time()
+        await Daemon._serve(daemon, closing_of(daemon))
+        return trio.current_time() - began
+
+    seconds_of_end = trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+    assert (len(published) == len(drafts)) is is_published
+    assert seconds_of_end == pytest.approx(min(seconds, 30), abs=2)
