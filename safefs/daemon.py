@@ -17,7 +17,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -359,28 +359,35 @@ class Daemon:
             helpers.start_soon(self._write_events)
             helpers.start_soon(self._keep_house)
             helpers.start_soon(self._sweep_retained)
-            async with trio.open_nursery() as requests:
-                locking = self.locking
-                files, closing = Files(self.fs), Closing(self.fs, requests, locking.released)
-                tree = Tree(self.fs, files, refresh_misses=self._refreshes_misses())
-                await helpers.start(serve_control, control_socket(self.settings.mountpoint), self._answer)
-                self._mount(Operations(self.fs, tree, files, InPlace(self.fs), closing, locking, requests))
-                try:  # whatever fails from now on: there is a mount to be taken away
-                    await helpers.start(self._await_signals, closing)
-                    ready()
-                    sd_notify("READY=1")
-                    log.info("mounted %s on %s", self.settings.backing, self.settings.mountpoint)
-                    self.serving = self.has_served = True
-                    await self._serve(closing)
-                finally:
-                    self.serving = False
-                    try:
-                        with trio.CancelScope(shield=True):
-                            await self._end(closing)
-                    finally:
-                        # At once: a publish that is given up lets go of its locks, and others must not hear of it.
-                        closing.give_up()
-                        helpers.cancel_scope.cancel()
+            with ExitStack() as session:
+                async with trio.open_nursery() as requests:
+                    await self._run_mount(helpers, requests, session, ready)
+
+    async def _run_mount(
+        self, helpers: trio.Nursery, requests: trio.Nursery, session: ExitStack, ready: Callable[[], None]
+    ) -> None:
+        """What is done to `session` at the end waits until no request is left, which could be answered yet."""
+        locking = self.locking
+        files, closing = Files(self.fs), Closing(self.fs, requests, locking.released)
+        tree = Tree(self.fs, files, refresh_misses=self._refreshes_misses())
+        await helpers.start(serve_control, control_socket(self.settings.mountpoint), self._answer)
+        self._mount(Operations(self.fs, tree, files, InPlace(self.fs), closing, locking, requests))
+        try:  # whatever fails from now on: there is a mount to be taken away
+            await helpers.start(self._await_signals, closing)
+            ready()
+            sd_notify("READY=1")
+            log.info("mounted %s on %s", self.settings.backing, self.settings.mountpoint)
+            self.serving = self.has_served = True
+            await self._serve(closing)
+        finally:
+            self.serving = False
+            try:
+                with trio.CancelScope(shield=True):
+                    await self._end(closing, session)
+            finally:
+                # At once: a publish that is given up lets go of its locks, and others must not hear of it.
+                closing.give_up()
+                helpers.cancel_scope.cancel()
 
     async def _serve(self, closing: Closing) -> None:
         """Answer requests until the connection is over."""
@@ -525,7 +532,7 @@ class Daemon:
     async def _umount(self) -> None:
         await _in_thread(mount.umount, self.settings.mountpoint, self.settings.privileged, MNT_DETACH)
 
-    async def _end(self, closing: Closing) -> None:
+    async def _end(self, closing: Closing, session: ExitStack) -> None:
         """The main loop has ended: by umount, by a signal, or because the connection was aborted."""
         unmounted = await _in_thread(find_mount, self.settings.mountpoint) is None
         await closing.drain(self.settings.drain_seconds, all_closed=unmounted and not self.stopping)
@@ -536,7 +543,7 @@ class Daemon:
         await _in_thread(native.closer_wait, CLOSING_SECONDS)
         if self.names is not None:
             await self.names.give_back()
-        pyfuse3.close(unmount=False)
+        session.callback(pyfuse3.close, unmount=False)
         with trio.move_on_after(CLOSING_SECONDS), suppress(OSError):
             await self.backing.run(SERVICE, self.events.write)
         if await self._leaves_nothing(closing):

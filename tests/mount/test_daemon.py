@@ -132,6 +132,23 @@ def test_sigterm_waits_for_publishes(make_mount: MountFactory) -> None:
         assert name == ".safefs" or (mount.backing / name).stat().st_size == 300_000, name
 
 
+def test_sigterm_ends_the_wait_for_a_lock(make_mount: MountFactory) -> None:
+    """And who waits does not keep the daemon from ending."""
+    mount = make_mount()
+    (mount / "file").write_bytes(A)
+    with actor() as holder, actor() as waiter:
+        for each in (holder, waiter):
+            each("import fcntl; opened = open(p, 'rb')", p=str(mount / "file"))
+        holder("fcntl.flock(opened, fcntl.LOCK_EX)")
+        waiter.start("fcntl.flock(opened, fcntl.LOCK_EX)")
+        with pytest.raises(AssertionError, match="did not answer"):
+            waiter.result(0.2)
+        mount.process.send_signal(signal.SIGTERM)
+        assert mount.process.wait(END_SECONDS) == 0
+        with pytest.raises(OSError):  # which one is left to the kernel
+            waiter.result(END_SECONDS)
+
+
 def test_a_busy_mount_stays(make_mount: MountFactory) -> None:
     """umount of a mount in use says busy and changes nothing; the draft goes on."""
     mount = make_mount()

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
+from unittest.mock import MagicMock
 
 import pytest
 import trio
@@ -216,3 +217,49 @@ def test_a_rename_that_publishes_has_the_time_of_a_publish(
     seconds_of_end = trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
     assert (len(published) == len(drafts)) is is_published
     assert seconds_of_end == pytest.approx(min(seconds, 30), abs=2)
+
+
+def test_the_session_is_closed_after_the_last_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as one that waits for a lock: it is answered when it is given up, and libfuse has freed the session then."""
+    order = list[str]()
+
+    async def nothing(*_arguments: Any, **_named: Any) -> None:
+        await trio.lowlevel.checkpoint()
+
+    async def start(*_arguments: Any, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        task_status.started()
+        await trio.sleep_forever()
+
+    async def wait_for_a_lock() -> None:
+        try:
+            await trio.sleep_forever()
+        finally:
+            order.append("the request is answered")
+
+    def make(*arguments: Any, **_named: Any) -> Any:
+        """Operations, with the nursery of the requests as the last argument, or what they consist of."""
+        if arguments and isinstance(arguments[-1], trio.Nursery):
+            arguments[-1].start_soon(wait_for_a_lock)
+        return SimpleNamespace(drain=nothing, give_up=lambda: None, run=start, beat=start)
+
+    async def serve(_closing: Any) -> None:
+        await trio.testing.wait_all_tasks_blocked()
+
+    for name in ("Recovery", "Files", "Closing", "Tree", "InPlace", "Operations"):
+        monkeypatch.setattr(daemon_module, name, make)
+    monkeypatch.setattr(daemon_module, "serve_control", start)
+    monkeypatch.setattr(daemon_module, "control_socket", lambda _path: "")
+    monkeypatch.setattr(daemon_module, "find_mount", lambda _path: None)
+    monkeypatch.setattr(daemon_module, "native", MagicMock())
+    monkeypatch.setattr(daemon_module.pyfuse3, "close", lambda **_how: order.append("the session is closed"))
+    daemon = MagicMock(names=None, stopping=True)
+    daemon.settings.hot = False
+    daemon.backing.run = nothing
+    for name in ("_write_events", "_keep_house", "_sweep_retained", "_leaves_nothing"):
+        setattr(daemon, name, nothing)
+    daemon.soft_locks.run = daemon.fs.sweep_tickets = daemon.fs.sweep_gathered = nothing
+    daemon._await_signals, daemon._serve = start, serve
+    for method in (Daemon._run_mount, Daemon._end):
+        setattr(daemon, method.__name__, partial(method, daemon))
+    trio.run(Daemon._run, daemon, lambda: None)
+    assert order == ["the request is answered", "the session is closed"]
