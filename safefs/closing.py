@@ -266,15 +266,22 @@ class Closing:
         return draft.unseen and draft.mappable and live and not draft.writers
 
     async def _settle_released(self, draft: Draft) -> None:
-        mapped = self._may_be_mapped(draft) and await self._is_mapped(draft)
-        await self.settle(draft, keep_private=mapped)
-        if mapped:
-            self._await_mapping(draft)
+        try:
+            mapped = self._may_be_mapped(draft) and await self._is_mapped(draft)
+            await self.settle(draft, keep_private=mapped)
+            if mapped:
+                self._await_mapping(draft)
+        except Exception as error:  # a boundary: whatever fails, the bytes are kept and the handle goes
+            log.exception("publishing %r failed", draft.name)
+            await self.fs.publisher.refuse(draft, f"publishing failed: {error!r}", errno.EIO)
 
     async def _keep_mapped_private(self, draft: Draft) -> None:
-        if await self._is_mapped(draft):
-            await self._detach(draft)
-            self._await_mapping(draft)
+        try:
+            if await self._is_mapped(draft):
+                await self._detach(draft)
+                self._await_mapping(draft)
+        except Exception as error:  # noqa: BLE001 - a boundary: it is published, and the handle goes
+            log.warning("whether %r can be written to although it is published is not known: %s", draft.name, error)
 
     async def _is_mapped(self, draft: Draft) -> bool:
         """Whether a shared mapping outlives the last handle.  The daemon's own descriptor must not be a writer then."""

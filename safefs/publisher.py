@@ -419,10 +419,15 @@ class Publisher:
         draft.write_id = secrets.token_hex(8)
 
     async def _has_changed(self, draft: Draft) -> bool:
+        """Whether there is something to be published or kept; what cannot be compared may be."""
         base = draft.base
         if not draft.pending or not draft.copied or base is None:
             return draft.pending
-        return not await self._backing.run_for(draft, backing.same_contents, draft.fd, base.fd)
+        try:
+            return not await self._backing.run_for(draft, backing.same_contents, draft.fd, base.fd)
+        except OSError as error:
+            log.warning("whether %r was written to once more is not known: %s", draft.name, error)
+            return True
 
     async def detach(self, draft: Draft) -> None:
         """A published inode can still be written to: its name shows a copy from now on, and the inode is private again.

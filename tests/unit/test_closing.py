@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import trio
@@ -13,7 +13,10 @@ import trio.lowlevel
 import trio.testing
 
 from safefs.closing import Closing
+from safefs.draft import DraftState
+from safefs.filesystem import Handle
 from safefs.gate import Gate
+from safefs.model import Closer
 from safefs.ordering import Ordering
 from safefs.rules import NameClass
 
@@ -158,3 +161,74 @@ def test_one_that_cannot_be_settled_keeps_no_other_from_being_kept() -> None:
 
     trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
     assert order == ["other is kept"]
+
+
+# ---------------------------------------------- a RELEASE that goes wrong
+
+
+def released(draft: SimpleNamespace, trace: list[str], failure: Exception, *, looks: bool) -> Any:
+    """A filesystem where settling a draft fails, or the look before that whether it is mapped."""
+
+    async def fail(*_arguments: object, **_named: object) -> None:
+        await trio.lowlevel.checkpoint()
+        raise failure
+
+    async def publish(_draft: SimpleNamespace, **_how: object) -> None:
+        await trio.lowlevel.checkpoint()
+        trace.append("published")
+
+    async def refuse(_draft: SimpleNamespace, reason: str, number: int) -> None:
+        await trio.lowlevel.checkpoint()
+        trace.append(f"kept: {reason}, {errno.errorcode[number]}")
+
+    async def end_draft(_draft: SimpleNamespace) -> None:
+        await trio.lowlevel.checkpoint()
+        trace.append(f"ended, {draft.reserved} reserved")
+
+    return SimpleNamespace(
+        backing=SimpleNamespace(run_for=fail if looks else publish),
+        publisher=SimpleNamespace(publish=publish if looks else fail, refuse=refuse),
+        ordering=Ordering(),
+        remove_handle=lambda _handle: trace.append("the handle is gone"),
+        end_draft=end_draft,
+    )
+
+
+FAILURES = pytest.mark.parametrize("failure", [OSError(errno.ENFILE, "no more files"), MemoryError()], ids=repr)
+
+
+@FAILURES
+@pytest.mark.parametrize("looks", [False, True])
+def test_what_cannot_be_settled_when_it_is_released_is_kept(
+    looks: bool, failure: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And its handle goes all the same: nobody would release it once more."""
+    trace = list[str]()
+    draft = written("x", unseen=looks, mappable=True, state=DraftState.WRITING, writers=0, reserved=1)
+    draft.fd, draft.closer, draft.opener, draft.directory = -1, Closer.ALIVE, None, None
+    fs = released(draft, trace, failure, looks=looks)
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            closing = Closing(fs, nursery, lambda number: trace.append(f"{number} is unlocked"))
+            await closing.release(cast(Handle, SimpleNamespace(number=7)), draft, fs.ordering.begin(draft))
+
+    trio.run(main)
+    kept = f"kept: publishing failed: {failure!r}, EIO"
+    assert trace == [kept, "7 is unlocked", "the handle is gone", "ended, 0 reserved"]
+    assert not fs.ordering
+    assert failure in [record.exc_info[1] for record in caplog.records if record.exc_info]
+
+
+@FAILURES
+def test_where_it_is_not_known_who_maps_what_is_published_the_handle_goes(failure: Exception) -> None:
+    trace = list[str]()
+    draft = written("x", unseen=True, mappable=True, state=DraftState.PUBLISHED, writers=0, reserved=0, fd=-1)
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            closing = Closing(released(draft, trace, failure, looks=True), nursery, lambda _number: None)
+            await closing.release(cast(Handle, SimpleNamespace(number=7, writable=True)), draft, None)
+
+    trio.run(main)
+    assert trace == ["the handle is gone", "ended, 0 reserved"]

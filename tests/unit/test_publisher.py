@@ -126,6 +126,31 @@ def test_what_could_not_be_published_is_kept_whatever_was_raised(
     assert failure in [record.exc_info[1] for record in caplog.records if record.exc_info]
 
 
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_a_further_round_that_cannot_be_compared_counts_as_written(
+    stage: Stage, is_killed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether the kernel wrote anything in it is seen by its bytes alone."""
+
+    def fail(_one: int, _other: int) -> bool:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(backing, "same_contents", fail)
+    publisher, draft, shown = stage.publisher, stage.draft, stage.root / "name"
+    shown.write_bytes(b"before")
+    draft.copied, draft.fresh = True, False
+    draft.base = Base(os.open(shown, os.O_RDONLY), backing.identity_of(shown.stat()))
+    if is_killed:
+        trio.run(publisher.refuse, draft, "its writer was killed", errno.EINTR)
+        assert stage.kept() == {"its writer was killed": bytes(ALONGSIDE_BYTES)}
+        assert shown.read_bytes() == b"before"
+        os.close(draft.base.fd)
+    else:
+        trio.run(publisher.publish, draft)
+        assert draft.state is DraftState.PUBLISHED
+        assert shown.read_bytes() == bytes(ALONGSIDE_BYTES)
+
+
 # ------------------------------------------------------- what is given up
 
 
