@@ -436,8 +436,7 @@ class Publisher:
         """
         if draft.state is not DraftState.PUBLISHED or draft.base is None or draft.base.fd != draft.fd:
             return
-        home = draft.directory
-        async with self._copied(draft) as inode, self.holding(home, draft.name):
+        async with self._copied(draft) as inode, self.holding(home := draft.directory, draft.name):
             # The name has shown these bytes already: that they do not suit it would be no news.
             demands = dataclasses.replace(self._demands(home, draft.name, None), policy=Policy())
             order = self._order(draft, inode, home, draft.name, demands, self.lease())
