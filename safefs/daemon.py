@@ -403,15 +403,17 @@ class Daemon:
     async def _give_up_requests(self, closing: Closing, serving: trio.CancelScope) -> None:
         """Some hang in the backing when the connection is over: nobody waits for their answers, nor do we.
 
-        Those that publish (a FLUSH, a rename) have the time that publishes have at the end.
+        Those that publish (a FLUSH, a rename) have the time that publishes have at the end, also who begins only now,
+        because he has waited for another's.
         """
         assert self.connection is not None
         while True:
             await trio.sleep(CONNECTION_SECONDS)
             if self.terminated or self.connection.is_over:
                 break
-        await closing.finish_publishes(self.settings.drain_seconds)
-        await trio.sleep(CLOSING_SECONDS)
+        for _ in range(2):
+            await closing.finish_publishes(self.settings.drain_seconds)
+            await trio.sleep(CLOSING_SECONDS)
         serving.cancel()
 
     async def _join(self, helpers: trio.Nursery, names: Names, keeper: Keeper) -> None:

@@ -134,10 +134,11 @@ class Publisher:
         would not see it.  Descriptors of `draft.directory` and `target` are pinned by the caller.  Raises
         PublishRefusedError.
         """
-        if draft.exclusive and target is None:
-            replace = False  # O_EXCL is about the name that was opened, not about one that it is renamed to
-        target, name = target or draft.directory, draft.name if name is None else name
         async with draft.gate.closed():
+            if draft.exclusive and target is None:
+                replace = False  # O_EXCL is about the name that was opened, not about one that it is renamed to
+            # Which the draft's own name is, is known now: it may have been renamed while this waited.
+            target, name = target or draft.directory, draft.name if name is None else name
             if not await self._has_changed(draft):
                 draft.modified = draft.pending and keep_private  # there may be changes yet
                 return

@@ -189,9 +189,10 @@ def test_requests_that_the_end_of_something_else_gives_up_are_left_as_well(monke
     assert daemon.fs.publisher.has_left
 
 
+@pytest.mark.parametrize("pause", [0, 0.5])
 @pytest.mark.parametrize(("seconds", "is_published"), [(20, True), (40, False)])
 def test_a_rename_that_publishes_has_the_time_of_a_publish(
-    seconds: float, is_published: bool, monkeypatch: pytest.MonkeyPatch
+    seconds: float, is_published: bool, pause: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Given up as early as other requests, it would end in the middle of a publish, and nameless bytes would be lost.
 
@@ -205,6 +206,7 @@ def test_a_rename_that_publishes_has_the_time_of_a_publish(
             async with draft.gate.closed():
                 await trio.sleep(seconds / 2)
             published.append(draft)
+            await trio.sleep(pause)  # whoever waits his turn has no gate closed yet
 
     daemon = serving(monkeypatch, rename)
     daemon.fs.drafts = drafts

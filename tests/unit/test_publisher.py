@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
 from safefs import backing, placing
 from safefs import publisher as publisher_module
@@ -294,18 +295,14 @@ def hide(stage: Stage, monkeypatch: pytest.MonkeyPatch, number: int) -> Path:
     return hidden
 
 
-@pytest.mark.parametrize("cancelled", [False, True])
-def test_a_hidden_file_that_cannot_follow_its_draft_is_not_forgotten(
-    stage: Stage, monkeypatch: pytest.MonkeyPatch, cancelled: bool
-) -> None:
-    """The rename of the name has been done by then: the draft is published by its descriptor."""
-    draft, old = stage.draft, stage.draft.directory
+def renaming(stage: Stage) -> tuple[Any, Node]:
+    """What `rename_draft` needs, and another directory; the draft has a hidden name, and no other any more."""
     (stage.root / "b").mkdir()
     new = Node(3, backing.identity_of((stage.root / "b").stat()), stat.S_IFDIR)
     new.fd = os.open(stage.root / "b", os.O_PATH)
+    draft = stage.draft
     draft.temp_name = stage.store.hidden_name(b"d")
-    hidden = stage.root / os.fsdecode(draft.temp_name)
-    backing.link_inode(draft.fd, old.fd, draft.temp_name)
+    backing.link_inode(draft.fd, draft.directory.fd, draft.temp_name)
     fs: Any = SimpleNamespace(
         backing=stage.store,
         publisher=stage.publisher,
@@ -314,6 +311,46 @@ def test_a_hidden_file_that_cannot_follow_its_draft_is_not_forgotten(
         _hear_closes_of=lambda _name, _before: None,
     )
     fs._move_temp = partial(FileSystem._move_temp, fs)
+    return fs, new
+
+
+def test_who_comes_to_publish_while_a_hidden_file_is_moved_publishes_under_the_new_name(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A close by another thread; the version itself has its new name by then."""
+    fs, new = renaming(stage)
+    rename, moves, goes_on = backing.rename, threading.Event(), threading.Event()
+
+    def slow(*arguments: Any) -> None:
+        moves.set()
+        assert goes_on.wait(10)
+        rename(*arguments)
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            with monkeypatch.context() as patched:
+                patched.setattr(backing, "rename", slow)
+                nursery.start_soon(FileSystem.rename_draft, fs, stage.draft, new, b"renamed")
+                await trio.to_thread.run_sync(moves.wait, 10)
+            nursery.start_soon(stage.publisher.publish, stage.draft)
+            await trio.testing.wait_all_tasks_blocked()
+            goes_on.set()
+
+    trio.run(main)
+    assert os.path.samestat((stage.root / "b/renamed").stat(), os.fstat(stage.draft.fd))
+    assert not (stage.root / "name").exists()
+    assert (stage.draft.directory, stage.draft.name) == (new, b"renamed")
+    os.close(new.fd)
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_a_hidden_file_that_cannot_follow_its_draft_is_not_forgotten(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, cancelled: bool
+) -> None:
+    """The rename of the name has been done by then: the draft is published by its descriptor."""
+    (fs, new), draft, old = renaming(stage), stage.draft, stage.draft.directory
+    assert draft.temp_name is not None
+    hidden = stage.root / os.fsdecode(draft.temp_name)
 
     async def main() -> None:
         token = trio.lowlevel.current_trio_token()
