@@ -21,8 +21,12 @@ class Pending:
     clears: bool = False  # a record that is damaged
     cleared: bool = False  # there was one, and another is in its place
     refused: UnreadableError | None = None  # it is not damaged, and nobody's to clear
-    tries: int = 0  # to put it on record; each but the last may have been carried out without an answer
+    tried: bool = False
+    repeated: bool = False  # it was tried before, which may have been carried out without an answer
     done: trio.Event = field(default_factory=trio.Event)
+
+    def try_again(self) -> None:
+        self.repeated, self.tried = self.tried, True
 
     def settle(self, locks: NameLocks) -> None:
         if isinstance(self.step, LetPass):

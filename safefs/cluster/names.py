@@ -499,7 +499,7 @@ class Names:
             else:
                 name.pending = self._unlocks_first(name)
                 pending = name.pending.pop(0)
-            pending.tries += 1
+            pending.try_again()
             step = pending.step
             queued = queued_in(locks)
             done, others = carry_out(locks, step)
@@ -546,7 +546,7 @@ class Names:
         if breaks:
             after = after.broke({owner.node for owner in record.locks.holders() & frozenset().union(*breaks)} - {node})
         for pending in batch:
-            pending.tries += 1
+            pending.try_again()
         if not await self._put(name, stored, after):
             return
         if breaks:
@@ -568,7 +568,7 @@ class Names:
     def _left(self, name: Name, pending: Pending, done: bool, locks: NameLocks) -> list[Acquire]:
         """A request that is not had, if part of it is on record: it was granted without an answer, and trimmed then."""
         step = pending.step
-        if done or pending.tries == 1 or not isinstance(step, Acquire):
+        if done or not pending.repeated or not isinstance(step, Acquire):
             return []
         trimmed = locks.copy()
         carry_out(trimmed, self._trim(name, step.kind, step.wait.lock))
