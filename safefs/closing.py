@@ -167,12 +167,21 @@ class Closing:
         except SafefsError as error:
             log.info("a late publish of %r was refused: %s", draft.name, error.message)
 
-    async def finish_publishes(self, seconds: float) -> None:
-        """The connection is over: wait for the publishes that requests have begun, within the time that `drain` has."""
+    async def finish_publishes(self, seconds: float, pause: float) -> None:
+        """The connection is over: wait until no request has published for a while, within the time that `drain` has.
+
+        Who waits for another's publish begins his own after it.
+        """
         self._begin_end(seconds)
-        with trio.move_on_at(self._drained_by):
-            while publishing := [draft for draft in self.fs.drafts if draft.gate.is_closed]:
-                await publishing[0].gate.opened()
+        publishing = [draft for draft in self.fs.drafts if draft.gate.is_closed]
+        while True:
+            with trio.move_on_at(self._drained_by):
+                for draft in publishing:
+                    await draft.gate.opened()
+            await trio.sleep(pause)
+            publishing = [draft for draft in self.fs.drafts if draft.gate.is_closed]
+            if not publishing or trio.current_time() >= self._drained_by:
+                return
 
     def _begin_end(self, seconds: float) -> None:
         """Nothing new is begun from now on, and publishes on their way have so long, in all."""

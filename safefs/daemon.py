@@ -181,8 +181,7 @@ class Daemon:
         self.locks.fence = self.fs.fence
         self.locking = Locking(self.fs)
         if self.names is not None:
-            self.names.resolve, self.names.told = self.locks.answer, self.locks.told
-            self.names.cut, self.names.broken = self.locks.cut, self.locks.broken
+            self.locks.serve(self.names)
             self.fs.can_lose_locks = True
             self.fs.is_shared = not self.mounted.is_local
             self.fs.numbers_are_shared = self.mounted.shares_numbers
@@ -411,9 +410,7 @@ class Daemon:
             await trio.sleep(CONNECTION_SECONDS)
             if self.terminated or self.connection.is_over:
                 break
-        for _ in range(2):
-            await closing.finish_publishes(self.settings.drain_seconds)
-            await trio.sleep(CLOSING_SECONDS)
+        await closing.finish_publishes(self.settings.drain_seconds, CLOSING_SECONDS)
         serving.cancel()
 
     async def _join(self, helpers: trio.Nursery, names: Names, keeper: Keeper) -> None:
