@@ -25,7 +25,7 @@ from typing import Any
 
 import trio
 
-from safefs.errors import SafefsError
+from safefs.errors import NOT_JSON, SafefsError
 
 MOUNT_TYPE = "fuse.safefs"
 MAX_REQUEST_BYTES = 64 * 1024
@@ -217,7 +217,7 @@ async def _reply(line: bytes, answer: Answer) -> bytes:
 def _parse_request(line: bytes) -> dict[str, Any]:
     try:
         message = json.loads(line)
-    except (ValueError, RecursionError):
+    except NOT_JSON:
         message = None
     if not isinstance(message, dict):
         raise SafefsError("a request is one line with a JSON object", errno.EINVAL)

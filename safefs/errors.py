@@ -7,6 +7,10 @@ from __future__ import annotations
 
 import errno as _errno
 
+# What json.loads raises of what is no JSON; the latter where lists are nested deeper than anybody writes.
+NOT_JSON = (ValueError, RecursionError)
+MALFORMED = (*NOT_JSON, KeyError, TypeError)  # and of JSON that is not what it should be
+
 
 class SafefsError(Exception):
     """A failure that safefs understood: shown as one line, never as a traceback."""

@@ -26,10 +26,10 @@ import trio
 import xxhash
 
 from safefs.cluster.backend import BackendError
-from safefs.cluster.names import TakeBack
+from safefs.cluster.names import Names, TakeBack
 from safefs.cluster.record import Acquire, Break, GiveUp, HandOver, LetPass, Release, Step, carry_out
 from safefs.cluster.survey import Survey
-from safefs.locktable import OFFSET_MAX, Held, Kind, Lock, LockTable, Mode, NameLocks, Owner, Wait
+from safefs.locktable import OFFSET_MAX, Held, Kind, Lock, LockTable, Mode, NameLocks, Owner, Wait, locks_of
 from safefs.turns import Turns
 from safefs.uses import Use, Uses
 
@@ -184,6 +184,10 @@ class Locks:
         self._last_ticket = self._last_own = 0
         self.fence: Callable[[set[int]], None] = lambda _handles: None  # what was locked through them is broken
         self.turns = Turns()  # of those who try what others have locked, by name
+
+    def serve(self, names: Names) -> None:
+        """Tell the names of a cluster what owners of this node have, and hear from them what these get, or lose."""
+        names.resolve, names.told, names.cut, names.broken = self.answer, self.told, self.cut, self.broken
 
     @property
     def node(self) -> str:
@@ -548,7 +552,7 @@ class Locks:
         """An owner has no more of a name than what is in these locks, by what it asked for itself."""
         held = self._held.get((key, kind), {}).get(owner)
         if held is not None:
-            held.cut([lock for lock in locks[kind].held if lock.owner == owner])
+            held.cut(locks_of(owner, locks[kind].held))
             if not held:
                 self._drop((key, kind, owner))
 

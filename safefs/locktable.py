@@ -191,12 +191,12 @@ class LockTable:
         In the mode that it is told of, if nobody has one by now that conflicts.
         """
         before = self.held
-        mine = [held for held in before if held.owner == owner and held.overlaps(first, last)]
+        mine = [_within(held, first, last) for held in locks_of(owner, before) if held.overlaps(first, last)]
         self.held = list(_without(before, owner, first, last))
-        for kept, mode in _common([_within(held, first, last) for held in mine], told):
+        for kept, mode in _common(mine, told):
             known = replace(kept, mode=mode)
             self._put(known if self.conflict(known) is None else kept)
-        if _of(owner, self.held) == _of(owner, before):
+        if locks_of(owner, self.held) == locks_of(owner, before):
             self.held = before  # in the order in which owners began to hold something
         return self._grant()
 
@@ -238,9 +238,7 @@ class LockTable:
         """The owner has this lock from now on, in place of what it had in the range; neighbours become one."""
         before = list(takewhile(lambda held: held.owner != lock.owner, self.held))
         after = [held for held in self.held[len(before) :] if held.owner != lock.owner]
-        mine = list(
-            _without((held for held in self.held if held.owner == lock.owner), lock.owner, lock.first, lock.last)
-        )
+        mine = list(_without(locks_of(lock.owner, self.held), lock.owner, lock.first, lock.last))
         for held in [held for held in mine if held.mode is lock.mode]:
             if held.last + 1 == lock.first or lock.last + 1 == held.first:
                 lock = replace(lock, first=min(held.first, lock.first), last=max(held.last, lock.last))
@@ -269,7 +267,7 @@ def _without(locks: Iterable[Lock], owner: Owner, first: int, last: int) -> Iter
             yield replace(lock, first=last + 1)
 
 
-def _of(owner: Owner, locks: Iterable[Lock]) -> list[Lock]:
+def locks_of(owner: Owner, locks: Iterable[Lock]) -> list[Lock]:
     return [lock for lock in locks if lock.owner == owner]
 
 

@@ -35,6 +35,7 @@ import trio
 from safefs import backing
 from safefs.backing import Backing
 from safefs.cluster.backend import BackendError
+from safefs.errors import NOT_JSON
 from safefs.events import EventKind, EventLog
 from safefs.identity import DAEMON, SERVICE, read_back
 from safefs.model import Caller
@@ -43,7 +44,6 @@ from safefs.state import (
     BEAT_SECONDS,
     DAEMONS,
     JOURNAL,
-    NOT_JSON,
     RECORD_VERSION,
     SOFT_LOCKS,
     WRITER,

@@ -20,6 +20,8 @@ from pathlib import Path
 
 import xxhash
 
+from safefs.errors import NOT_JSON
+
 PATH_FILE = "path.json"
 # The backing has none, or none to here; or the state directory is of a service user, who may not link files of others.
 NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.ENOSYS)
@@ -72,7 +74,7 @@ class RetainedVersions:
             names = sorted(os.listdir(home))
             try:
                 path = str(json.loads((home / PATH_FILE).read_text(encoding="ascii")))
-            except (OSError, ValueError, RecursionError):  # the last where lists are nested deeper than anybody writes
+            except (OSError, *NOT_JSON):
                 path = ""  # cut short by a crash, or damaged
             for name in names:
                 with suppress(ValueError):

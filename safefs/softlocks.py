@@ -37,12 +37,13 @@ import trio
 from safefs import backing, processes
 from safefs.backing import Backing
 from safefs.cluster.files import NODE
+from safefs.errors import MALFORMED
 from safefs.events import EventKind, EventLog
 from safefs.identity import DAEMON, SERVICE, read_back, written_down
 from safefs.model import Caller, Closer, Identity, Process
 from safefs.native import native
 from safefs.rules import Stale
-from safefs.state import DAEMONS, NOT_JSON, SOFT_LOCKS, DaemonRecord, StateDirectory, host_of, is_name
+from safefs.state import DAEMONS, SOFT_LOCKS, DaemonRecord, StateDirectory, host_of, is_name
 from safefs.workers import Workers
 
 log = logging.getLogger(__name__)
@@ -447,7 +448,7 @@ def read_noted(record: Path) -> Noted | None:
     try:
         data = json.loads(text.decode("ascii"))
         node, locks = _node(data["node"]), tuple(data["locks"])
-    except (*NOT_JSON, KeyError, TypeError):
+    except MALFORMED:
         return Noted("", (), is_whole=False)
     sound = tuple(entry for entry in locks if _is_entry(entry))
     return Noted(node, sound, is_whole=len(sound) == len(locks))

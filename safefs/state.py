@@ -32,6 +32,7 @@ import xxhash
 
 from safefs.backing import append_lines, copy_contents, copy_times, link_inode, reopen, sync_directory, unlink
 from safefs.custody import take_custody
+from safefs.errors import NOT_JSON
 from safefs.identity import SERVICE, Identities, root_or, written_down
 from safefs.model import Caller
 from safefs.processes import start_time
@@ -59,7 +60,6 @@ LOCKS = "names.lock"
 LOCK_RANGE = (1 << 62) - 1
 NAME_LOCK_SECONDS = 30.0  # a publish holds it for a rename, and for comparing two files where there is a conflict
 LOCK_PAUSE_SECONDS, LOCK_PAUSES_SECONDS = 0.0005, 0.05  # between attempts, at first and at most
-NOT_JSON = (ValueError, RecursionError)  # of json.loads: the latter where lists are nested deeper than anybody writes
 NO_TIME = 1e11  # seconds since the epoch, thousands of years from now: no clock says so, and all before can be shown
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # the backing has none

@@ -39,7 +39,8 @@ from safefs.cluster.backend import (
     UnreadableError,
 )
 from safefs.cluster.etcd_client import Access, Answer, EtcdClient, RefusedError, Watch, decode, encode, prefix_end
-from safefs.cluster.record import NO_JSON, ForeignRecordError, NameRecord
+from safefs.cluster.record import ForeignRecordError, NameRecord
+from safefs.errors import MALFORMED, NOT_JSON
 from safefs.lease import OwnLease, Terms, boottime
 
 log = logging.getLogger(__name__)
@@ -504,7 +505,7 @@ def _node(value: bytes | None) -> tuple[ProcessIdentity, str]:
     try:
         known = json.loads(value or b"")
         return dict(known["process"]), str(known["lease"])
-    except NO_JSON:
+    except MALFORMED:
         return {}, ""
 
 
@@ -517,6 +518,6 @@ def _stored(entries: list[dict[str, Any]], revision: str) -> Stored:
         record = NameRecord.from_json(json.loads(_value(entries) or b""))
     except ForeignRecordError as error:
         raise UnreadableError(str(error)) from None
-    except (ValueError, RecursionError) as error:  # lists in lists can be too deep for json
+    except NOT_JSON as error:
         raise DamagedError(str(error), Stored(version, token=revision)) from None
     return Stored(version, record, revision)

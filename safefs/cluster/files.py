@@ -34,7 +34,8 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext, suppress
 
 from safefs.cluster.backend import NAMELESS, DamagedError, HasDied, ProcessIdentity, Stored, UnreadableError
-from safefs.cluster.record import NO_JSON, ForeignRecordError, NameRecord
+from safefs.cluster.record import ForeignRecordError, NameRecord
+from safefs.errors import MALFORMED
 
 MOST_PROCESSES = 10_000  # that are remembered
 MOST_DAMAGED = 100  # records whose names are
@@ -149,7 +150,7 @@ class Files:
                 return Stored(version, NameRecord.from_json(data["record"]), token)
         except ForeignRecordError as error:
             raise UnreadableError(self._unreadable(name, error)) from None
-        except NO_JSON as error:
+        except MALFORMED as error:
             raise self._damage(name, version, token, error) from None
         except OSError as error:
             if error.errno not in LOST:
@@ -375,7 +376,7 @@ class Files:
             try:
                 with open(self.path("nodes", node, "process"), encoding="utf-8") as file:
                     known = dict(json.load(file))
-            except (OSError, *NO_JSON):
+            except (OSError, *MALFORMED):
                 return {}
             if len(self._processes) >= MOST_PROCESSES:
                 self._processes.clear()
@@ -423,7 +424,7 @@ class Files:
                 try:
                     with open(f"{home}/{entry}", encoding="utf-8") as file:
                         return str(json.load(file)["name"])
-                except (OSError, *NO_JSON):
+                except (OSError, *MALFORMED):
                     pass
             if attempt:
                 seen.add(state)

@@ -77,6 +77,10 @@ class Name:
 
     lost: bool = False  # with the lease of this node
 
+    def may_be_replaced(self, stored: Stored) -> bool:
+        """Whether a swap of this node may still replace a record of which there is no answer."""
+        return self.under_way is not None and self.under_way.version == stored.version
+
     @property
     def has_steps(self) -> bool:
         """Whether there is anything to be changed on record."""

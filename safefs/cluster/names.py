@@ -396,7 +396,7 @@ class Names:
             self._backend.expect_notices()
             name.asked, name.waits = bool(record.wanted), {}
             return
-        if name.under_way is None or name.under_way.version != stored.version:
+        if not name.may_be_replaced(stored):
             name.taking = None  # else it may be taken still, whatever is tried now
         if node in record.broken:
             self.broken(name.key, self._as_asked(name, record.locks))
@@ -494,8 +494,7 @@ class Names:
     def _work_locally(self, name: Name, locks: NameLocks) -> None:
         while name.has_steps:
             if name.unwanted:  # one at a time: what comes of it may be told, and the next has to know of that
-                asked = name.unwanted.pop(0)
-                pending = Pending(self._trim(name, asked.kind, asked.wait.lock))
+                pending = Pending(self._trim(name, name.unwanted.pop(0)))
             else:
                 name.pending = self._unlocks_first(name)
                 pending = name.pending.pop(0)
@@ -571,7 +570,7 @@ class Names:
         if done or not pending.repeated or not isinstance(step, Acquire):
             return []
         trimmed = locks.copy()
-        carry_out(trimmed, self._trim(name, step.kind, step.wait.lock))
+        carry_out(trimmed, self._trim(name, step))
         return [step] if trimmed != locks else []
 
     @staticmethod
@@ -625,9 +624,10 @@ class Names:
 
     def _trims(self, name: Name) -> list[Pending]:
         """The steps by which no owner has more than it has been told of, because it gave up waiting."""
-        return [Pending(self._trim(name, each.kind, each.wait.lock)) for each in name.unwanted]
+        return [Pending(self._trim(name, each)) for each in name.unwanted]
 
-    def _trim(self, name: Name, kind: Kind, lock: Lock) -> Trim:
+    def _trim(self, name: Name, asked: Acquire) -> Trim:
+        kind, lock = asked.kind, asked.wait.lock
         return Trim(kind, lock.owner, lock.first, lock.last, tuple(self._known_to(name, kind, lock.owner)))
 
     def _known_to(self, name: Name, kind: Kind, owner: Owner) -> Iterator[Lock]:
@@ -669,8 +669,7 @@ class Names:
         Writing it would fail the swaps of others and wake all who wait, as often as somebody tries what he cannot have.
         It is written all the same where a swap of ours may still arrive, which asks for what is given up by now.
         """
-        is_at_stake = name.under_way is not None and name.under_way.version == stored.version
-        if is_at_stake or new.to_json() != stored.record.to_json():
+        if name.may_be_replaced(stored) or new.to_json() != stored.record.to_json():
             return await self._swap(name, stored, new)
         name.stored = None
         if await self._backend.is_current(name.key, stored):

@@ -27,8 +27,6 @@ from typing import Any
 from safefs.locktable import Kind, Lock, NameLocks, Owner, Wait, of_type
 
 FORMAT = 2
-# What is raised where JSON is not what it should be; lists in lists can be too deep for json.
-NO_JSON = (ValueError, KeyError, TypeError, RecursionError)
 MOST_NEXT = 8  # nodes of which is found out at once whether they are gone
 
 

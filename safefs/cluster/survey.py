@@ -16,7 +16,8 @@ from typing import TypeVar
 import trio
 
 from safefs.cluster.backend import NAMELESS, BackendError, LockBackend, UnreadableError
-from safefs.cluster.record import NO_JSON, NameRecord
+from safefs.cluster.record import NameRecord
+from safefs.errors import MALFORMED
 from safefs.locktable import NameLocks
 
 log = logging.getLogger(__name__)
@@ -115,7 +116,7 @@ async def _ask(backend: LockBackend, node: str) -> dict[str, NameLocks] | None:
                 pause = min(2 * pause, longest)
     except BackendError as error:
         log.warning("the locks of node %s are not known: %s", node, error)
-    except (*NO_JSON, AttributeError):  # what is there is no answer of ours
+    except (*MALFORMED, AttributeError):  # what is there is no answer of ours
         log.warning("the locks of node %s are not known: its answer is damaged", node)
     return None
 

@@ -196,8 +196,7 @@ class Member:
         self.backend.tells_changes = walk.tells_changes
         self.names = walk.service(self.backend)
         self.locks = Locks(self.names)
-        self.names.resolve, self.names.told = self.locks.answer, self.locks.told
-        self.names.cut, self.names.broken = self.locks.cut, self.locks.broken
+        self.locks.serve(self.names)
         self.locks.fence = self.fence
         self.processes = [Process(self, each, walk.chance.choice([1, 1, 2])) for each in (1, 2, 3)]
 

@@ -366,8 +366,7 @@ def two_nodes(nursery: trio.Nursery) -> list[Locks]:
     for name in ("one", "two"):
         names = Names(MemoryBackend(cluster, name))
         nodes.append(Locks(names))
-        names.resolve, names.told = nodes[-1].answer, nodes[-1].told
-        names.cut, names.broken = nodes[-1].cut, nodes[-1].broken
+        nodes[-1].serve(names)
         nursery.start_soon(names.run)
     return nodes
 

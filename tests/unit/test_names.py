@@ -907,7 +907,7 @@ def test_a_damaged_record_counts_and_who_waited_on_the_operators_node_keeps_the_
         assert await holder.acquire("name", 1, Mode.EXCLUSIVE)
         locks = Locks(mine.names)
         locks.fence = fenced.append
-        mine.names.resolve, mine.names.told, mine.names.broken = locks.answer, locks.told, locks.broken
+        locks.serve(mine.names)
         waiting = locks.acquire("name", Kind.FLOCK, Lock(Owner(mine.name, 1), Mode.EXCLUSIVE), 1, may_wait=True)
         assert waiting is not None
         await trio.sleep(2)

@@ -269,6 +269,17 @@ class Heart:
                 await trio.sleep(0.01)
 
 
+def is_dead_after_a_minute(node: Node, clock: Clock) -> None:
+    """The other daemon, which is looked at from now on."""
+    node.recovery.settle_dead()
+    clock.now += DEAD_AFTER_SECONDS
+    node.recovery.settle_dead()
+    assert OTHER in node.daemons
+    clock.now += 1
+    node.recovery.settle_dead()
+    assert node.settled
+
+
 @pytest.mark.parametrize("fails", [True, False], ids=["fails", "hangs"])
 def test_who_cannot_beat_himself_takes_nobody_for_dead(
     node: Node, clock: Clock, monkeypatch: pytest.MonkeyPatch, fails: bool
@@ -296,13 +307,7 @@ def test_who_cannot_beat_himself_takes_nobody_for_dead(
             nursery.cancel_scope.cancel()
 
     trio.run(main)
-    node.recovery.settle_dead()
-    clock.now += DEAD_AFTER_SECONDS
-    node.recovery.settle_dead()
-    assert OTHER in node.daemons
-    clock.now += 1
-    node.recovery.settle_dead()
-    assert node.settled
+    is_dead_after_a_minute(node, clock)
 
 
 def test_a_living_daemon_of_this_host_is_left_alone_however_slow_its_heart(node: Node, clock: Clock) -> None:
@@ -345,13 +350,7 @@ def test_what_cannot_be_known_is_judged_by_the_heartbeat(
 
 def test_a_record_without_a_heartbeat_is_given_its_time(node: Node, clock: Clock) -> None:
     (node.other(ELSEWHERE) / "heartbeat").unlink()
-    node.recovery.settle_dead()
-    clock.now += DEAD_AFTER_SECONDS
-    node.recovery.settle_dead()
-    assert OTHER in node.daemons
-    clock.now += 1
-    node.recovery.settle_dead()
-    assert node.settled
+    is_dead_after_a_minute(node, clock)
 
 
 def test_a_machine_without_an_id_sees_the_end_of_its_own_processes(node: Node) -> None:

@@ -55,8 +55,7 @@ class Nodes:
     def _join(self, nursery: trio.Nursery, node: str) -> Locks:
         names = Names(LateBackend(self.cluster, node))
         locks = Locks(names)
-        names.resolve, names.told = locks.answer, locks.told
-        names.cut, names.broken = locks.cut, locks.broken
+        locks.serve(names)
         nursery.start_soon(names.run)
         return locks
 
