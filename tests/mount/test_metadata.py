@@ -225,23 +225,24 @@ def test_open_is_never_stale(where: str, nodes: Nodes, tmp_path: Path, writer: A
     shared = tmp_path / "shared"
     shared.write_bytes(bytes(SHARE))
     for party in (writer, stranger):
-        party("share = mmap.mmap(os.open(p, os.O_RDWR), 4096)", p=str(shared))
+        # Numbers that are stored at once; struct.pack_into clears them first, and the other would read less in between.
+        party("share = memoryview(mmap.mmap(os.open(p, os.O_RDWR), 4096)).cast('Q')", p=str(shared))
     writer(
         f"def run(base, count):\n"
         f"    for n in range(1, count + 1):\n"
         f"        data = struct.pack('<Q', n) * 500\n"
         f"        {replace_through(base)}\n"
-        f"        struct.pack_into('<Q', share, 0, n)\n"
+        f"        share[0] = n\n"
         # A writer below the mount is so fast that the reader would see a dozen of its versions: it lets each be seen.
-        f"        seen, end = struct.unpack_from('<Q', share, 16)[0], time.monotonic() + 1\n"
-        f"        while struct.unpack_from('<Q', share, 16)[0] == seen and time.monotonic() < end: os.sched_yield()\n"
-        f"    struct.pack_into('<Q', share, 8, 1)\n"
+        f"        seen, end = share[2], time.monotonic() + 1\n"
+        f"        while share[2] == seen and time.monotonic() < end: os.sched_yield()\n"
+        f"    share[1] = 1\n"
     )
     stranger(
         "def run(p):\n"
         "    bad, opens, changes, last = [], 0, 0, 0\n"
-        "    while not struct.unpack_from('<Q', share, 8)[0]:\n"
-        "        least = struct.unpack_from('<Q', share, 0)[0]\n"
+        "    while not share[1]:\n"
+        "        least = share[0]\n"
         "        try:\n"
         "            fd = os.open(p, os.O_RDONLY)\n"
         "            data = os.read(fd, 1 << 20); os.close(fd)\n"
@@ -249,7 +250,7 @@ def test_open_is_never_stale(where: str, nodes: Nodes, tmp_path: Path, writer: A
         "            bad.append(str(error)); continue\n"
         "        found = struct.unpack_from('<Q', data)[0] if len(data) == 4000 else -1\n"
         "        opens += 1; changes += found != last; last = found\n"
-        "        struct.pack_into('<Q', share, 16, opens)\n"
+        "        share[2] = opens\n"
         "        if found < least or data != data[:8] * 500: bad.append((found, least, len(data)))\n"
         "    return bad, opens, changes\n"
     )

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import mmap
 import os
-import struct
 import subprocess
 import tempfile
 import time
@@ -23,15 +22,16 @@ LOOK_SECONDS = 60.0
 ABSENT = None
 
 _LOOP = r"""
-import errno, json, mmap, os, struct, sys
-share = mmap.mmap(os.open(sys.argv[1], os.O_RDWR), 16)
+import errno, json, mmap, os, sys
+# Each number is stored at once; struct.pack_into clears it first, and others would read less in between.
+share = memoryview(mmap.mmap(os.open(sys.argv[1], os.O_RDWR), 16)).cast("Q")
 paths = sys.argv[2:]
 seen = {path: {} for path in paths}
 errors = {path: {} for path in paths}
 sizes = {path: {} for path in paths}
 listed = {path: {} for path in paths}
 rounds = 0
-while not share[8]:
+while not share[1]:
     for path in paths:
         try:
             fd = os.open(path, os.O_RDONLY)
@@ -61,7 +61,7 @@ while not share[8]:
         except OSError as error:
             errors[path]["readdir " + errno.errorcode.get(error.errno, str(error.errno))] = 1
     rounds += 1
-    struct.pack_into("<Q", share, 0, rounds)
+    share[0] = rounds
 json.dump({path: {
     "contents": [None if data is None else data.hex() for data in seen[path]],
     "sizes": list(sizes[path]), "errors": list(errors[path]), "listed": list(listed[path]),
@@ -89,12 +89,12 @@ class Observer:
 
     paths: list[Path]
     results: dict[Path, Seen] = field(default_factory=dict)
-    _share: mmap.mmap | None = None
+    _share: memoryview | None = None
     _process: subprocess.Popen[bytes] | None = None
 
     def rounds(self) -> int:
         assert self._share is not None
-        return int(struct.unpack_from("<Q", self._share, 0)[0])
+        return int(self._share[0])
 
     def look(self) -> None:
         """Return after a whole round over all names that began after this call."""
@@ -124,7 +124,7 @@ def observing(*paths: Path) -> Iterator[Observer]:
     """Watch `paths` until the block ends, then fill in `results`."""
     with tempfile.NamedTemporaryFile(prefix="safefs-observer-") as shared:
         shared.truncate(16)
-        observer = Observer(list(paths), _share=mmap.mmap(shared.fileno(), 16))
+        observer = Observer(list(paths), _share=memoryview(mmap.mmap(shared.fileno(), 16)).cast("Q"))
         observer._process = process = subprocess.Popen(
             ["/usr/bin/python3", "-I", "-S", "-c", _LOOP, shared.name, *map(os.fspath, paths)],
             stdin=subprocess.DEVNULL,
@@ -136,7 +136,7 @@ def observing(*paths: Path) -> Iterator[Observer]:
             observer.look()
         finally:
             assert observer._share is not None
-            observer._share[8] = 1
+            observer._share[1] = 1
             try:
                 output, _ = process.communicate(timeout=LOOK_SECONDS)
             except subprocess.TimeoutExpired:

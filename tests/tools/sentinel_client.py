@@ -13,7 +13,6 @@ import mmap
 import os
 import random
 import shutil
-import struct
 import subprocess
 import sys
 import threading
@@ -205,26 +204,29 @@ def read(root: Path, rounds: int, *, eager: bool) -> dict[str, object]:
 
 
 class Clock:
-    """The generation of the directory, shared by all processes: even while it stands, odd while it is removed."""
+    """The generation of the directory, shared by all processes: even while it stands, odd while it is removed.
+
+    Each number is stored at once; struct.pack_into clears it first, and others would read 0 in between.
+    """
 
     def __init__(self, path: Path) -> None:
         with open(path, "r+b") as file:
-            self._share = mmap.mmap(file.fileno(), 16)
+            self._share = memoryview(mmap.mmap(file.fileno(), 16)).cast("q")
 
     @property
     def now(self) -> int:
-        return int(struct.unpack_from("q", self._share, 0)[0])
+        return self._share[0]
 
     @now.setter
     def now(self, value: int) -> None:
-        struct.pack_into("q", self._share, 0, value)
+        self._share[0] = value
 
     @property
     def stopped(self) -> bool:
-        return bool(self._share[8])
+        return bool(self._share[1])
 
     def stop(self) -> None:
-        self._share[8] = 1
+        self._share[1] = 1
 
 
 def churn(directory: Path, clock: Clock) -> dict[str, object]:
